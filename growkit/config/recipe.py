@@ -1,0 +1,101 @@
+"""The recipe: everything a run is, as strict structured configuration. A comment gives a field's unit and range.
+
+``model`` is filled by the dataclass its ``preset`` names (models/presets.py); a stage leaves out what it keeps from the
+stage before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class RunConfig:
+    name: str | None = None  # folder name of the run; default: the recipe's file name and the time
+    folder: str = "runs"  # where runs are kept
+    seed: int = 0  # of initialisation, data order, dropout and growth
+    threads: int | None = None  # CPU threads; default: PyTorch's
+
+
+@dataclass
+class DataConfig:
+    source: str = "stdlib"  # stdlib | a file | a folder | the name of a Hugging Face data set
+    pattern: str = "**/*"  # which files of a folder
+    split: str = "train"  # of a Hugging Face data set
+    text_field: str = "text"  # of a Hugging Face data set
+    validation_fraction: float = 0.05  # of the bytes, 0..0.5
+    shuffle: bool = True  # blocks in a new random order each epoch
+    block_tokens: int | None = None  # what is shuffled as one piece; default: the longest context of the stages
+
+
+@dataclass
+class OptimConfig:
+    lr: float = 3e-3  # peak, unless a stage says otherwise
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices and parameter tokens; never on norms and biases
+    decay_embedding: bool = False  # also on embedding and head
+    clip_norm: float = 1.0  # of the global gradient; 0 turns clipping off
+    z_loss: float = 0.0  # weight of log² Z
+
+
+@dataclass
+class TrainerConfig:
+    accelerator: str = "auto"  # auto | cpu | cuda
+    strategy: str = "single"  # single | ddp | fsdp
+    devices: int = 1  # processes
+    precision: str = "auto"  # auto: bf16 where the hardware multiplies it fast, else fp32 | bf16 | fp32
+    backend: str = "auto"  # path of the ops: auto | compiled | reference
+    compile: bool = False  # torch.compile
+    checkpoint_layers: bool = False  # recompute each layer in backward
+    loss_chunk_tokens: int = 0  # logits held at once; 0: all
+    save_every: str = "200 steps"  # what a crash may cost
+    keep_last: int = 2  # checkpoints kept besides the ends of stages
+    max_minutes: float | None = None  # stops the run (resumable); never shapes it
+
+
+@dataclass
+class MonitorConfig:
+    log_every: int = 10  # steps
+    validation_tokens: int = 131072  # read at each validation, spread over the split
+    ngram_order: int = 5  # of the n-gram model shown beside; 0: none
+    probe_tokens: int = 2048  # read by a growth certificate
+    sample_prompt: str = "def "
+    sample_tokens: int = 200  # generated at the end; 0: none
+    progress: str = "auto"  # auto: a bar in a terminal, else lines | bar | plain | off
+    peak_flops_per_second: float | None = None  # what utilisation is measured against; default: a matmul timed at start
+
+
+@dataclass
+class StageConfig:
+    name: str = MISSING
+    duration: str = MISSING  # '20M tokens', '500 steps', '3e15 flops'
+    grow: dict[str, Any] = field(default_factory=dict)  # target values of model fields
+    methods: dict[str, str] = field(default_factory=dict)  # operator: method, where there are several
+    context_length: int | None = None  # tokens
+    global_batch_tokens: int | None = None  # per optimizer step, over all processes
+    micro_batch_size: int | None = None  # sequences per process and pass; default: as many as the step has
+    lr: float | None = None  # peak; default: optim.lr in the first stage, then as before
+    schedule: str = "wsd"  # wsd | cosine | constant
+    warmup: str | None = None  # from the last rate to the peak; default: 2% in the first stage, then 0%
+    decay: str | None = None  # wsd's fall to min_lr_ratio at the end; default: 20% in the last stage, else 0%
+    min_lr_ratio: float = 0.0  # where cosine and wsd end, relative to the peak
+    new_warmup: str = "0 steps"  # of parameters born in this stage, on top of the schedule
+    freeze: list[str] = field(default_factory=list)  # selectors: old, old_banks, embedding, attention, bank:0, ...
+    lr_scale: dict[str, float] = field(default_factory=dict)  # selector: factor
+    validate_every: str | None = None  # besides the end of the stage
+
+
+@dataclass
+class Recipe:
+    run: RunConfig = field(default_factory=RunConfig)
+    model: Any = None  # one of the presets' dataclasses
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    stages: list[StageConfig] = field(default_factory=list)

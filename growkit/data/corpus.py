@@ -1,0 +1,185 @@
+"""A corpus: bytes to train on, bytes to validate on, and a hash that says which bytes.
+
+Tokens are bytes (vocabulary 256). Documents are joined by ``END``; the validation split is cut by whole groups of
+documents (packages, files, rows), never through one, unless the corpus is a single document.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sysconfig
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from growkit.config.recipe import DataConfig
+from growkit.errors import DataError
+from growkit.registry import Registry
+
+END = b"\x00"
+VOCAB_SIZE = 256
+STDLIB_LEFT_OUT = frozenset(
+    {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "__pycache__"}
+)
+_HUB_NAME = re.compile(r"^(hf:)?[\w.-]+(/[\w.-]+)?$")
+
+
+@dataclass(frozen=True)
+class Document:
+    """``group``: documents of one group are never split between training and validation."""
+
+    group: str
+    text: bytes
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """``train`` and ``validation``: uint8 arrays. ``sha256``: of both, in order."""
+
+    name: str
+    train: NDArray[np.uint8]
+    validation: NDArray[np.uint8]
+    sha256: str
+    documents: int
+
+    def require(self, context_length: int) -> None:
+        """Raises DataError when a split is too short for one sequence."""
+        for split, tokens in (("training", self.train), ("validation", self.validation)):
+            if len(tokens) <= context_length:
+                raise DataError(
+                    "corpus-too-short",
+                    f"its {split} split has {len(tokens)} tokens, a sequence needs {context_length + 1}",
+                    key="data.source",
+                    value=self.name,
+                    mend="use more text, a shorter context_length, or another data.validation_fraction",
+                )
+
+
+SOURCES: Registry[Callable[[DataConfig], Iterable[Document]]] = Registry("data source")
+
+
+@SOURCES.register("stdlib")
+def standard_library(_: DataConfig) -> Iterable[Document]:
+    """The Python standard library's own source text on this machine: real, offline, about 11 MB."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for folder, names, files in os.walk(root):
+        names[:] = sorted(set(names) - STDLIB_LEFT_OUT)
+        for file in sorted(files):
+            path = Path(folder, file)
+            if file.endswith(".py"):
+                relative = path.relative_to(root)
+                yield Document(relative.parts[0].removesuffix(".py"), path.read_bytes())
+
+
+@SOURCES.register("path")
+def file_or_folder(data: DataConfig) -> Iterable[Document]:
+    root = Path(data.source).expanduser()
+    if root.is_file():
+        yield Document("", _read(root))
+        return
+    for path in sorted(root.glob(data.pattern)):
+        relative = path.relative_to(root)
+        if path.is_file() and not any(part.startswith(".") for part in relative.parts):
+            yield Document(str(relative), _read(path))
+
+
+@SOURCES.register("hub")
+def hugging_face(data: DataConfig) -> Iterable[Document]:
+    """A data set that ``datasets.load_dataset`` knows: a hub name, or a local folder written as ``hf:folder``."""
+    import datasets
+
+    name = data.source.removeprefix("hf:")
+    try:
+        rows = datasets.load_dataset(name, split=data.split)
+    except (datasets.exceptions.DatasetNotFoundError, ValueError, OSError, RuntimeError) as error:
+        raise DataError(
+            "dataset-unavailable",
+            f"is neither a file or folder here nor a data set that could be loaded ({_first_line(error)})",
+            key="data.source",
+            value=data.source,
+            mend="check the path, or the data set's name, data.split and the network",
+        ) from error
+    if data.text_field not in rows.column_names:
+        mend = f"columns: {', '.join(rows.column_names)}"
+        raise DataError("no-text-field", "is not a column", key="data.text_field", value=data.text_field, mend=mend)
+    for i, row in enumerate(rows):
+        text = row[data.text_field]
+        if not isinstance(text, str):
+            raise DataError("not-text", f"row {i} is not text", key="data.text_field", value=data.text_field)
+        yield Document(str(i), text.encode())
+
+
+def load_corpus(data: DataConfig) -> Corpus:
+    """Reads, splits and hashes ``data.source``. Raises DataError."""
+    if not 0 < data.validation_fraction <= 0.5:
+        raise DataError(
+            "out-of-range",
+            "must be above 0 and at most 0.5",
+            key="data.validation_fraction",
+            value=data.validation_fraction,
+        )
+    documents = [doc for doc in SOURCES.get(_kind(data.source), key="data.source")(data) if doc.text]
+    total = sum(len(doc.text) for doc in documents)
+    if not total:
+        mend = "name a file or folder with text" + (f" matching {data.pattern!r}" if data.pattern != "**/*" else "")
+        raise DataError("corpus-empty", "has no text", key="data.source", value=data.source, mend=mend)
+    train, validation = _split(documents, round(total * data.validation_fraction))
+    digest = hashlib.sha256(train + b"|" + validation).hexdigest()
+    return Corpus(
+        data.source,
+        np.frombuffer(train, dtype=np.uint8),
+        np.frombuffer(validation, dtype=np.uint8),
+        digest,
+        len(documents),
+    )
+
+
+def _kind(source: str) -> str:
+    if source == "stdlib":
+        return "stdlib"
+    if Path(source).expanduser().exists():
+        return "path"
+    if source.startswith("hf:") or (_HUB_NAME.match(source) and not Path(source).suffix):
+        return "hub"
+    mend = "name an existing file or folder, 'stdlib', or a Hugging Face data set"
+    raise DataError("corpus-missing", "does not exist", key="data.source", value=source, mend=mend)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError("corpus-unreadable", f"cannot be read ({error})", key="data.source", value=str(path)) from error
+
+
+def _split(documents: list[Document], wanted: int) -> tuple[bytes, bytes]:
+    """Whole groups in the order of their names' hashes until ``wanted`` bytes are set aside for validation.
+
+    The order is a hash's so that it is the same everywhere and unrelated to the content; a group that alone would
+    overshoot by half is passed over.
+    """
+    if len({doc.group for doc in documents}) == 1:
+        text = END.join(doc.text for doc in documents)
+        return text[: len(text) - wanted], text[len(text) - wanted :]
+    sizes: dict[str, int] = {}
+    for doc in documents:
+        sizes[doc.group] = sizes.get(doc.group, 0) + len(doc.text)
+    chosen: set[str] = set()
+    taken = 0
+    for group in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        if taken < wanted and taken + sizes[group] <= max(1.5 * wanted, 1):
+            chosen.add(group)
+            taken += sizes[group]
+    if not chosen:  # a few large groups: the smallest one
+        chosen = {min(sizes, key=lambda name: (sizes[name], name))}
+    parts = [[doc.text for doc in documents if (doc.group in chosen) == side] for side in (False, True)]
+    return END.join(parts[0]), END.join(parts[1])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

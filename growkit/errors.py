@@ -1,0 +1,48 @@
+"""What growkit says when something is wrong: one sentence with the key, the value and the mend.
+
+Every error a user can cause has a ``code`` (listed in docs/errors.md) and leaves nothing half-written.
+Programming errors inside growkit are plain ``assert`` or built-in exceptions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class GrowkitError(Exception):
+    """Base of all errors meant for a user.
+
+    ``code``: stable slug. ``key``: what was set (a recipe key, a file). ``value``: what it was set to.
+    ``problem``: what is wrong with it. ``mend``: what to do instead.
+    """
+
+    exit_code = 2
+
+    def __init__(self, code: str, problem: str, *, key: str = "", value: Any = None, mend: str = "") -> None:
+        self.code, self.key, self.value, self.problem, self.mend = code, key, value, problem, mend
+        where = f"{key}: " if key else ""
+        got = f"got {value!r}; " if value is not None else ""
+        then = f"; {mend}" if mend else ""
+        super().__init__(f"{where}{got}{problem}{then} [{code}]")
+
+
+class ConfigError(GrowkitError):
+    """A recipe, an override or a growth target that cannot be carried out."""
+
+
+class DataError(GrowkitError):
+    """A corpus that is missing, empty, too short or not what it was."""
+
+
+class CheckpointError(GrowkitError):
+    """A checkpoint or run folder that is damaged, foreign, busy or cannot be written."""
+
+
+class PreservationError(GrowkitError):
+    """A growth step that claimed to keep the function and, measured, did not."""
+
+
+class TrainingError(GrowkitError):
+    """A run that had to stop (non-finite loss, no memory for one sequence); what was saved can be resumed."""
+
+    exit_code = 3

@@ -1,0 +1,88 @@
+"""Every dimension of every parameter has a name: growth reads axes, never parameter names.
+
+An ``Axis`` is a name and a size; a ``Product`` is several axes flattened row-major (heads × head_dim); a ``Concat``
+is several laid one after the other (gate | up). ``index_map`` says where each index of a smaller dimension goes in the
+larger one: the one piece of arithmetic all dense growth rests on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+NAMES = (
+    "vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "param_tokens",
+    "inner", "state", "dt_rank", "conv", "blocks",
+)  # fmt: skip
+
+# Where the old indices of a named axis go: axis name -> positions in the grown axis. Default: the front.
+Placement = Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Axis:
+    name: str
+    size: int
+
+    def __post_init__(self) -> None:
+        assert self.name in NAMES, self.name
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset({self.name})
+
+
+@dataclass(frozen=True)
+class Product:
+    axes: tuple[Axis, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(axis.size for axis in self.axes)
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset().union(*(axis.names for axis in self.axes))
+
+
+@dataclass(frozen=True)
+class Concat:
+    parts: tuple[Axis | Product, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(part.size for part in self.parts)
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset().union(*(part.names for part in self.parts))
+
+
+AnyAxis = Axis | Product | Concat
+
+
+def index_map(old: AnyAxis, new: AnyAxis, placement: Placement | None = None) -> list[int]:
+    """Position in ``new`` of every index of ``old`` (same structure, sizes no smaller).
+
+    An ``Axis`` keeps its indices at the front unless ``placement`` says otherwise. In a ``Product`` the maps of the
+    factors combine row-major with the *new* strides; in a ``Concat`` each part moves by the new sizes of those before.
+    """
+    placement = placement or {}
+    if isinstance(old, Axis) and isinstance(new, Axis):
+        assert old.name == new.name and old.size <= new.size, (old, new)
+        positions = list(placement.get(old.name, range(old.size))) if old.size != new.size else list(range(old.size))
+        assert len(positions) == old.size and max(positions, default=0) < new.size, (old, new, placement)
+        return positions
+    if isinstance(old, Product) and isinstance(new, Product):
+        result = [0]
+        for factor_old, factor_new in zip(old.axes, new.axes, strict=True):
+            factor = index_map(factor_old, factor_new, placement)
+            result = [base * factor_new.size + i for base in result for i in factor]
+        return result
+    assert isinstance(old, Concat) and isinstance(new, Concat), (old, new)
+    result, offset = [], 0
+    for part_old, part_new in zip(old.parts, new.parts, strict=True):
+        result += [offset + i for i in index_map(part_old, part_new, placement)]
+        offset += part_new.size
+    return result

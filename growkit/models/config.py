@@ -1,0 +1,196 @@
+"""What a model is: an explicit list of layers, every size written down. No torch here.
+
+Recipes use short presets (presets.py); they expand to a ``ModelConfig`` at once, and nothing later derives a layer's
+meaning from its index or from a global number. ``LayerSpec.id`` never changes while a model grows, so parameters keep
+their names and optimizer state its keys whatever is inserted between them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from growkit.errors import ConfigError
+
+Theta = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
+NormKind = Literal["rmsnorm", "layernorm", "layernorm_gainless"]
+THETAS: tuple[str, ...] = get_args(Theta)
+NORM_KINDS: tuple[str, ...] = get_args(NormKind)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation over the embed axis (or head_dim for QK-norm). ``eps`` travels with the width."""
+
+    kind: NormKind = "rmsnorm"
+    eps: float = 1e-5
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A dense map X Wᵀ without bias."""
+
+    kind: Literal["linear"] = "linear"
+
+
+@dataclass(frozen=True)
+class Pattention:
+    """A dense map Σ_g Θ_g(X K_gᵀ) V_g (TokenFormer, arXiv 2410.23168, eq. 5).
+
+    ``banks``: parameter tokens of each bank, in order of growth. ``scope``: ``bank`` normalises each bank on its own
+    (``taus``: one τ per bank), ``shared`` normalises over all tokens as published (``taus``: one τ).
+    """
+
+    banks: tuple[int, ...]
+    taus: tuple[float, ...]
+    theta: Theta = "l2_norm_gelu"
+    scope: Literal["bank", "shared"] = "bank"
+    kind: Literal["pattention"] = "pattention"
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.banks)
+
+
+Projection = Union[Linear, Pattention]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Causal attention with rotary positions; query heads are grouped evenly over ``num_kv_heads``."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    q: Projection
+    k: Projection
+    v: Projection
+    o: Projection
+    rope_base: float = 10000.0
+    rope_fraction: float = 1.0
+    qk_norm: Norm | None = None
+    kind: Literal["attention"] = "attention"
+
+
+@dataclass(frozen=True)
+class DenseMLP:
+    """``swiglu``: down(silu(gate x) ⊙ up x); ``gelu``: down(gelu(up x))."""
+
+    dim: int
+    kind: Literal["swiglu", "gelu"] = "swiglu"
+
+
+@dataclass(frozen=True)
+class PattentionMLP:
+    """The whole feed-forward block as one Pattention (TokenFormer)."""
+
+    projection: Pattention
+    kind: Literal["pattention"] = "pattention"
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One layer. ``origin``: the layer it was copied from, if it was inserted by growth."""
+
+    id: int
+    mixer: Attention
+    mlp: DenseMLP | PattentionMLP
+    origin: int | None = None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A language model: embedding → layers (residual stream) → final norm → head × ``logit_scale``."""
+
+    vocab_size: int
+    embed_dim: int
+    layers: tuple[LayerSpec, ...]
+    norm: Norm = Norm()
+    final_norm: Norm = Norm()
+    tied_head: bool = True
+    logit_scale: float = 1.0
+    dropout: float = 0.0
+
+    def layer(self, layer_id: int) -> LayerSpec:
+        return next(layer for layer in self.layers if layer.id == layer_id)
+
+    def num_params(self) -> int:
+        """Parameters of the whole model, a tied head counted once."""
+        from growkit.models.spec import param_specs
+
+        return sum(spec.numel for spec in param_specs(self).values())
+
+    def flops_per_token(self, context_length: int) -> float:
+        """Training FLOPs (forward + backward) per token; see docs/flops.md, convention 1."""
+        return 3 * self.forward_flops_per_token(context_length)
+
+    def forward_flops_per_token(self, context_length: int) -> float:
+        """Forward FLOPs per token: 2 per weight of every matrix product (logits included, embedding look-up not),
+        and 4·context·heads·head_dim per attention layer (all pairs, as PyTorch's counter has it)."""
+        from growkit.models.spec import param_specs
+
+        weights = sum(spec.numel for spec in param_specs(self).values() if spec.is_matmul)
+        if self.tied_head:
+            weights += self.vocab_size * self.embed_dim
+        pairs = sum(layer.mixer.num_heads * layer.mixer.head_dim for layer in self.layers)
+        return 2.0 * weights + 4.0 * context_length * pairs
+
+
+FLOPS_CONVENTION = 1
+
+
+def to_json(config: Any) -> Any:
+    """A configuration as plain JSON values."""
+    return dataclasses.asdict(config)
+
+
+def from_json(data: Any, kind: Any = ModelConfig, *, key: str = "model") -> Any:
+    """Rebuilds a configuration from ``to_json``; an unknown or missing field raises ConfigError naming it."""
+    if get_origin(kind) is tuple:
+        if not isinstance(data, list | tuple):
+            raise ConfigError("bad-model", "must be a list", key=key, value=data)
+        return tuple(from_json(item, get_args(kind)[0], key=f"{key}.{i}") for i, item in enumerate(data))
+    members = get_args(kind)
+    if members and type(None) in members:
+        if data is None:
+            return None
+        members = tuple(member for member in members if member is not type(None))
+    if members and all(dataclasses.is_dataclass(member) for member in members):
+        kind = _member(data, members, key)
+    if not dataclasses.is_dataclass(kind):
+        return _plain(data, kind, members, key)
+    if not isinstance(data, dict):
+        raise ConfigError("bad-model", "must be a mapping", key=key, value=data)
+    hints = get_type_hints(kind)
+    for name in data:
+        if name not in hints:
+            raise ConfigError("bad-model", f"has no field {name!r}", key=key, mend=f"allowed: {', '.join(hints)}")
+    for field in dataclasses.fields(kind):
+        if field.name not in data and field.default is dataclasses.MISSING:
+            raise ConfigError("bad-model", f"lacks the field {field.name!r}", key=key)
+    return kind(**{name: from_json(value, hints[name], key=f"{key}.{name}") for name, value in data.items()})
+
+
+def _member(data: Any, members: tuple[Any, ...], key: str) -> Any:
+    """The member of a union that ``data['kind']`` names (Norm has no tag to choose by, so it stands alone)."""
+    if len(members) == 1:
+        return members[0]
+    tag = data.get("kind") if isinstance(data, dict) else None
+    for member in members:
+        if tag in get_args(get_type_hints(member)["kind"]):
+            return member
+    raise ConfigError("bad-model", "has no known kind", key=key, value=tag)
+
+
+def _plain(data: Any, kind: Any, members: tuple[Any, ...], key: str) -> Any:
+    if get_origin(kind) is Literal:
+        ok = data in members
+    elif kind is float or float in members:
+        ok = isinstance(data, int | float) and not isinstance(data, bool)
+    else:
+        wanted = members or (kind,)
+        ok = isinstance(data, wanted) and not (isinstance(data, bool) and bool not in wanted)
+    if not ok:
+        raise ConfigError("bad-model", "has the wrong type or value", key=key, value=data)
+    return data

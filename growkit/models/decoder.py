@@ -1,0 +1,116 @@
+"""DecoderLM: embedding → layers → final norm → head. The one model of growkit.
+
+Legend: B batch, T tokens, D embed, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from growkit.models.config import ModelConfig
+from growkit.models.layers import Layer, LayerCache, rope_table
+from growkit.models.loss import TokenLoss, chunked_cross_entropy
+from growkit.models.norm import Normalize
+from growkit.models.spec import ParamSpec, param_specs
+
+
+class Cache:
+    """Keys and values of every layer, by layer id, and how many positions they hold."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.layers = {layer.id: LayerCache() for layer in config.layers}
+        self.length = 0
+
+
+class DecoderLM(nn.Module):
+    """A causal language model built from ``config``; parameters are unset until ``init_params`` or a state is loaded.
+
+    ``backend``: path of the ops (ops/dispatch.py). ``checkpoint_layers``: recompute each layer in backward.
+    """
+
+    def __init__(self, config: ModelConfig, *, backend: str = "auto", checkpoint_layers: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpoint_layers = checkpoint_layers
+        self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
+        self.layers = nn.ModuleDict({str(spec.id): Layer(spec, config, backend) for spec in config.layers})
+        self.final_norm = Normalize(config.final_norm, config.embed_dim)
+        if not config.tied_head:
+            self.head = nn.Linear(config.embed_dim, config.vocab_size, bias=False)
+
+    def param_axes(self) -> dict[str, ParamSpec]:
+        """Name → axes, role and layer of every parameter."""
+        return param_specs(self.config)
+
+    def hidden(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
+        """Final-norm output (B, T, D). With ``cache``, tokens continue the cached positions."""
+        x = self.embedding(tokens_BT)
+        past = cache.length if cache is not None else 0
+        positions = torch.arange(past, past + tokens_BT.shape[1], device=x.device)
+        ropes: dict[tuple[int, float, float], tuple[Tensor, Tensor]] = {}
+        for spec in self.config.layers:
+            layer = self.layers[str(spec.id)]
+            key = (spec.mixer.head_dim, spec.mixer.rope_fraction, spec.mixer.rope_base)
+            if key not in ropes:
+                ropes[key] = rope_table(spec.mixer, positions, x.dtype)
+            if self.checkpoint_layers and self.training:
+                x = checkpoint(layer, x, ropes[key], use_reentrant=False)
+            else:
+                x = layer(x, ropes[key], cache.layers[spec.id] if cache is not None else None)
+        if cache is not None:
+            cache.length += tokens_BT.shape[1]
+        return self.final_norm(x)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D)."""
+        return self.embedding.weight if self.config.tied_head else self.head.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        cache: Cache | None = None,
+        z_loss: float = 0.0,
+        chunk_tokens: int = 0,
+    ) -> Tensor | TokenLoss:
+        """tokens (B, T) → logits (B, T, V); with ``targets`` (B, T), the losses instead, logits made in chunks."""
+        h = self.hidden(tokens, cache)
+        if targets is None:
+            logits = F.linear(h, self.head_weight)
+            return logits if self.config.logit_scale == 1 else logits * self.config.logit_scale
+        return chunked_cross_entropy(
+            h.flatten(0, 1),
+            self.head_weight,
+            targets.flatten(),
+            logit_scale=self.config.logit_scale,
+            z_loss=z_loss,
+            chunk_tokens=chunk_tokens,
+        )
+
+
+def init_tensor(spec: ParamSpec, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A parameter's start: N(0, init_std²), or its constant."""
+    if spec.init_std is None:
+        return torch.full(spec.shape, spec.starts_at(), dtype=dtype)
+    return torch.empty(spec.shape, dtype=dtype).normal_(0.0, spec.init_std, generator=generator)
+
+
+def init_params(config: ModelConfig, generator: torch.Generator) -> dict[str, Tensor]:
+    """A fresh state: name → float32 tensor, drawn in the order of the parameter table."""
+    return {name: init_tensor(spec, generator) for name, spec in param_specs(config).items()}
+
+
+def build(config: ModelConfig, params: Mapping[str, Tensor], *, copy: bool = True, **options: object) -> DecoderLM:
+    """A model whose parameters are those of ``params`` (copies of them unless ``copy`` is off)."""
+    with torch.device("meta"):
+        model = DecoderLM(config, **options)  # type: ignore[arg-type]
+    state = {name: tensor.detach().clone() if copy else tensor.detach() for name, tensor in params.items()}
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.requires_grad_(True)

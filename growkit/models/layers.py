@@ -1,0 +1,173 @@
+"""The parts of a layer: projections, attention, feed-forward.
+
+Legend: B batch, T tokens, D embed, H query heads, G kv heads, d head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from growkit.models.config import Attention, DenseMLP, LayerSpec, ModelConfig, Pattention, PattentionMLP, Projection
+from growkit.models.norm import Normalize
+from growkit.ops.pattention import pattention
+
+
+class LinearProjection(nn.Module):
+    def __init__(self, inp: int, out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out, inp))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class PattentionProjection(nn.Module):
+    """Banks of parameter tokens, each its own pair of parameters: ``keys.g`` (n_g, in), ``values.g`` (n_g, out)."""
+
+    def __init__(self, spec: Pattention, inp: int, out: int, backend: str) -> None:
+        super().__init__()
+        self.spec, self.backend = spec, backend
+        self.keys = nn.ParameterList(nn.Parameter(torch.empty(n, inp)) for n in spec.banks)
+        self.values = nn.ParameterList(nn.Parameter(torch.empty(n, out)) for n in spec.banks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        spec = self.spec
+        return pattention(
+            x, list(self.keys), list(self.values), list(spec.taus), spec.theta, spec.scope, self.backend
+        )
+
+
+def projection(spec: Projection, inp: int, out: int, backend: str) -> nn.Module:
+    if isinstance(spec, Pattention):
+        return PattentionProjection(spec, inp, out, backend)
+    return LinearProjection(inp, out)
+
+
+class LayerCache:
+    """Keys and values of one layer for decoding, in buffers that double when full."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._k: Tensor | None = None
+        self._v: Tensor | None = None
+
+    def append(self, k_BGTd: Tensor, v_BGTd: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds T positions; returns all keys and values so far (B, G, length, d)."""
+        new = self.length + k_BGTd.shape[2]
+        if self._k is None or self._v is None or new > self._k.shape[2]:
+            room = (*k_BGTd.shape[:2], max(64, 2 * new), k_BGTd.shape[3])
+            k, v = k_BGTd.new_empty(room), v_BGTd.new_empty(room)
+            if self._k is not None and self._v is not None:
+                k[:, :, : self.length] = self._k[:, :, : self.length]
+                v[:, :, : self.length] = self._v[:, :, : self.length]
+            self._k, self._v = k, v
+        self._k[:, :, self.length : new] = k_BGTd
+        self._v[:, :, self.length : new] = v_BGTd
+        self.length = new
+        return self._k[:, :, :new], self._v[:, :, :new]
+
+
+class CausalAttention(nn.Module):
+    """softmax(q kᵀ / √d) v with rotary positions (RoFormer, arXiv 2104.09864; half-split pairs as in GPT-NeoX)."""
+
+    def __init__(self, spec: Attention, embed_dim: int, backend: str) -> None:
+        super().__init__()
+        self.spec = spec
+        heads, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        self.q = projection(spec.q, embed_dim, heads, backend)
+        self.k = projection(spec.k, embed_dim, kv, backend)
+        self.v = projection(spec.v, embed_dim, kv, backend)
+        self.o = projection(spec.o, heads, embed_dim, backend)
+        if spec.qk_norm is not None:
+            self.q_norm = Normalize(spec.qk_norm, spec.head_dim)
+            self.k_norm = Normalize(spec.qk_norm, spec.head_dim)
+
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
+        spec = self.spec
+        B, T, _ = x_BTD.shape
+        q = self.q(x_BTD).view(B, T, spec.num_heads, spec.head_dim)
+        k = self.k(x_BTD).view(B, T, spec.num_kv_heads, spec.head_dim)
+        v = self.v(x_BTD).view(B, T, spec.num_kv_heads, spec.head_dim).transpose(1, 2)
+        if spec.qk_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, rope).transpose(1, 2), rotate(k, rope).transpose(1, 2)
+        causal, mask = True, None
+        if cache is not None:
+            past = cache.length
+            k, v = cache.append(k, v)
+            if past:
+                causal = False
+                ones = torch.ones(T, past + T, dtype=torch.bool, device=q.device)
+                mask = ones.tril(past) if T > 1 else None
+        groups = spec.num_heads != spec.num_kv_heads
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=groups)
+        return self.o(y.transpose(1, 2).reshape(B, T, -1))
+
+
+def rope_table(spec: Attention, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin (T, rotated/2) of position · base^(−2i/rotated); angles in float32 at least (float64 for float64)."""
+    rotated = round(spec.head_dim * spec.rope_fraction)
+    wide = torch.promote_types(dtype, torch.float32)
+    exponent = torch.arange(0, rotated, 2, device=positions.device, dtype=wide) / max(rotated, 1)
+    angles = positions.to(wide)[:, None] * spec.rope_base**-exponent
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x_BTHd: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotates pair (i, i + rotated/2) of every head by its position's angle; the rest of the head passes."""
+    cos, sin = (t[None, :, None, :].to(x_BTHd.dtype) for t in rope)
+    half = cos.shape[-1]
+    if half == 0:
+        return x_BTHd
+    x1, x2, rest = x_BTHd[..., :half], x_BTHd[..., half : 2 * half], x_BTHd[..., 2 * half :]
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), dim=-1)
+
+
+class DenseFeedForward(nn.Module):
+    def __init__(self, spec: DenseMLP, embed_dim: int) -> None:
+        super().__init__()
+        self.kind = spec.kind
+        if spec.kind == "swiglu":
+            self.gate_up = LinearProjection(embed_dim, 2 * spec.dim)
+        else:
+            self.up = LinearProjection(embed_dim, spec.dim)
+        self.down = LinearProjection(spec.dim, embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "gelu":
+            return self.down(F.gelu(self.up(x)))
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class TokenFeedForward(nn.Module):
+    def __init__(self, spec: PattentionMLP, embed_dim: int, backend: str) -> None:
+        super().__init__()
+        self.tokens = PattentionProjection(spec.projection, embed_dim, embed_dim, backend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tokens(x)
+
+
+class Layer(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)): pre-norm residual block."""
+
+    def __init__(self, spec: LayerSpec, config: ModelConfig, backend: str) -> None:
+        super().__init__()
+        self.attention_norm = Normalize(config.norm, config.embed_dim)
+        self.attention = CausalAttention(spec.mixer, config.embed_dim, backend)
+        self.mlp_norm = Normalize(config.norm, config.embed_dim)
+        if isinstance(spec.mlp, DenseMLP):
+            self.mlp: nn.Module = DenseFeedForward(spec.mlp, config.embed_dim)
+        else:
+            self.mlp = TokenFeedForward(spec.mlp, config.embed_dim, backend)
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
+        x = x + self._drop(self.attention(self.attention_norm(x), rope, cache))
+        return x + self._drop(self.mlp(self.mlp_norm(x)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x

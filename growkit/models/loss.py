@@ -1,0 +1,48 @@
+"""Cross-entropy of next tokens, the (tokens × vocabulary) logits never held whole.
+
+Legend: N tokens, D embed, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+class TokenLoss(NamedTuple):
+    """``total``: what is minimised. ``cross_entropy``: mean nats per token, without the z-loss."""
+
+    total: Tensor
+    cross_entropy: Tensor
+
+
+def chunked_cross_entropy(
+    h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, *, logit_scale: float, z_loss: float, chunk_tokens: int
+) -> TokenLoss:
+    """mean(CE) + z_loss · mean(log² Z) (PaLM, section 5). Chunks of ``chunk_tokens`` are recomputed in backward;
+    0 means one chunk, kept. Logits and sums in float32 at least."""
+    count = targets_N.numel()
+    if chunk_tokens <= 0 or chunk_tokens >= count:
+        ce, z = _sums(h_ND, head_VD, targets_N, logit_scale, z_loss > 0)
+    else:
+        parts = [
+            checkpoint(_sums, h, head_VD, t, logit_scale, z_loss > 0, use_reentrant=False)
+            for h, t in zip(h_ND.split(chunk_tokens), targets_N.split(chunk_tokens), strict=True)
+        ]
+        ce = torch.stack([part[0] for part in parts]).sum()
+        z = torch.stack([part[1] for part in parts]).sum()
+    ce, z = ce / count, z / count
+    return TokenLoss(ce + z_loss * z if z_loss else ce, ce)
+
+
+def _sums(h: Tensor, head: Tensor, targets: Tensor, logit_scale: float, with_z: bool) -> tuple[Tensor, Tensor]:
+    logits = F.linear(h, head)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if logit_scale != 1:
+        logits = logits * logit_scale
+    ce = F.cross_entropy(logits, targets, reduction="sum")
+    return ce, logits.logsumexp(-1).square().sum() if with_z else ce.new_zeros(())

@@ -1,0 +1,179 @@
+"""Short ways to say a whole model in a recipe. A preset's fields are sugar: ``expand`` writes out every layer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from growkit.errors import ConfigError
+from growkit.models.config import (
+    NORM_KINDS,
+    THETAS,
+    Attention,
+    DenseMLP,
+    LayerSpec,
+    Linear,
+    ModelConfig,
+    Norm,
+    Pattention,
+    PattentionMLP,
+)
+from growkit.registry import Registry
+
+
+class Preset(Protocol):
+    def expand(self) -> ModelConfig: ...
+
+
+PRESETS: Registry[type[Any]] = Registry("model preset")
+
+
+def initial_tau(theta: str, tokens: int) -> float:
+    """τ of a fresh set of parameter tokens: √n, or n for softmax (TokenFormer, table 9 and appendix A)."""
+    return float(tokens) if theta == "softmax" else math.sqrt(tokens)
+
+
+def _positive(owner: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if value is not None and value <= 0:
+            raise ConfigError("not-positive", "must be above zero", key=f"model.{name}", value=value)
+
+
+def _choice(value: str, allowed: tuple[str, ...], name: str) -> None:
+    if value not in allowed:
+        mend = f"allowed: {', '.join(allowed)}"
+        raise ConfigError("unknown-choice", "is not allowed", key=f"model.{name}", value=value, mend=mend)
+
+
+@dataclass
+class _Common:
+    """Fields every preset has."""
+
+    preset: str = ""
+    vocab_size: int = 256  # entries of the embedding table; 256 = bytes
+    embed_dim: int = 128  # width of the residual stream
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int | None = None  # default: num_heads; fewer = grouped-query attention
+    head_dim: int | None = None  # default: embed_dim / num_heads
+    norm: str = "rmsnorm"  # rmsnorm | layernorm | layernorm_gainless, inside the blocks
+    final_norm: str | None = None  # default: norm
+    norm_eps: float = 1e-5
+    rope_base: float = 10000.0
+    rope_fraction: float = 1.0  # share of each head that is rotated
+    qk_norm: bool = False
+    tied_head: bool = True
+    dropout: float = 0.0  # on every residual write, 0..1
+
+    def _check(self) -> None:
+        _positive(self, "vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "norm_eps")
+        _positive(self, "rope_base")
+        _choice(self.norm, NORM_KINDS, "norm")
+        _choice(self.final_norm or self.norm, NORM_KINDS, "final_norm")
+        if self.head_dim is None and self.embed_dim % self.num_heads:
+            raise ConfigError(
+                "heads-do-not-divide",
+                f"is not divisible by model.num_heads = {self.num_heads}",
+                key="model.embed_dim",
+                value=self.embed_dim,
+                mend=f"use a multiple of {self.num_heads}, or set model.head_dim",
+            )
+        if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                "kv-heads-do-not-divide",
+                f"does not divide model.num_heads = {self.num_heads}",
+                key="model.num_kv_heads",
+                value=self.num_kv_heads,
+                mend=f"use a divisor of {self.num_heads}",
+            )
+        if not 0 <= self.dropout < 1:
+            raise ConfigError("out-of-range", "must be in [0, 1)", key="model.dropout", value=self.dropout)
+        if not 0 <= self.rope_fraction <= 1:
+            raise ConfigError("out-of-range", "must be in [0, 1]", key="model.rope_fraction", value=self.rope_fraction)
+        rotated = self._head_dim * self.rope_fraction
+        if rotated != int(rotated) or int(rotated) % 2:
+            raise ConfigError(
+                "odd-rotation",
+                f"rotates {rotated:g} of {self._head_dim} dimensions of a head, which must be an even number",
+                key="model.rope_fraction",
+                value=self.rope_fraction,
+                mend="choose head_dim and rope_fraction so that their product is even",
+            )
+
+    @property
+    def _head_dim(self) -> int:
+        return self.head_dim or self.embed_dim // self.num_heads
+
+    def _model(self, mixer: Attention, mlp: DenseMLP | PattentionMLP) -> ModelConfig:
+        return ModelConfig(
+            vocab_size=self.vocab_size,
+            embed_dim=self.embed_dim,
+            layers=tuple(LayerSpec(i, mixer, mlp) for i in range(self.num_layers)),
+            norm=Norm(self.norm, self.norm_eps),  # type: ignore[arg-type]
+            final_norm=Norm(self.final_norm or self.norm, self.norm_eps),  # type: ignore[arg-type]
+            tied_head=self.tied_head,
+            dropout=self.dropout,
+        )
+
+    def _attention(self, q: Any, k: Any, v: Any, o: Any) -> Attention:
+        return Attention(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads or self.num_heads,
+            head_dim=self._head_dim,
+            q=q,
+            k=k,
+            v=v,
+            o=o,
+            rope_base=self.rope_base,
+            rope_fraction=self.rope_fraction,
+            qk_norm=Norm("rmsnorm", self.norm_eps) if self.qk_norm else None,
+        )
+
+
+@PRESETS.register("tokenformer")
+@dataclass
+class TokenFormer(_Common):
+    """Attention and MLP as attention over parameter tokens (arXiv 2410.23168)."""
+
+    preset: str = "tokenformer"
+    attention_tokens: int = 128  # parameter tokens of each of q, k, v, o
+    q_tokens: int | None = None  # default for each: attention_tokens
+    k_tokens: int | None = None
+    v_tokens: int | None = None
+    o_tokens: int | None = None
+    mlp_tokens: int = 512
+    theta: str = "l2_norm_gelu"  # l2_norm_gelu | gelu_l2_norm | softmax
+    token_norm: str = "bank"  # bank: every bank normalised on its own; shared: over all tokens, as published
+
+    def expand(self) -> ModelConfig:
+        self._check()
+        _positive(self, "attention_tokens", "q_tokens", "k_tokens", "v_tokens", "o_tokens", "mlp_tokens")
+        _choice(self.theta, THETAS, "theta")
+        _choice(self.token_norm, ("bank", "shared"), "token_norm")
+
+        def tokens(count: int | None) -> Pattention:
+            size = count if count is not None else self.attention_tokens
+            return Pattention((size,), (initial_tau(self.theta, size),), self.theta, self.token_norm)  # type: ignore[arg-type]
+
+        mixer = self._attention(*(tokens(n) for n in (self.q_tokens, self.k_tokens, self.v_tokens, self.o_tokens)))
+        return self._model(mixer, PattentionMLP(tokens(self.mlp_tokens)))
+
+
+@PRESETS.register("transformer")
+@dataclass
+class Transformer(_Common):
+    """Transformer++: RoPE, RMSNorm, SwiGLU, no biases."""
+
+    preset: str = "transformer"
+    mlp_dim: int | None = None  # default: 8/3 · embed_dim, rounded up to a multiple of 16
+    mlp: str = "swiglu"  # swiglu | gelu
+
+    def expand(self) -> ModelConfig:
+        self._check()
+        _positive(self, "mlp_dim")
+        _choice(self.mlp, ("swiglu", "gelu"), "mlp")
+        dim = self.mlp_dim or math.ceil(self.embed_dim * 8 / 3 / 16) * 16
+        linear = Linear()
+        return self._model(self._attention(linear, linear, linear, linear), DenseMLP(dim, self.mlp))  # type: ignore[arg-type]

@@ -1,0 +1,153 @@
+"""The table of parameters: for a configuration, every parameter's name, axes, role and start. No torch here.
+
+The module tree (decoder.py), initialisation, parameter counts, FLOPs, optimizer groups and growth all read this one
+table, so they cannot disagree.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from growkit.models.axes import AnyAxis, Axis, Concat, Product
+from growkit.models.config import Attention, DenseMLP, LayerSpec, ModelConfig, Norm, Pattention, Projection
+
+Role = Literal["embedding", "head", "weight", "keys", "values", "gain", "bias"]
+Component = Literal["embedding", "attention", "mlp", "norm", "head"]
+INIT_STD = 0.02  # embeddings, linear maps and keys: GPT-2's and TokenFormer's choice
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One parameter. ``axes``: one per dimension. ``init_std``: None means a constant (gains 1, biases 0).
+
+    ``layer``/``local``: which layer it belongs to and its name there, so that an inserted layer finds its origin's.
+    """
+
+    axes: tuple[AnyAxis, ...]
+    role: Role
+    component: Component
+    init_std: float | None
+    layer: int | None = None
+    local: str = ""
+    bank: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(axis.size for axis in self.axes)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def is_matmul(self) -> bool:
+        """Whether a matrix product reads it (an embedding is looked up; a norm is elementwise)."""
+        return self.role in ("head", "weight", "keys", "values")
+
+    @property
+    def out_dim(self) -> int | None:
+        """The dimension it writes: 0 of a linear weight (out, in), 1 of values and of an embedding table."""
+        return {"weight": 0, "values": 1, "embedding": 1}.get(self.role)
+
+    @property
+    def writes_residual(self) -> bool:
+        """Whether its product is added to the residual stream (or starts it)."""
+        return self.out_dim is not None and self.axes[self.out_dim].names == {"embed"}
+
+    def starts_at(self) -> float:
+        """The constant an elementwise parameter starts at."""
+        return 1.0 if self.role == "gain" else 0.0
+
+
+@lru_cache(maxsize=64)
+def _specs(config: ModelConfig) -> tuple[tuple[str, ParamSpec], ...]:
+    embed = Axis("embed", config.embed_dim)
+    vocab = Axis("vocab", config.vocab_size)
+    table = [("embedding.weight", ParamSpec((vocab, embed), "embedding", "embedding", INIT_STD))]
+    depth = len(config.layers)
+    for layer in config.layers:
+        for local, spec in _layer(layer, config, embed, depth):
+            table.append((f"layers.{layer.id}.{local}", spec))
+    table += [(f"final_norm.{name}", spec) for name, spec in _norm(config.final_norm, embed)]
+    if not config.tied_head:
+        table.append(("head.weight", ParamSpec((vocab, embed), "head", "head", INIT_STD)))
+    return tuple(table)
+
+
+def param_specs(config: ModelConfig) -> dict[str, ParamSpec]:
+    """Name → ParamSpec of every parameter, in the order of the model's ``named_parameters()``."""
+    return dict(_specs(config))
+
+
+def _norm(norm: Norm, axis: Axis, local: str = "", layer: int | None = None) -> list[tuple[str, ParamSpec]]:
+    rows: list[tuple[str, ParamSpec]] = []
+    if norm.kind != "layernorm_gainless":
+        rows.append(("gain", ParamSpec((axis,), "gain", "norm", None, layer, f"{local}gain")))
+    if norm.kind == "layernorm":
+        rows.append(("bias", ParamSpec((axis,), "bias", "norm", None, layer, f"{local}bias")))
+    return rows
+
+
+def _layer(layer: LayerSpec, config: ModelConfig, embed: Axis, depth: int) -> list[tuple[str, ParamSpec]]:
+    rows: list[tuple[str, ParamSpec]] = []
+
+    def norm(prefix: str, kind: Norm, axis: Axis) -> None:
+        rows.extend((prefix + name, spec) for name, spec in _norm(kind, axis, prefix, layer.id))
+
+    def dense(prefix: str, kind: Projection, inp: AnyAxis, out: AnyAxis, part: Component) -> None:
+        rows.extend(_projection(prefix, kind, inp, out, part, layer.id, depth))
+
+    mixer = layer.mixer
+    norm("attention_norm.", config.norm, embed)
+    heads, kv_heads = _head_axes(mixer)
+    dense("attention.q.", mixer.q, embed, heads, "attention")
+    dense("attention.k.", mixer.k, embed, kv_heads, "attention")
+    dense("attention.v.", mixer.v, embed, kv_heads, "attention")
+    dense("attention.o.", mixer.o, heads, embed, "attention")
+    if mixer.qk_norm is not None:
+        norm("attention.q_norm.", mixer.qk_norm, Axis("head_dim", mixer.head_dim))
+        norm("attention.k_norm.", mixer.qk_norm, Axis("head_dim", mixer.head_dim))
+    norm("mlp_norm.", config.norm, embed)
+    mlp = layer.mlp
+    if isinstance(mlp, DenseMLP):
+        wide = Axis("mlp", mlp.dim)
+        inner = Concat((wide, wide)) if mlp.kind == "swiglu" else wide
+        name = "gate_up" if mlp.kind == "swiglu" else "up"
+        rows.append(
+            (f"mlp.{name}.weight", _weight((inner, embed), "mlp", INIT_STD, layer.id, f"mlp.{name}.weight"))
+        )
+        std = INIT_STD / math.sqrt(2 * depth)
+        rows.append(("mlp.down.weight", _weight((embed, wide), "mlp", std, layer.id, "mlp.down.weight")))
+    else:
+        dense("mlp.tokens.", mlp.projection, embed, embed, "mlp")
+    return rows
+
+
+def _head_axes(mixer: Attention) -> tuple[Product, Product]:
+    """(heads × head_dim, kv_heads × head_dim)."""
+    head_dim = Axis("head_dim", mixer.head_dim)
+    return Product((Axis("heads", mixer.num_heads), head_dim)), Product((Axis("kv_heads", mixer.num_kv_heads), head_dim))
+
+
+def _weight(axes: tuple[AnyAxis, ...], part: Component, std: float, layer: int, local: str) -> ParamSpec:
+    return ParamSpec(axes, "weight", part, std, layer, local)
+
+
+def _projection(
+    prefix: str, kind: Projection, inp: AnyAxis, out: AnyAxis, part: Component, layer: int, depth: int
+) -> list[tuple[str, ParamSpec]]:
+    if not isinstance(kind, Pattention):
+        # GPT-2 (section 2.3): what writes the residual stream starts smaller by the root of the number of writes.
+        std = INIT_STD / math.sqrt(2 * depth) if out.names == {"embed"} else INIT_STD
+        return [(f"{prefix}weight", _weight((out, inp), part, std, layer, f"{prefix}weight"))]
+    rows = []
+    value_std = 2.0 / (depth * math.sqrt(out.size))  # TokenFormer's published start
+    for side, axis, std in (("keys", inp, INIT_STD), ("values", out, value_std)):
+        for bank, size in enumerate(kind.banks):
+            local = f"{prefix}{side}.{bank}"
+            role: Role = "keys" if side == "keys" else "values"
+            rows.append((local, ParamSpec((Axis("param_tokens", size), axis), role, part, std, layer, local, bank)))
+    return rows
