@@ -1,0 +1,138 @@
+"""Growth as a pure function: a state in, a larger one out, one tensor at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from growkit import faults
+from growkit.growth.expand import expand_moments
+from growkit.growth.operator import Grown, TensorGrowth
+from growkit.growth.path import Link, operator, path
+from growkit.growth.state import Moments, TrainState
+from growkit.growth.verify import Certificate, certify
+from growkit.models.config import ModelConfig
+from growkit.models.decoder import init_tensor
+from growkit.models.spec import param_specs
+
+
+@dataclass(frozen=True)
+class GrowthReport:
+    """What a growth did. ``new``: parameters that did not exist before. ``certificate``: None without a probe."""
+
+    links: tuple[Link, ...]
+    new: tuple[str, ...]
+    parameters_before: int
+    parameters_after: int
+    certificate: Certificate | None
+
+
+def grow(
+    state: TrainState,
+    target: ModelConfig,
+    methods: Mapping[str, str],
+    generator: torch.Generator,
+    probe: Tensor | None = None,
+    *,
+    stage: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[TrainState, GrowthReport]:
+    """``state`` grown to ``target``; the input is left bitwise as it was.
+
+    ``methods``: operator → method, where a default is not wanted. ``generator``: the only source of randomness.
+    ``probe``: tokens (rows, context + 1) to measure the certificate on; ``dtype``: the training run's.
+    ``stage``: what new parameters are marked as born in. Raises ConfigError for a target that cannot be reached and
+    PreservationError when a step that claims to be exact is not.
+    """
+    links = path(state.config, target, methods)
+    grown = grown_state(state, links, generator, stage=stage)
+    new = tuple(name for name in grown.params if name not in state.params)
+    certificate = None
+    if probe is not None:
+        certificate = certify(state, grown, tuple(link.exactness for link in links), probe, new=new, dtype=dtype)
+    before, after = state.config.num_params(), target.num_params()
+    return grown, GrowthReport(tuple(links), new, before, after, certificate)
+
+
+def grown_state(state: TrainState, links: list[Link], generator: torch.Generator, *, stage: int = 0) -> TrainState:
+    """The chain applied, every tensor materialised. ``lazy_state`` is the same without holding them all."""
+    lazy = lazy_state(state, links, generator, stage=stage)
+    params: dict[str, Tensor] = {}
+    for index, name in enumerate(lazy.params):
+        params[name] = lazy.params[name]
+        if index == len(lazy.params) // 2:
+            faults.point("mid_growth")
+    return TrainState(lazy.config, params, {name: lazy.moments[name] for name in lazy.moments}, lazy.born)
+
+
+def lazy_state(state: TrainState, links: list[Link], generator: torch.Generator, *, stage: int = 0) -> TrainState:
+    """The chain as mappings that grow a tensor when it is asked for, so that growth can stream to disk."""
+    # One draw seeds everything; each tensor's own seed is a hash with its name, so order and sharding do not matter.
+    seed = int(torch.randint(2**62, (), generator=generator))
+    for number, link in enumerate(links):
+        view = _Link(state, link, f"{seed}/{number}")
+        born = dict(state.born) | {name: stage for name in view.specs if name not in view.old_specs}
+        params = _Lazy(list(view.specs), lambda name, view=view: view.grown(name).value)
+        kept = [name for name in view.specs if name in view.old_specs and name in state.moments]
+        state = TrainState(link.target, params, _Lazy(kept, view.moments), born)
+    return state
+
+
+class _Lazy(Mapping):  # type: ignore[type-arg]
+    """Names in order, values computed on access."""
+
+    def __init__(self, names: list[str], compute: Callable[[str], object]) -> None:
+        self._names, self._compute = dict.fromkeys(names), compute
+
+    def __getitem__(self, name: str) -> object:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._compute(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class _Link:
+    """One link over a state: computes the target's tensors on demand."""
+
+    def __init__(self, state: TrainState, link: Link, seed: str) -> None:
+        self.state, self.link, self.seed = state, link, seed
+        self.specs, self.old_specs = param_specs(link.target), param_specs(link.source)
+        self.operator = operator(link.operator)
+        self._by_place = {(s.layer, s.local): name for name, s in self.old_specs.items() if s.layer is not None}
+
+    def grown(self, name: str) -> Grown:
+        spec, old_spec = self.specs[name], self.old_specs.get(name)
+        old = self.state.params[name] if old_spec is not None else None
+        origin = None
+        if old is None and spec.layer is not None:
+            layer = self.link.target.layer(spec.layer).origin
+            if (source := self._by_place.get((layer, spec.local))) is not None:
+                origin = self.state.params[source]
+        dtype = old.dtype if old is not None else next(iter(self.state.params.values())).dtype
+
+        def fresh() -> Tensor:
+            digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
+            own = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+            return init_tensor(spec, own).to(dtype)
+
+        link = self.link
+        growth = TensorGrowth(spec, old_spec, old, origin, link.source, link.target, link.method, fresh)
+        result = self.operator.grow_tensor(growth)
+        assert result.value.shape == spec.shape, (name, tuple(result.value.shape), spec.shape)
+        return result
+
+    def moments(self, name: str) -> Moments:
+        old, spec, old_spec = self.state.moments[name], self.specs[name], self.old_specs[name]
+        if spec.axes == old_spec.axes:
+            return old
+        grown = self.grown(name)
+        return expand_moments(old, old_spec.axes, spec.axes, scale=grown.scale, placement=grown.placement)

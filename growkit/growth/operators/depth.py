@@ -1,0 +1,127 @@
+"""More layers: identity inserts, which keep the function, and copies, which do not and are popular all the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from growkit.errors import ConfigError
+from growkit.growth.operator import (
+    OPERATORS,
+    Exactness,
+    Grown,
+    GrowthOperator,
+    TensorGrowth,
+    not_smaller,
+    whole_number,
+)
+from growkit.models.config import LayerSpec, ModelConfig
+
+PLACES = ("interleaved", "end", "middle")
+
+
+class Depth(GrowthOperator):
+    name = "depth"
+    fields = ("num_layers",)
+    options = ("insert_at",)
+    methods = {
+        "identity": "a copy of the layer before, its writes to the residual stream zeroed",
+        "stack": "layers 0..L-1 once more on top (G_stack)",
+        "interleave": "every layer followed by its copy",
+    }
+    source = "identity: LLaMA-Pro, arXiv 2401.02415; stack: G_stack, arXiv 2405.15319; interleave: arXiv 2011.13635"
+
+    def target(self, config: ModelConfig, fields: Mapping[str, Any], method: str) -> ModelConfig:
+        count = whole_number(fields["num_layers"], "num_layers") if "num_layers" in fields else 0
+        current = len(config.layers)
+        if not count:
+            mend = "say grow.num_layers as well"
+            raise ConfigError("bad-target", "has nothing to insert", key="grow.insert_at", mend=mend)
+        not_smaller(count, current, "num_layers")
+        after = _places(method, fields.get("insert_at"), current, count - current)
+        next_id = max(layer.id for layer in config.layers) + 1
+        layers: list[LayerSpec] = []
+        for index, layer in enumerate(config.layers):
+            layers.append(layer)
+            for origin in after.get(index, ()):
+                origin_spec = config.layers[origin]
+                layers.append(dataclasses.replace(origin_spec, id=next_id, origin=origin_spec.id))
+                next_id += 1
+        return dataclasses.replace(config, layers=tuple(layers))
+
+    def advance(self, config: ModelConfig, target: ModelConfig) -> ModelConfig:
+        present = {layer.id: layer for layer in config.layers}
+        layers = []
+        for layer in target.layers:
+            if layer.id in present:
+                layers.append(present[layer.id])
+            elif layer.origin in present:  # as its origin is now; what else it is to be, later links make it
+                layers.append(dataclasses.replace(present[layer.origin], id=layer.id, origin=layer.origin))
+        if [layer for layer in layers if layer.id in present] != list(config.layers):
+            return config  # layers were dropped or reordered: not this operator's to do
+        return dataclasses.replace(config, layers=tuple(layers))
+
+    def exactness(self, source: ModelConfig, target: ModelConfig, method: str) -> Exactness:
+        if method == "identity":
+            return Exactness("exact", "the new layers write zeros to the residual stream")
+        return Exactness("not", "copied layers act a second time")
+
+    def grow_tensor(self, growth: TensorGrowth) -> Grown:
+        if growth.old is not None:
+            return Grown(growth.old)
+        assert growth.origin is not None, "a new layer has an origin"
+        copy = growth.origin.clone()
+        if growth.method == "identity" and growth.spec.writes_residual:
+            copy.zero_()
+        return Grown(copy)
+
+
+def _places(method: str, insert_at: Any, current: int, new: int) -> dict[int, list[int]]:
+    """index of a layer → origins (indices) of the layers that go right after it."""
+    if method == "stack":
+        _no_choice(method, insert_at)
+        return {current - 1: [i % current for i in range(new)]}
+    if method == "interleave":
+        _no_choice(method, insert_at)
+        if new % current:
+            raise ConfigError(
+                "bad-target",
+                f"is not a multiple of the current {current} layers",
+                key="grow.num_layers",
+                value=current + new,
+                mend=f"use {2 * current}, or the method identity",
+            )
+        return {i: [i] * (new // current) for i in range(current)}
+    if insert_at in (None, "interleaved"):
+        positions = [(i + 1) * current // new - 1 if new <= current else i * current // new for i in range(new)]
+    elif insert_at == "end":
+        positions = [current - 1] * new
+    elif insert_at == "middle":
+        positions = [(current - 1) // 2] * new
+    else:
+        positions = _explicit(insert_at, current, new)
+    after: dict[int, list[int]] = {}
+    for position in positions:
+        after.setdefault(position, []).append(position)
+    return after
+
+
+def _explicit(insert_at: Any, current: int, new: int) -> list[int]:
+    listed = list(insert_at) if isinstance(insert_at, list | tuple) else None
+    if listed is None or any(isinstance(i, bool) or not isinstance(i, int) for i in listed):
+        mend = f"use {', '.join(PLACES)}, or a list of layer indices to insert after"
+        raise ConfigError("bad-target", "is not a place", key="grow.insert_at", value=insert_at, mend=mend)
+    if len(listed) != new or any(not 0 <= i < current for i in listed):
+        mend = f"give {new} indices in 0..{current - 1}"
+        raise ConfigError("bad-target", "does not fit num_layers", key="grow.insert_at", value=listed, mend=mend)
+    return listed
+
+
+def _no_choice(method: str, insert_at: Any) -> None:
+    if insert_at is not None:
+        mend = "drop it, or use the method identity"
+        raise ConfigError("bad-target", f"means nothing to {method}", key="grow.insert_at", value=insert_at, mend=mend)
+
+
+OPERATORS.register("depth")(Depth())

@@ -1,0 +1,129 @@
+"""More parameter tokens: append banks of key/value pairs to Pattention projections (TokenFormer, section 3.3)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from growkit.errors import ConfigError
+from growkit.growth.operator import (
+    OPERATORS,
+    Exactness,
+    Grown,
+    GrowthOperator,
+    TensorGrowth,
+    not_smaller,
+    whole_number,
+)
+from growkit.models.config import LayerSpec, ModelConfig, Pattention, PattentionMLP
+from growkit.models.presets import initial_tau
+
+PROJECTIONS = ("q", "k", "v", "o")
+
+
+class ParamTokens(GrowthOperator):
+    name = "param_tokens"
+    fields = ("attention_tokens", "q_tokens", "k_tokens", "v_tokens", "o_tokens", "mlp_tokens")
+    methods = {
+        "bank": "a bank with its own norm: random keys, zero values",
+        "held": "inside the shared norm, its τ held: zero keys, random values",
+        "published": "inside the shared norm as the public code does it: random rows, τ from the new count",
+    }
+    source = "TokenFormer, arXiv 2410.23168, section 3.3; banks: growkit"
+
+    def default_method(self, config: ModelConfig) -> str:
+        shared = any(p.scope == "shared" for layer in config.layers for p in _pattentions(layer).values())
+        return "held" if shared else "bank"
+
+    def target(self, config: ModelConfig, fields: Mapping[str, Any], method: str) -> ModelConfig:
+        wanted = {name: whole_number(value, name) for name, value in fields.items()}
+        if "attention_tokens" in wanted:
+            common = wanted.pop("attention_tokens")
+            wanted = {f"{p}_tokens": common for p in PROJECTIONS} | wanted
+        layers = []
+        for layer in config.layers:
+            grown = {}
+            for part, projection in _pattentions(layer).items():
+                if (count := wanted.get(f"{part}_tokens")) is not None:
+                    grown[part] = _append(projection, count, method, next(f for f in fields if _names(f, part)))
+            missing = [field for field in fields if not any(_names(field, part) for part in _pattentions(layer))]
+            if missing:
+                raise ConfigError(
+                    "nothing-to-grow",
+                    "the model has no parameter tokens there",
+                    key=f"grow.{missing[0]}",
+                    value=fields[missing[0]],
+                    mend="grow embed_dim, mlp_dim or num_layers, or start from model.preset=tokenformer",
+                )
+            layers.append(_with_pattentions(layer, grown))
+        return dataclasses.replace(config, layers=tuple(layers))
+
+    def advance(self, config: ModelConfig, target: ModelConfig) -> ModelConfig:
+        wanted = {layer.id: layer for layer in target.layers}
+        return dataclasses.replace(
+            config,
+            layers=tuple(
+                _with_pattentions(layer, _pattentions(wanted[layer.id])) if layer.id in wanted else layer
+                for layer in config.layers
+            ),
+        )
+
+    def exactness(self, source: ModelConfig, target: ModelConfig, method: str) -> Exactness:
+        if method == "bank":
+            return Exactness("exact", "the new banks' values are zero and their norms are their own")
+        if method == "published":
+            return Exactness("not", "new rows are random and enter the norm of the old ones, and τ changes")
+        if any(p.theta == "softmax" for layer in source.layers for p in _pattentions(layer).values()):
+            return Exactness("not", "a zero score still takes its share of a softmax")
+        return Exactness("exact", "zero keys add nothing to the shared norm, gelu(0) = 0, and τ is held")
+
+    def grow_tensor(self, growth: TensorGrowth) -> Grown:
+        if growth.old is not None:
+            return Grown(growth.old)
+        fresh = growth.fresh()
+        zeroed = {"bank": "values", "held": "keys", "published": None}[growth.method]
+        return Grown(fresh.zero_() if growth.spec.role == zeroed else fresh)
+
+
+def _names(field: str, part: str) -> bool:
+    return field == f"{part}_tokens" or (field == "attention_tokens" and part in PROJECTIONS)
+
+
+def _pattentions(layer: LayerSpec) -> dict[str, Pattention]:
+    """The Pattention projections of a layer: q, k, v, o, mlp."""
+    parts = {name: getattr(layer.mixer, name) for name in PROJECTIONS}
+    if isinstance(layer.mlp, PattentionMLP):
+        parts["mlp"] = layer.mlp.projection
+    return {name: p for name, p in parts.items() if isinstance(p, Pattention)}
+
+
+def _with_pattentions(layer: LayerSpec, parts: Mapping[str, Pattention]) -> LayerSpec:
+    mixer = dataclasses.replace(layer.mixer, **{name: p for name, p in parts.items() if name in PROJECTIONS})
+    mlp = PattentionMLP(parts["mlp"]) if "mlp" in parts else layer.mlp
+    return dataclasses.replace(layer, mixer=mixer, mlp=mlp)
+
+
+def _append(projection: Pattention, count: int, method: str, field: str) -> Pattention:
+    current = projection.tokens
+    not_smaller(count, current, field)
+    if count == current:
+        return projection
+    if (projection.scope == "shared") == (method == "bank"):
+        fitting = "held or published" if projection.scope == "shared" else "bank"
+        raise ConfigError(
+            "method-does-not-fit",
+            f"does not fit parameter tokens whose norm is '{projection.scope}'",
+            key="methods.param_tokens",
+            value=method,
+            mend=f"use {fitting}",
+        )
+    new = count - current
+    if method == "bank":
+        taus = (*projection.taus, initial_tau(projection.theta, new))
+    else:
+        taus = projection.taus if method == "held" else (initial_tau(projection.theta, count),)
+    return dataclasses.replace(projection, banks=(*projection.banks, new), taus=taus)
+
+
+OPERATORS.register("param_tokens")(ParamTokens())

@@ -1,0 +1,168 @@
+"""Certificates: what a growth step did to the function, measured, never assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from growkit.errors import PreservationError
+from growkit.growth.operator import Exactness
+from growkit.growth.state import TrainState
+from growkit.models.config import ModelConfig
+from growkit.models.decoder import DecoderLM, build
+from growkit.models.layers import Layer, rope_table
+from growkit.models.norm import Normalize
+
+# Relative Δlogits of an exact step, measured in the dtype of training: the same function in another order of sums.
+# 1e-4 is about 1000 float32 roundings of 6e-8; 5e-2 is some ten bf16 roundings of 4e-3.
+TRAINING_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2}
+PROBE_STEPS = 3  # gradients taken by the dead-parameter check
+PROBE_SIZE = 1e-3  # sign step between them, about one Adam step at lr 1e-3
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Measured on a probe batch; relative differences are ‖Δ‖/‖logits‖ (Frobenius).
+
+    ``new_grad_norms``: of the new parameters on the first PROBE_STEPS steps; ``dead``: those with none on any of them
+    (one operator's are alive by the second; in a chain, a zero inside a zero by the third). ``locked_rows``: rows of new
+    parameters that equal another row of theirs in value and in gradient, so that training cannot tell them apart.
+    """
+
+    exact: bool
+    reason: str
+    delta_logits_float64: float
+    max_delta_logits_float64: float
+    delta_logits_training: float
+    training_dtype: str
+    loss_before: float
+    loss_after: float
+    parameters_before: int
+    parameters_after: int
+    new_grad_norms: tuple[float, ...]
+    dead: tuple[str, ...]
+    locked_rows: int
+
+    @property
+    def delta_loss(self) -> float:
+        return self.loss_after - self.loss_before
+
+
+def certify(
+    before: TrainState,
+    after: TrainState,
+    claims: tuple[Exactness, ...],
+    probe: Tensor,
+    *,
+    new: tuple[str, ...],
+    dtype: torch.dtype = torch.float32,
+) -> Certificate:
+    """Compares ``before`` and ``after`` on ``probe`` (rows, context + 1). Raises PreservationError if all ``claims``
+    are exact and a tolerance is missed. Layers are held in float64 one at a time."""
+    tokens, targets = probe[:, :-1], probe[:, 1:]
+    exact = all(claim.kind == "exact" for claim in claims)
+    wide_before = stream_logits(before.config, before.params, tokens, torch.float64)
+    wide_after = stream_logits(after.config, after.params, tokens, torch.float64)
+    run_before = stream_logits(before.config, before.params, tokens, dtype)
+    run_after = stream_logits(after.config, after.params, tokens, dtype)
+    rounds = _gradients(after, tokens, targets)
+    certificate = Certificate(
+        exact=exact,
+        reason="; ".join(dict.fromkeys(claim.reason for claim in claims)),
+        delta_logits_float64=_relative(wide_after, wide_before),
+        max_delta_logits_float64=float((wide_after - wide_before).abs().max()),
+        delta_logits_training=_relative(run_after, run_before),
+        training_dtype=str(dtype).removeprefix("torch."),
+        loss_before=_loss(run_before, targets),
+        loss_after=_loss(run_after, targets),
+        parameters_before=before.config.num_params(),
+        parameters_after=after.config.num_params(),
+        new_grad_norms=tuple(_norm(gradients, new) for gradients in rounds),
+        dead=tuple(name for name in new if not any(gradients[name].any() for gradients in rounds)),
+        locked_rows=sum(_locked_rows(after.params[name], rounds[-1][name]) for name in new),
+    )
+    if exact:
+        stored = next(iter(after.params.values())).dtype
+        _hold_to(certificate, max(claim.tolerance(stored == torch.float64) for claim in claims), dtype)
+    return certificate
+
+
+def _hold_to(certificate: Certificate, float64_tolerance: float, dtype: torch.dtype) -> None:
+    for measured, tolerance, where in (
+        (certificate.delta_logits_float64, float64_tolerance, "float64"),
+        (certificate.delta_logits_training, TRAINING_TOLERANCE[dtype], certificate.training_dtype),
+    ):
+        if not measured <= tolerance:  # NaN fails too
+            raise PreservationError(
+                "not-preserved",
+                f"was to keep the function ({certificate.reason}), but the logits moved by {measured:.2e} (relative, "
+                f"{where}); the tolerance is {tolerance:.0e}",
+                key="grow",
+                mend="the state before the growth is kept; please report this with the recipe",
+            )
+
+
+@torch.no_grad()
+def stream_logits(
+    config: ModelConfig, params: Mapping[str, Tensor], tokens: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Logits (rows, context, vocab) computed in ``dtype`` (bf16: float32 weights under autocast), with the weights of
+    one layer at a time in memory."""
+    work = torch.float32 if dtype == torch.bfloat16 else dtype
+    with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        x = F.embedding(tokens, params["embedding.weight"].to(work))
+        positions = torch.arange(tokens.shape[1], device=x.device)
+        for spec in config.layers:
+            with torch.device("meta"):
+                layer = Layer(spec, config, "auto").eval()
+            _fill(layer, params, f"layers.{spec.id}.", work)
+            x = layer(x, rope_table(spec.mixer, positions, x.dtype))
+        with torch.device("meta"):
+            norm = Normalize(config.final_norm, config.embed_dim)
+        _fill(norm, params, "final_norm.", work)
+        head = params["embedding.weight" if config.tied_head else "head.weight"].to(work)
+        return F.linear(norm(x), head).to(torch.promote_types(work, torch.float32)) * config.logit_scale
+
+
+def _fill(module: nn.Module, params: Mapping[str, Tensor], prefix: str, dtype: torch.dtype) -> None:
+    state = {name: params[prefix + name].to(dtype) for name, _ in module.named_parameters()}
+    module.load_state_dict(state, strict=True, assign=True)
+
+
+def _gradients(state: TrainState, tokens: Tensor, targets: Tensor) -> list[dict[str, Tensor]]:
+    """Gradients (float32) of the loss on PROBE_STEPS steps, a sign step of PROBE_SIZE on every parameter between."""
+    model: DecoderLM = build(state.config, {name: p.float() for name, p in state.params.items()}).eval()
+    rounds = []
+    for _ in range(PROBE_STEPS):
+        model.zero_grad()
+        model(tokens, targets).total.backward()
+        gradients = {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
+        rounds.append(gradients)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.sub_(gradients[name].sign(), alpha=PROBE_SIZE)
+    return rounds
+
+
+def _locked_rows(value: Tensor, gradient: Tensor) -> int:
+    if value.dim() != 2:
+        return 0
+    rows = torch.cat((value.float(), gradient), dim=1)
+    moving = rows[gradient.any(dim=1)]
+    return len(moving) - len(torch.unique(moving, dim=0))
+
+
+def _relative(new: Tensor, old: Tensor) -> float:
+    return float((new - old).norm() / old.norm())
+
+
+def _loss(logits: Tensor, targets: Tensor) -> float:
+    return float(F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+
+
+def _norm(gradients: Mapping[str, Tensor], names: tuple[str, ...]) -> float:
+    return float(torch.stack([gradients[name].norm() for name in names]).norm()) if names else 0.0
