@@ -1,0 +1,1 @@
+"""The command line. ``growkit --help`` and ``validate`` import neither torch nor lightning."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +20,7 @@ from torch import Tensor
 from growkit.errors import DataError
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """``tokens``, ``targets``: int64 (rows, context). ``cursor``: where the stream stands *after* this batch,
     over all processes; it travels with the batch because a trainer may fetch ahead."""
 

@@ -1,0 +1,116 @@
+"""The manifest of a checkpoint: JSON that says what the folder holds, with a hash of every file and of itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from growkit import __version__
+from growkit.errors import CheckpointError
+from growkit.models.config import ModelConfig, from_json, to_json
+from growkit.schedule.progress import Progress
+
+FORMAT = 1
+NAME = "manifest.json"
+_CHUNK = 1 << 20
+
+# format n → a function that turns its body into one of format n + 1; each comes with a test on a stored manifest.
+MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """``adam_steps``: updates of each parameter that has moments. ``lineage``: the stages and growths so far, each with
+    its certificate. ``rng``: random state of each process, hex. ``log_bytes``: length of the metrics log at the save.
+    ``layout``: ``whole`` (safetensors) or ``sharded`` (torch.distributed.checkpoint's safetensors).
+    ``files``: name → bytes and sha256."""
+
+    model: ModelConfig
+    progress: Progress
+    recipe: str = ""
+    born: Mapping[str, int] = field(default_factory=dict)
+    adam_steps: Mapping[str, float] = field(default_factory=dict)
+    lineage: tuple[dict[str, Any], ...] = ()
+    rng: tuple[str, ...] = ()
+    corpus: Mapping[str, Any] = field(default_factory=dict)
+    log_bytes: int = 0
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    layout: str = "whole"
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def encode(manifest: Manifest) -> bytes:
+    body = asdict(manifest) | {"model": to_json(manifest.model), "format": FORMAT, "growkit": __version__}
+    return _seal(body)
+
+
+def _seal(body: Mapping[str, Any]) -> bytes:
+    """Canonical JSON with its own hash: any changed byte is noticed."""
+    text = json.dumps(body, sort_keys=True, indent=1, allow_nan=False)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return json.dumps({"sha256": digest, "body": json.loads(text)}, sort_keys=True, indent=1).encode()
+
+
+def decode(data: bytes, path: Path) -> Manifest:
+    """Reads and checks a manifest, migrating older formats. Raises CheckpointError."""
+    try:
+        outer = json.loads(data)
+        body = outer["body"]
+        sound = _seal(body) == data
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, f"is not a manifest ({error})") from error
+    if not sound:
+        raise _damaged(path, "does not match its own hash")
+    version = body.get("format")
+    if not isinstance(version, int) or version > FORMAT:
+        raise CheckpointError(
+            "format-too-new",
+            f"was written by growkit {body.get('growkit')} in a format this version ({FORMAT}) does not know",
+            key=str(path),
+            value=version,
+            mend="install that version or a newer one",
+        )
+    while version < FORMAT:
+        body, version = MIGRATIONS[version](body), version + 1
+    kept = {name: body[name] for name in Manifest.__dataclass_fields__ if name in body}
+    kept["model"] = from_json(body["model"], ModelConfig)
+    kept["progress"] = Progress(**body["progress"])
+    kept["lineage"], kept["rng"] = tuple(body["lineage"]), tuple(body["rng"])
+    return Manifest(**kept)
+
+
+def read(folder: Path, *, verify: bool = True) -> Manifest:
+    """The manifest in ``folder``, every file checked against its hash. Raises CheckpointError naming the file."""
+    path = folder / NAME
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        mend = "name a checkpoint (…/checkpoints/step-…) or a run folder"
+        raise CheckpointError("not-a-checkpoint", f"has no {NAME}", key=str(folder), mend=mend) from error
+    except OSError as error:
+        raise CheckpointError("unreadable", f"cannot be read ({error})", key=str(path)) from error
+    manifest = decode(data, path)
+    if verify:
+        for name, entry in manifest.files.items():
+            file = folder / name
+            if not file.is_file():
+                raise _damaged(file, "is missing")
+            if file.stat().st_size != entry["bytes"] or file_hash(file) != entry["sha256"]:
+                raise _damaged(file, "does not match the hash in the manifest")
+    return manifest
+
+
+def file_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _damaged(path: Path, problem: str) -> CheckpointError:
+    return CheckpointError("damaged", problem, key=str(path), mend="use an earlier checkpoint of the run")

@@ -1,0 +1,159 @@
+"""A run's folder: who may write it, which checkpoints it holds, and how a branch starts from one."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from growkit.checkpoint import manifest as manifests
+from growkit.checkpoint import store
+from growkit.errors import CheckpointError, ConfigError
+
+MARK = "run.json"  # says that the folder is a run of growkit, and where it came from
+
+
+@dataclass
+class RunFolder:
+    """``path``/recipe.yaml, metrics.jsonl, checkpoints/step-…; written by one process at a time."""
+
+    path: Path
+    _lock: IO[str] | None = field(default=None, repr=False)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @classmethod
+    def create(cls, path: Path, *, parent: dict[str, Any] | None = None) -> RunFolder:
+        """Makes and locks a new run folder. Raises ConfigError if something is there already."""
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            mend = f"choose another run.name, or go on with `growkit resume {path}`"
+            raise ConfigError("run-exists", "is already there", key="run.name", value=str(path), mend=mend)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            run = cls(path)
+            run.lock()
+            (path / MARK).write_text(json.dumps({"growkit": "run", "parent": parent}))
+        except OSError as error:
+            raise store.cannot_write(path, error) from error
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """An existing run folder, not yet locked. Raises CheckpointError if it is none."""
+        if not (path / MARK).is_file():
+            problem = "does not exist" if not path.exists() else "is not a run of growkit"
+            mend = "name a folder that `growkit train` made"
+            raise CheckpointError("not-a-run", problem, key=str(path), mend=mend)
+        return cls(path)
+
+    def lock(self) -> None:
+        """Takes the run for this process, until it ends. Raises CheckpointError if another one has it."""
+        try:
+            handle = open(self.path / "run.lock", "a+")
+        except OSError as error:
+            raise store.cannot_write(self.path, error) from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.seek(0)
+            owner = handle.read().strip() or "unknown"
+            handle.close()
+            mend = "wait for it, or branch with `growkit resume RUN --from STEP --as NEW`"
+            raise CheckpointError(
+                "run-busy", f"is being written by process {owner}", key=str(self.path), mend=mend
+            ) from None
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
+        self._lock = handle
+
+    def unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, ascending; half-written folders are not among them."""
+        if not self.checkpoints.is_dir():
+            return []
+        names = (child.name for child in self.checkpoints.iterdir())
+        return sorted(int(name.removeprefix("step-")) for name in names if name.startswith("step-"))
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / store.step_name(step)
+
+    def load(self, step: int | None = None) -> store.Checkpoint:
+        """The checkpoint of ``step``, or the latest. A damaged one is refused, and the one before it offered."""
+        steps = self.steps()
+        if not steps:
+            mend = "start it again with `growkit train`"
+            raise CheckpointError("no-checkpoint", "has no checkpoint yet", key=str(self.path), mend=mend)
+        if step is None:
+            step = steps[-1]
+        if step not in steps:
+            mend = f"there are: {', '.join(map(str, steps))}"
+            raise CheckpointError("no-such-step", "has no checkpoint", key="--from", value=step, mend=mend)
+        try:
+            return store.read(self.checkpoint(step))
+        except CheckpointError as error:
+            if error.code != "damaged":
+                raise
+            earlier = [s for s in steps if s < step]
+            mend = (
+                f"go on from the one before: `growkit resume {self.path} --from {earlier[-1]}`"
+                if earlier
+                else "no earlier checkpoint is left: start the run again"
+            )
+            raise CheckpointError("damaged", error.problem, key=error.key, mend=mend) from error
+
+    def set_aside_after(self, step: int) -> None:
+        """Moves checkpoints later than ``step`` aside; they must be damaged. Raises ConfigError for a sound one."""
+        later = [s for s in self.steps() if s > step]
+        for s in later:
+            try:
+                manifests.read(self.checkpoint(s))
+            except CheckpointError:
+                continue
+            mend = "branch instead: add `--as NEW`; this run keeps what it has"
+            raise ConfigError(
+                "would-lose-work", f"the sound checkpoint of step {s} is later", key="--from", value=step, mend=mend
+            )
+        for s in later:
+            aside = self.checkpoints / f"damaged-{store.step_name(s)}"
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(self.checkpoint(s), aside)
+
+    def prune(self, keep_last: int, keep: set[int]) -> None:
+        """Removes all checkpoints but the last ``keep_last`` and the steps in ``keep`` (ends of stages)."""
+        for step in self.steps()[:-keep_last]:
+            if step not in keep:
+                shutil.rmtree(self.checkpoint(step))
+
+    def branch(self, step: int, path: Path) -> RunFolder:
+        """A new run at ``path`` that starts from this one's checkpoint of ``step``; this one is left untouched."""
+        checkpoint = self.load(step)
+        new = RunFolder.create(path, parent={"run": self.path.name, "step": step})
+        try:
+            shutil.copytree(checkpoint.folder, new.checkpoint(step))
+            shutil.copy2(self.recipe, new.recipe)
+            with open(self.metrics, "rb") as log:
+                new.metrics.write_bytes(log.read(checkpoint.manifest.log_bytes))
+        except OSError as error:
+            new.unlock()
+            shutil.rmtree(path, ignore_errors=True)
+            raise store.cannot_write(path, error) from error
+        return new

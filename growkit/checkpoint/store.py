@@ -1,0 +1,253 @@
+"""Writing and reading checkpoints: safetensors beside a manifest, complete or not there at all.
+
+A checkpoint is written into a folder beside its final name, every file is fsynced, the folder renamed, the parent
+fsynced: a crash at any point leaves the earlier checkpoints as they were and at worst a ``.writing-`` folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from growkit import faults
+from growkit.checkpoint import manifest as manifests
+from growkit.checkpoint.manifest import Manifest
+from growkit.errors import CheckpointError
+from growkit.growth.state import Moments, TrainState
+from growkit.models.spec import param_specs
+
+SHARD_BYTES = 2 << 30  # tensors are gathered up to this size before a file is written
+WRITING = ".writing-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint; ``state`` reads tensors from disk as they are asked for."""
+
+    folder: Path
+    manifest: Manifest
+    state: TrainState
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def write(folder: Path, state: TrainState, manifest: Manifest) -> None:
+    """Writes a checkpoint at ``folder``, replacing one of that name. Raises CheckpointError when the disk will not."""
+    with writing(folder) as unfinished:
+        files = _write_group(unfinished, "params", state.params, fault=True)
+        files += _write_group(unfinished, "moments", flat_moments(state.moments))
+        steps = {name: state.moments[name].step for name in state.moments}
+        seal(unfinished, dataclasses.replace(manifest, adam_steps=steps, born=dict(state.born)), files)
+
+
+def beside(final: Path) -> Path:
+    """Where a checkpoint is written before it gets its name."""
+    return final.parent / f"{WRITING}{final.name}"
+
+
+class writing:
+    """Context: a folder beside ``final`` to write into; renamed to it on success, removed on failure."""
+
+    def __init__(self, final: Path) -> None:
+        self.final = final
+        self.beside = beside(final)
+
+    def __enter__(self) -> Path:
+        try:
+            self.final.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(self.beside, ignore_errors=True)
+            self.beside.mkdir()
+        except OSError as error:
+            raise cannot_write(self.final, error) from error
+        return self.beside
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        if error is not None:
+            shutil.rmtree(self.beside, ignore_errors=True)
+            if isinstance(error, OSError) or "I/O error" in str(error):
+                raise cannot_write(self.final, error) from error
+            return
+        try:
+            fsync(self.beside)
+            faults.point("before_rename")
+            old = self.final.parent / f"{WRITING}replaced-{self.final.name}"
+            if self.final.exists():
+                os.rename(self.final, old)
+            os.rename(self.beside, self.final)
+            faults.point("after_rename")
+            fsync(self.final.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        except OSError as failure:
+            raise cannot_write(self.final, failure) from failure
+
+
+def seal(folder: Path, manifest: Manifest, files: list[str]) -> None:
+    """Writes the manifest, with the size and hash of each of ``files``."""
+    entries = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": manifests.file_hash(folder / name)} for name in files
+    }
+    path = folder / manifests.NAME
+    path.write_bytes(manifests.encode(dataclasses.replace(manifest, files=entries)))
+    fsync(path)
+
+
+def read(folder: Path, *, verify: bool = True) -> Checkpoint:
+    """Opens the checkpoint at ``folder``. Raises CheckpointError if it is damaged, naming the file."""
+    manifest = manifests.read(folder, verify=verify)
+    if manifest.layout == "sharded":
+        from growkit.checkpoint import sharded
+
+        params, flat = sharded.tensors(folder, manifest)
+    else:
+        names = list(manifest.files)
+        params = _Stored(folder, [name for name in names if name.startswith("params-")])
+        flat = _Stored(folder, [name for name in names if name.startswith("moments-")])
+    expected = {name: spec.shape for name, spec in param_specs(manifest.model).items()}
+    shapes = {name: tuple(params.shape(name)) for name in params}
+    if shapes != expected:
+        odd = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
+        raise CheckpointError(
+            "damaged", f"does not hold the model its manifest describes (first: {odd[0]})", key=str(folder)
+        )
+    # Tables of names come back in the model's order, so that whatever walks them is reproducible.
+    ordered = _Ordered(params, [name for name in expected])
+    moments = _StoredMoments(flat, {name: manifest.adam_steps[name] for name in expected if name in manifest.adam_steps})
+    return Checkpoint(folder, manifest, TrainState(manifest.model, ordered, moments, dict(manifest.born)))
+
+
+def _write_group(folder: Path, group: str, tensors: Mapping[str, Tensor], *, fault: bool = False) -> list[str]:
+    files: list[str] = []
+    held: dict[str, Tensor] = {}
+    size = 0
+
+    def flush() -> None:
+        nonlocal held, size
+        name = f"{group}-{len(files) + 1:05d}.safetensors"
+        save_file(held, folder / name)
+        if fault:
+            faults.point("mid_shard")
+        fsync(folder / name)
+        files.append(name)
+        held, size = {}, 0
+
+    for name in tensors:
+        tensor = tensors[name].detach().to("cpu").contiguous()
+        if held and size + tensor.nbytes > SHARD_BYTES:
+            flush()
+        held[name] = tensor
+        size += tensor.nbytes
+    if held:
+        flush()
+    return files
+
+
+class _FlatMoments(Mapping[str, Tensor]):
+    """Moments as one flat table: ``exp_avg/NAME`` and ``exp_avg_sq/NAME``."""
+
+    def __init__(self, moments: Mapping[str, Moments]) -> None:
+        self.moments = moments
+
+    def __getitem__(self, key: str) -> Tensor:
+        kind, _, name = key.partition("/")
+        return getattr(self.moments[name], kind)
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"{kind}/{name}" for name in self.moments for kind in ("exp_avg", "exp_avg_sq"))
+
+    def __len__(self) -> int:
+        return 2 * len(self.moments)
+
+
+flat_moments = _FlatMoments
+
+
+class _Stored(Mapping[str, Tensor]):
+    """Tensors of several safetensors files, read when asked for."""
+
+    def __init__(self, folder: Path, files: list[str]) -> None:
+        self._where: dict[str, Path] = {}
+        for file in files:
+            with safe_open(folder / file, framework="pt") as handle:
+                self._where.update(dict.fromkeys(handle.keys(), folder / file))
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._where[name], framework="pt") as handle:
+            return handle.get_tensor(name)
+
+    def shape(self, name: str) -> list[int]:
+        with safe_open(self._where[name], framework="pt") as handle:
+            return handle.get_slice(name).get_shape()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+
+class _Ordered(Mapping[str, Tensor]):
+    def __init__(self, tensors: Mapping[str, Tensor], names: list[str]) -> None:
+        self._tensors, self._names = tensors, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class _StoredMoments(Mapping[str, Moments]):
+    def __init__(self, flat: Mapping[str, Tensor], steps: Mapping[str, float]) -> None:
+        self._flat, self._steps = flat, steps
+
+    def __getitem__(self, name: str) -> Moments:
+        step = self._steps[name]
+        return Moments(self._flat[f"exp_avg/{name}"], self._flat[f"exp_avg_sq/{name}"], step)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._steps)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+
+def fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def cannot_write(path: Path, error: BaseException) -> CheckpointError:
+    mend = "free space or choose another run.folder; earlier checkpoints are untouched"
+    return CheckpointError("cannot-write", f"cannot be written ({error})", key=str(path), mend=mend)
+
+
+def materialized(state: TrainState) -> TrainState:
+    """The state with every tensor in memory."""
+    params = {name: state.params[name] for name in state.params}
+    moments = {name: state.moments[name] for name in state.moments}
+    return TrainState(state.config, params, moments, state.born)
+
+
+def rng_to_hex(state: Tensor) -> str:
+    return bytes(state.tolist()).hex()
+
+
+def rng_from_hex(text: str) -> Tensor:
+    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)

@@ -1,0 +1,115 @@
+"""``growkit grow``, ``inspect`` and ``generate``: what can be done with a checkpoint without training."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from growkit.checkpoint import store
+from growkit.checkpoint.run_folder import MARK, RunFolder
+from growkit.checkpoint.store import Checkpoint
+from growkit.config.load import apply_override
+from growkit.errors import ConfigError
+from growkit.eval.generate import sample_text
+from growkit.growth.engine import lazy_state
+from growkit.growth.path import grown_config, path
+from growkit.growth.verify import certify
+from growkit.models.decoder import build
+from growkit.train.display import growth_table, quantity
+
+console = Console(highlight=False)
+
+
+def open_any(folder: Path) -> Checkpoint:
+    """A checkpoint folder, or the latest checkpoint of a run folder. Raises CheckpointError."""
+    if (folder / MARK).is_file():
+        return RunFolder.open(folder).load()
+    return store.read(folder)
+
+
+def grow_checkpoint(source: Path, targets: Sequence[str], output: Path, seed: int, probe_tokens: int) -> None:
+    """Grows ``source`` into a new checkpoint at ``output``; tensors stream, so memory holds a few at a time
+    (the certificate's gradient check holds the model once)."""
+    if output.exists():
+        mend = "name a folder that does not exist"
+        raise ConfigError("run-exists", "is already there", key="--output", value=str(output), mend=mend)
+    checkpoint = open_any(source)
+    raw = OmegaConf.create({})
+    for target in targets:
+        apply_override(raw, target)
+    fields = OmegaConf.to_container(raw)
+    assert isinstance(fields, dict)
+    methods = fields.pop("methods", {})
+    if not isinstance(methods, dict):
+        mend = "write methods.OPERATOR=METHOD"
+        raise ConfigError("not-a-section", "must be a mapping of keys", key="methods", value=methods, mend=mend)
+    config = checkpoint.manifest.model
+    wanted = grown_config(config, {str(key): value for key, value in fields.items()}, methods)
+    links = path(config, wanted, methods)
+    stage = checkpoint.manifest.progress.stage + 1
+    grown = lazy_state(checkpoint.state, links, torch.Generator().manual_seed(seed), stage=stage)
+    new = tuple(name for name in grown.params if name not in checkpoint.state.params)
+    probe = torch.randint(config.vocab_size, (1, probe_tokens + 1), generator=torch.Generator().manual_seed(seed))
+    certificate = certify(checkpoint.state, grown, tuple(link.exactness for link in links), probe, new=new)
+    event = {
+        "kind": "growth",
+        "stage": stage,
+        "name": output.name,
+        "step": checkpoint.manifest.progress.step,
+        "links": [{"operator": x.operator, "method": x.method, **asdict(x.exactness)} for x in links],
+        "new_parameters": len(new),
+        "parameters_before": config.num_params(),
+        "parameters_after": wanted.num_params(),
+        "certificate": asdict(certificate),
+    }
+    manifest = dataclasses.replace(
+        checkpoint.manifest, model=wanted, lineage=(*checkpoint.manifest.lineage, event), layout="whole"
+    )
+    store.write(output, grown, manifest)
+    console.print(growth_table(event))
+    console.print(f"wrote {output}", soft_wrap=True)
+
+
+def inspect_checkpoint(folder: Path) -> None:
+    checkpoint = open_any(folder)
+    manifest, config = checkpoint.manifest, checkpoint.manifest.model
+    at = manifest.progress
+    console.print(f"[bold]{checkpoint.folder}[/bold]: sound, every file matches its hash", soft_wrap=True)
+    console.print(
+        f"step {at.step} (stage {at.stage + 1}), {quantity(at.tokens)} tokens, {quantity(at.flops)} FLOPs; "
+        f"{config.num_params():,} parameters, {len(config.layers)} layers of width {config.embed_dim}"
+    )
+    table = Table("layer", "copied from", "attention", "MLP")
+    for layer in config.layers:
+        mixer = layer.mixer
+        heads = f"{mixer.num_heads} heads × {mixer.head_dim}, {mixer.num_kv_heads} kv; q {_projection(mixer.q)}"
+        mlp = _projection(layer.mlp.projection) if layer.mlp.kind == "pattention" else f"{layer.mlp.kind} {layer.mlp.dim}"
+        table.add_row(str(layer.id), "–" if layer.origin is None else str(layer.origin), heads, mlp)
+    console.print(table)
+    for entry in manifest.lineage:
+        if entry["kind"] == "growth":
+            console.print(growth_table(entry))
+        else:
+            console.print(
+                f"stage {entry['name']} ended at step {entry['step']}: validation loss {entry['validation_loss']:.4f} nats"
+            )
+    console.print(", ".join(f"{key} {value}" for key, value in manifest.environment.items()), soft_wrap=True)
+
+
+def generate_text(folder: Path, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> None:
+    checkpoint = open_any(folder)
+    model = build(checkpoint.manifest.model, checkpoint.state.params, copy=False)
+    text = sample_text(model, prompt, tokens, seed=seed, temperature=temperature, top_k=top_k)
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def _projection(spec: object) -> str:
+    banks = getattr(spec, "banks", None)
+    return "linear" if banks is None else f"tokens {' + '.join(map(str, banks))}"

@@ -1,0 +1,154 @@
+"""``growkit``: train, resume, grow, validate, inspect, generate, recipes."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from growkit import __version__
+from growkit.errors import GrowkitError
+
+app = typer.Typer(
+    help="Train a language model by growing it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipes_app = typer.Typer(help="The recipes that come with growkit.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+
+STOPPED = 3  # exit code of a run that stopped early and can be resumed
+
+RecipeArgument = Annotated[str, typer.Argument(help="A YAML file, or the name of a built-in recipe.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value on top of the recipe.", show_default=False)]
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"growkit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """Train a language model by growing it."""
+
+
+@app.command(epilog="Example: growkit train quickstart data.source=my.txt stages.0.duration='200 steps'")
+def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Train a recipe from its beginning."""
+    from growkit.cli.training import start
+
+    raise typer.Exit(start(recipe, overrides or []))
+
+
+@app.command(epilog="Example: growkit resume runs/quickstart --from 400 --as runs/branch")
+def resume(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    from_step: Annotated[int | None, typer.Option("--from", help="Step to go on from (default: the latest).")] = None,
+    as_new: Annotated[Path | None, typer.Option("--as", help="A new run folder; RUN is left untouched.")] = None,
+) -> None:
+    """Go on with a run that stopped, exactly as if it had not."""
+    from growkit.cli.training import go_on
+
+    raise typer.Exit(go_on(run, from_step, as_new))
+
+
+@app.command(epilog="Example: growkit grow runs/quickstart num_layers=8 -o grown methods.depth=identity")
+def grow(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or a run folder (its latest checkpoint).")],
+    targets: Annotated[list[str], typer.Argument(help="key=value: sizes to grow to, methods.OPERATOR=METHOD.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the grown checkpoint goes.")],
+    seed: Annotated[int, typer.Option(help="Of what is drawn at random.")] = 0,
+    probe_tokens: Annotated[int, typer.Option(help="Random tokens the certificate is measured on.")] = 512,
+) -> None:
+    """Grow a checkpoint without training, with a certificate."""
+    from growkit.cli.checkpoints import grow_checkpoint
+
+    grow_checkpoint(checkpoint, targets, output, seed, probe_tokens)
+
+
+@app.command(epilog="Example: growkit validate recipes/quickstart.yaml optim.lr=1e-3")
+def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Check a recipe and show its stages, without training or importing torch."""
+    from growkit.cli.recipes import show_schedule
+
+    show_schedule(recipe, overrides or [])
+
+
+@app.command(epilog="Example: growkit inspect runs/quickstart")
+def inspect(checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or a run folder.")]) -> None:
+    """Show what a checkpoint holds: model, progress, lineage with certificates; every file is verified."""
+    from growkit.cli.checkpoints import inspect_checkpoint
+
+    inspect_checkpoint(checkpoint)
+
+
+@app.command(epilog="Example: growkit generate runs/quickstart --prompt 'def ' --tokens 300")
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or a run folder.")],
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "def ",
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Choose among the k most likely; 0: all.")] = 50,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+) -> None:
+    """Write text with a trained model."""
+    from growkit.cli.checkpoints import generate_text
+
+    generate_text(checkpoint, prompt, tokens, temperature, top_k, seed)
+
+
+@recipes_app.command("list")
+def recipes_list() -> None:
+    """Names of the built-in recipes."""
+    from growkit.cli.recipes import list_recipes
+
+    list_recipes()
+
+
+@recipes_app.command("show")
+def recipes_show(name: Annotated[str, typer.Argument(help="Name of a built-in recipe.")]) -> None:
+    """Print a built-in recipe."""
+    from growkit.cli.recipes import find_recipe
+
+    typer.echo(find_recipe(name).read_text(), nl=False)
+
+
+@recipes_app.command("copy")
+def recipes_copy(
+    name: Annotated[str, typer.Argument(help="Name of a built-in recipe.")],
+    target: Annotated[Path | None, typer.Argument(help="File to write (default: NAME.yaml here).")] = None,
+) -> None:
+    """Copy a built-in recipe to change it."""
+    from growkit.cli.recipes import copy_recipe
+
+    copy_recipe(name, target)
+
+
+def main() -> None:
+    """Entry point: user errors end in one message and their exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    for noisy in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
+    try:
+        app()
+    except GrowkitError as error:
+        Console(stderr=True, highlight=False).print(f"[bold red]error[/bold red]: {_plain(str(error))}", soft_wrap=True)
+        sys.exit(error.exit_code)
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,92 @@
+"""Finding, copying and checking recipes. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from growkit.config.load import load_recipe
+from growkit.config.recipe import Recipe
+from growkit.errors import ConfigError
+from growkit.models.presets import PRESETS
+from growkit.registry import closest
+from growkit.schedule.plan import GrowthSchedule, growth_schedule, settled
+
+
+def recipes_folder() -> Path:
+    """Where the built-in recipes are: beside the package in a checkout, inside it when installed."""
+    package = Path(__file__).parent.parent
+    inside = package / "recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def built_in() -> dict[str, Path]:
+    """Name → file of every built-in recipe, folders included in the name."""
+    root = recipes_folder()
+    return {str(path.relative_to(root).with_suffix("")): path for path in sorted(root.rglob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """The file ``name``, or the built-in recipe of that name. Raises ConfigError."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    known = built_in()
+    if name in known:
+        return known[name]
+    mend = f"name a YAML file or a built-in recipe; {closest(name, known)}"
+    raise ConfigError("no-such-recipe", "does not exist", key="recipe", value=name, mend=mend)
+
+
+def read(name: str, overrides: Sequence[str]) -> tuple[Recipe, GrowthSchedule]:
+    """The recipe with everything settled, and its schedule. Raises ConfigError."""
+    recipe = load_recipe(find_recipe(name), overrides, PRESETS)
+    schedule = growth_schedule(recipe)
+    return settled(recipe, schedule), schedule
+
+
+def list_recipes() -> None:
+    table = Table("recipe", "what it does")
+    for name, path in built_in().items():
+        first = path.read_text().partition("\n")[0]
+        table.add_row(name, first.removeprefix("#").strip())
+    Console().print(table)
+
+
+def copy_recipe(name: str, target: Path | None) -> None:
+    source = find_recipe(name)
+    target = target or Path(source.name)
+    if target.exists():
+        raise ConfigError("file-exists", "is already there", key="target", value=str(target), mend="name another file")
+    try:
+        target.write_text(source.read_text())
+    except OSError as error:
+        raise ConfigError("cannot-write", f"cannot be written ({error})", key=str(target)) from error
+    typer.echo(f"wrote {target}; change it, then: growkit train {target}")
+
+
+def show_schedule(name: str, overrides: Sequence[str]) -> None:
+    _, schedule = read(name, overrides)
+    table = Table("stage", "grows", "parameters", "context", "batch tokens", "steps", "tokens", "FLOPs")
+    for stage in schedule.stages:
+        grows = ", ".join(
+            f"{link.operator} ({link.method}, {'exact' if link.exactness.kind == 'exact' else 'not exact'})"
+            for link in stage.links
+        )
+        table.add_row(
+            stage.name,
+            grows or "–",
+            f"{stage.model.num_params():,}",
+            f"{stage.context_length}",
+            f"{stage.global_batch_tokens:,}",
+            f"{stage.steps:,}",
+            f"{stage.tokens:,}",
+            f"{stage.steps * stage.flops_per_step:.3g}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"valid: {schedule.tokens:,} tokens, {schedule.flops:.3g} FLOPs in all")

@@ -1,0 +1,53 @@
+"""Loss of a model on held-out text."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from growkit import faults
+from growkit.data.stream import validation_windows, windows
+
+ROWS = 32  # windows per forward pass
+
+
+def mean_loss(
+    model: nn.Module,
+    tokens: NDArray[np.integer],
+    context_length: int,
+    wanted_tokens: int,
+    *,
+    autocast: AbstractContextManager[object] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> tuple[float, int]:
+    """(sum of nats, tokens) over this process's share of the windows; the caller adds up processes.
+
+    Windows do not overlap and start afresh, so their first tokens are predicted from little context.
+    """
+    starts, _ = validation_windows(tokens, context_length, wanted_tokens)
+    if len(starts) >= world_size:  # equal shares: sharded models must run the same number of passes everywhere
+        starts = starts[: len(starts) // world_size * world_size][rank::world_size]
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64)
+    with torch.no_grad(), autocast or nullcontext():
+        for index in range(0, len(starts), ROWS):
+            x, y = windows(tokens, starts[index : index + ROWS], context_length)
+            loss = model(x.to(device), y.to(device)).cross_entropy
+            total += loss.double().cpu() * y.numel()
+            if index == 0:
+                faults.point("mid_validation")
+    model.train(training)
+    return float(total), len(starts) * context_length
+
+
+def target_positions(tokens: NDArray[np.integer], context_length: int, wanted_tokens: int) -> NDArray[np.int64]:
+    """The positions that ``mean_loss`` scores (one process), for another model to be scored on."""
+    starts, _ = validation_windows(tokens, context_length, wanted_tokens)
+    return (starts[:, None] + np.arange(context_length) + 1).ravel()

@@ -1,0 +1,263 @@
+"""From a recipe to what each stage does, in numbers: the growth schedule. No torch here.
+
+Everything that can be wrong with a recipe is found here, before a run folder exists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from growkit.config.recipe import Recipe, StageConfig
+from growkit.duration import Duration
+from growkit.errors import ConfigError
+from growkit.growth.path import Link, grown_config, path
+from growkit.models.config import ModelConfig
+from growkit.optim.groups import check_selector
+from growkit.schedule.lr import LRSchedule
+
+SCHEDULES = ("wsd", "cosine", "constant")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage, every value settled. ``accumulate``: micro-batches per optimizer step and process."""
+
+    index: int
+    name: str
+    model: ModelConfig
+    links: tuple[Link, ...]
+    methods: dict[str, str]
+    context_length: int
+    global_batch_tokens: int
+    micro_batch_size: int
+    accumulate: int
+    steps: int
+    lr: LRSchedule
+    new_warmup_steps: int
+    freeze: tuple[str, ...]
+    lr_scale: dict[str, float]
+    validate_every: int | None
+    flops_per_step: float
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.global_batch_tokens
+
+
+@dataclass(frozen=True)
+class GrowthSchedule:
+    """All stages, and what they need of the data."""
+
+    stages: tuple[Stage, ...]
+    block_tokens: int
+    save_every: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(stage.tokens for stage in self.stages)
+
+    @property
+    def flops(self) -> float:
+        return sum(stage.steps * stage.flops_per_step for stage in self.stages)
+
+    @property
+    def max_context_length(self) -> int:
+        return max(stage.context_length for stage in self.stages)
+
+
+def growth_schedule(recipe: Recipe) -> GrowthSchedule:
+    """The schedule a recipe means. Raises ConfigError for whatever cannot be carried out."""
+    _check_sections(recipe)
+    model: ModelConfig = recipe.model.expand()
+    if model.vocab_size < 256:
+        mend = "growkit trains on bytes here: use 256 or more"
+        raise ConfigError("vocab-too-small", "cannot hold a byte", key="model.vocab_size", value=model.vocab_size, mend=mend)
+    if not recipe.stages:
+        raise ConfigError("no-stages", "is empty", key="stages", mend="write at least one stage with name and duration")
+    names = [stage.name for stage in recipe.stages]
+    if len(set(names)) != len(names):
+        raise ConfigError("duplicate-name", "two stages have the same name", key="stages", value=names)
+    stages: list[Stage] = []
+    for index, config in enumerate(recipe.stages):
+        stages.append(_stage(recipe, config, index, model, stages))
+        model = stages[-1].model
+    block = recipe.data.block_tokens or max(stage.context_length for stage in stages)
+    save_every = _whole_steps(recipe.trainer.save_every, "trainer.save_every")
+    return GrowthSchedule(tuple(stages), _at_least(block, 1, "data.block_tokens"), save_every)
+
+
+def _stage(recipe: Recipe, config: StageConfig, index: int, model: ModelConfig, before: Sequence[Stage]) -> Stage:
+    key = f"stages.{index}"
+    last = before[-1] if before else None
+    if config.grow and last is None:
+        mend = "set the sizes in model, and grow from the second stage on"
+        raise ConfigError("grow-at-start", "has nothing to grow from", key=f"{key}.grow", value=config.grow, mend=mend)
+    with _blame(key):
+        target = grown_config(model, config.grow, config.methods)
+        links = tuple(path(model, target, config.methods))
+    context = _settle(config.context_length, last.context_length if last else None, f"{key}.context_length")
+    batch = _settle(config.global_batch_tokens, last.global_batch_tokens if last else None, f"{key}.global_batch_tokens")
+    if batch % context:
+        mend = f"use a multiple of {context}, such as {max(1, batch // context) * context}"
+        problem = f"is not a multiple of context_length = {context}"
+        raise ConfigError("batch-not-whole", problem, key=f"{key}.global_batch_tokens", value=batch, mend=mend)
+    rows, world = batch // context, recipe.trainer.devices
+    micro = config.micro_batch_size if config.micro_batch_size is not None else max(1, rows // world)
+    _at_least(micro, 1, f"{key}.micro_batch_size")
+    if rows % (micro * world):
+        mend = f"a step has {rows} sequences: micro_batch_size × trainer.devices must divide that"
+        problem = f"× {world} devices does not divide the {rows} sequences of a step"
+        raise ConfigError("batch-not-whole", problem, key=f"{key}.micro_batch_size", value=micro, mend=mend)
+    flops = target.flops_per_token(context) * batch
+    duration = Duration.parse(config.duration, key=f"{key}.duration")
+    steps = duration.steps(tokens_per_step=batch, flops_per_step=flops)
+    if steps < 1:
+        mend = f"a step is {batch} tokens and {flops:.3g} FLOPs: ask for at least one"
+        raise ConfigError("empty-stage", "is less than one step", key=f"{key}.duration", value=config.duration, mend=mend)
+
+    def span(text: str, name: str) -> int:
+        length = Duration.parse(text, key=f"{key}.{name}", share=True)
+        return length.steps(tokens_per_step=batch, flops_per_step=flops, whole=steps)
+
+    for selector in (*config.freeze, *config.lr_scale):
+        check_selector(selector, f"{key}.{'freeze' if selector in config.freeze else 'lr_scale'}")
+    for selector, factor in config.lr_scale.items():
+        _at_least(factor, 0, f"{key}.lr_scale.{selector}")
+    return Stage(
+        index=index,
+        name=config.name,
+        model=target,
+        links=links,
+        methods=dict(config.methods),
+        context_length=context,
+        global_batch_tokens=batch,
+        micro_batch_size=micro,
+        accumulate=rows // (micro * world),
+        steps=steps,
+        lr=_lr(recipe, config, index, steps, last, span),
+        new_warmup_steps=span(config.new_warmup, "new_warmup"),
+        freeze=tuple(config.freeze),
+        lr_scale=dict(config.lr_scale),
+        validate_every=span(config.validate_every, "validate_every") or None if config.validate_every else None,
+        flops_per_step=flops,
+    )
+
+
+def _lr(recipe: Recipe, config: StageConfig, index: int, steps: int, last: Stage | None, span) -> LRSchedule:  # type: ignore[no-untyped-def]
+    key = f"stages.{index}"
+    if config.schedule not in SCHEDULES:
+        mend = f"allowed: {', '.join(SCHEDULES)}"
+        raise ConfigError("unknown-choice", "is not a schedule", key=f"{key}.schedule", value=config.schedule, mend=mend)
+    peak = config.lr if config.lr is not None else last.lr.peak if last else recipe.optim.lr
+    if not peak > 0:
+        raise ConfigError("not-positive", "must be above zero", key=f"{key}.lr", value=peak)
+    if not 0 <= config.min_lr_ratio <= 1:
+        raise ConfigError("out-of-range", "must be in [0, 1]", key=f"{key}.min_lr_ratio", value=config.min_lr_ratio)
+    is_last = index == len(recipe.stages) - 1
+    warmup = span(config.warmup or ("2%" if index == 0 else "0%"), "warmup")
+    decay = span(config.decay or ("20%" if is_last else "0%"), "decay") if config.schedule == "wsd" else 0
+    if warmup + decay > steps:
+        mend = f"the stage has {steps} steps"
+        problem = f"warm-up ({warmup} steps) and decay ({decay} steps) are longer than the stage"
+        raise ConfigError("lr-too-long", problem, key=f"{key}.warmup", value=config.warmup, mend=mend)
+    start = last.lr.last if last else 0.0
+    return LRSchedule(config.schedule, start, peak, peak * config.min_lr_ratio, steps, warmup, decay)
+
+
+def _check_sections(recipe: Recipe) -> None:
+    optim, trainer, monitor = recipe.optim, recipe.trainer, recipe.monitor
+    for key, value in (("optim.lr", optim.lr), ("optim.eps", optim.eps)):
+        if not value > 0:
+            raise ConfigError("not-positive", "must be above zero", key=key, value=value)
+    for key, value in (("optim.beta1", optim.beta1), ("optim.beta2", optim.beta2)):
+        if not 0 <= value < 1:
+            raise ConfigError("out-of-range", "must be in [0, 1)", key=key, value=value)
+    for name in ("weight_decay", "clip_norm", "z_loss"):
+        _at_least(getattr(optim, name), 0, f"optim.{name}")
+    choices = {
+        "accelerator": ("auto", "cpu", "cuda"),
+        "strategy": ("single", "ddp", "fsdp"),
+        "precision": ("auto", "bf16", "fp32"),
+        "backend": ("auto", "compiled", "reference"),
+    }
+    for name, allowed in choices.items():
+        if getattr(trainer, name) not in allowed:
+            mend = f"allowed: {', '.join(allowed)}"
+            key, value = f"trainer.{name}", getattr(trainer, name)
+            raise ConfigError("unknown-choice", "is not allowed", key=key, value=value, mend=mend)
+    _at_least(trainer.devices, 1, "trainer.devices")
+    if (trainer.strategy == "single") != (trainer.devices == 1):
+        mend = "use strategy single with one device, ddp or fsdp with several"
+        problem = f"does not go with trainer.devices = {trainer.devices}"
+        raise ConfigError("strategy-devices", problem, key="trainer.strategy", value=trainer.strategy, mend=mend)
+    _at_least(trainer.keep_last, 1, "trainer.keep_last")
+    _at_least(trainer.loss_chunk_tokens, 0, "trainer.loss_chunk_tokens")
+    if trainer.max_minutes is not None and not trainer.max_minutes > 0:
+        raise ConfigError("not-positive", "must be above zero", key="trainer.max_minutes", value=trainer.max_minutes)
+    if monitor.progress not in ("auto", "bar", "plain", "off"):
+        mend = "allowed: auto, bar, plain, off"
+        raise ConfigError("unknown-choice", "is not allowed", key="monitor.progress", value=monitor.progress, mend=mend)
+    for name, least in (("log_every", 1), ("validation_tokens", 1), ("probe_tokens", 2), ("sample_tokens", 0)):
+        _at_least(getattr(monitor, name), least, f"monitor.{name}")
+    if not 0 <= monitor.ngram_order <= 7:
+        raise ConfigError("out-of-range", "must be in 0..7", key="monitor.ngram_order", value=monitor.ngram_order)
+    if recipe.run.threads is not None:
+        _at_least(recipe.run.threads, 1, "run.threads")
+    if not 0 <= recipe.run.seed < 2**63:
+        raise ConfigError("out-of-range", "must be in 0..2^63-1", key="run.seed", value=recipe.run.seed)
+
+
+def _settle(own: int | None, inherited: int | None, key: str) -> int:
+    value = own if own is not None else inherited
+    if value is None:
+        raise ConfigError("missing-key", "is missing", key=key, mend="the first stage must say it")
+    return _at_least(value, 1, key)
+
+
+def _at_least(value, least, key: str):  # type: ignore[no-untyped-def]
+    if not value >= least:
+        raise ConfigError("too-small", f"must be at least {least}", key=key, value=value)
+    return value
+
+
+def _whole_steps(text: str, key: str) -> int:
+    duration = Duration.parse(text, key=key)
+    if duration.unit != "steps" or duration.amount < 1:
+        raise ConfigError("bad-duration", "must be a number of steps", key=key, value=text, mend="such as '200 steps'")
+    return int(duration.amount)
+
+
+class _blame:
+    """Puts the stage in front of a growth error's key."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        if isinstance(error, ConfigError):
+            key = f"{self.prefix}.{error.key}"
+            raise ConfigError(error.code, error.problem, key=key, value=error.value, mend=error.mend) from error
+
+
+def settled(recipe: Recipe, schedule: GrowthSchedule) -> Recipe:
+    """The recipe with every inherited value of its stages written out, as it is saved with a run."""
+    stages = []
+    for config, stage in zip(recipe.stages, schedule.stages, strict=True):
+        stages.append(
+            dataclasses.replace(
+                config,
+                context_length=stage.context_length,
+                global_batch_tokens=stage.global_batch_tokens,
+                micro_batch_size=stage.micro_batch_size,
+                lr=stage.lr.peak,
+                warmup=f"{stage.lr.warmup_steps} steps",
+                decay=f"{stage.lr.decay_steps} steps",
+            )
+        )
+    data = dataclasses.replace(recipe.data, block_tokens=schedule.block_tokens)
+    return dataclasses.replace(recipe, stages=stages, data=data)

@@ -1,0 +1,137 @@
+"""What happens after every optimizer step, in this order: count, log, validate, save, stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+
+from growkit import faults
+from growkit.data.stream import Batch
+from growkit.errors import TrainingError
+from growkit.eval.ngram import bits
+from growkit.train import hardware
+from growkit.train.module import StageModule
+
+if TYPE_CHECKING:
+    from growkit.train.run import Run
+
+
+class StopRequest:
+    """SIGTERM and SIGINT ask the run to save and stop at the next step; a second one takes the system's way."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def install(self) -> None:
+        """Takes the signals over; called again inside ``fit``, since Lightning installs handlers of its own there."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous = signal.signal(number, self._handle)
+            self._before.setdefault(number, previous)
+
+    def restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _handle(self, number: int, _: Any) -> None:
+        if self.signal is not None:  # a user who asks twice wants out now
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.signal = number
+
+
+class AfterStep(L.Callback):
+    """Drives a stage: everything here happens between optimizer steps, so that any of it can be resumed from."""
+
+    def __init__(self, run: Run, module: StageModule, *, last_step: int) -> None:
+        self.run, self.module, self.last_step = run, module, last_step
+        self._window_start, self._window_tokens = 0.0, 0
+        self._losses: list[tuple[int, torch.Tensor]] = []  # of every step since the last log
+
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self.run.stop.install()
+        torch.set_rng_state(self.run.rng)  # building a stage must not move what dropout draws
+        if self.run.cuda_rng is not None:
+            torch.cuda.set_rng_state(self.run.cuda_rng)
+        self._window_start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, _: L.LightningModule, __: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        run, module = self.run, self.module
+        stage = module.stage
+        if (batch_idx + 1) % run.accumulate(stage):
+            return
+        if module.stage_step == 0 and stage.links:
+            faults.point("first_step_after_growth")
+        module.stage_step += 1
+        self._window_tokens += stage.global_batch_tokens
+        done = run.progress
+        run.progress = dataclasses.replace(
+            done,
+            stage_step=module.stage_step,
+            step=done.step + 1,
+            tokens=done.tokens + stage.global_batch_tokens,
+            flops=done.flops + stage.flops_per_step,
+            cursor=batch.cursor,
+        )
+        self._losses.append((run.progress.step, torch.stack(module.losses).mean()))
+        module.losses = []
+        end = module.stage_step == self.last_step
+        saving = end or run.progress.step % run.schedule.save_every == 0 or run.must_stop()
+        if end or saving or run.progress.step % run.recipe.monitor.log_every == 0:
+            self._log(trainer)
+        if end or (stage.validate_every and module.stage_step % stage.validate_every == 0):
+            self._outside(lambda: run.validate(module, end=end))
+        if saving:
+            run.rng = torch.get_rng_state()
+            run.cuda_rng = torch.cuda.get_rng_state() if run.device == "cuda" else None
+            self._outside(lambda: run.save(module.current_state()))
+        if run.must_stop():
+            trainer.should_stop = True
+
+    def _log(self, trainer: L.Trainer) -> None:
+        run, module = self.run, self.module
+        window, self._losses = self._losses, []
+        loss = float(trainer.strategy.reduce(window[-1][1], reduce_op="mean"))
+        assert module.grad_norm is not None
+        norm = float(module.grad_norm)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            first = next((step for step, value in window if not value.isfinite()), run.progress.step)
+            steps = run.folder.steps()
+            raise TrainingError(
+                "not-finite",
+                f"loss {loss}, gradient norm {norm}, not finite since step {first}",
+                key=f"stages.{module.stage.index}",
+                mend=f"last good checkpoint: {run.folder.checkpoint(steps[-1]) if steps else 'none'}; try a lower "
+                "optim.lr, a longer warmup, optim.clip_norm, optim.z_loss=1e-4 or trainer.precision=fp32",
+            )
+        seconds = time.perf_counter() - self._window_start
+        rate = self._window_tokens / seconds
+        flops_rate = rate / module.stage.global_batch_tokens * module.stage.flops_per_step
+        run.record(
+            "step",
+            loss=loss,
+            bits_per_byte=bits(loss),
+            lr=module.lr,
+            grad_norm=norm,
+            tokens_per_second=rate,
+            flops_per_second=flops_rate,
+            utilisation=flops_rate / (run.peak_flops * run.world_size),
+            memory_bytes=hardware.peak_memory_bytes(run.device),
+        )
+        self._window_start, self._window_tokens = time.perf_counter(), 0
+
+    def _outside(self, work: Callable[[], Any]) -> None:
+        """Runs ``work`` without charging its time to the throughput."""
+        paused = time.perf_counter()
+        work()
+        self._window_start += time.perf_counter() - paused

@@ -1,0 +1,126 @@
+"""What a run shows: a live bar in a terminal, plain lines without one, a table at each growth step."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from growkit.schedule.plan import GrowthSchedule
+from growkit.train.metrics_log import Record
+
+LINE_SECONDS = 5.0  # between plain log lines
+
+
+def quantity(value: float) -> str:
+    """1234567 → ``1.23M``."""
+    for limit, suffix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:.3g}{suffix}"
+    return f"{value:.3g}"
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class Display:
+    """A listener of the metrics log. ``mode``: auto (a bar in a terminal, else lines) | bar | plain | off."""
+
+    def __init__(self, schedule: GrowthSchedule, mode: str, console: Console | None = None) -> None:
+        self.schedule, self.console = schedule, console or Console(highlight=False)
+        self.mode = ("bar" if sys.stdout.isatty() else "plain") if mode == "auto" else mode
+        self._live: Live | None = None
+        self._ngram: Record | None = None
+        self._last_line = 0.0
+
+    def __enter__(self) -> Display:
+        if self.mode == "bar":
+            self._live = Live(console=self.console, refresh_per_second=8, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def __call__(self, record: Record) -> None:
+        if self.mode != "off":
+            show = {
+                "step": self._show_step,
+                "ngram": self._keep_ngram,
+                "stage": self._show_stage,
+                "validation": self._show_validation,
+                "growth": self._show_growth,
+            }
+            show[record["kind"]](record)
+
+    def print(self, message: Any) -> None:
+        if self.mode != "off":
+            self.console.print(message, soft_wrap=isinstance(message, str))
+
+    def _show_step(self, record: Record) -> None:
+        stage = self.schedule.stages[record["stage"]]
+        left = self.schedule.flops - record["flops"]
+        line = (
+            f"stage {stage.index + 1}/{len(self.schedule.stages)} {stage.name}  "
+            f"{quantity(record['tokens'])} tokens  {quantity(record['tokens_per_second'])} tokens/s  "
+            f"loss {record['loss']:.3f}  {record['bits_per_byte']:.3f} bits/byte  "
+            f"ETA {clock(left / record['flops_per_second'])}"
+        )
+        if self._live is not None:
+            bar = ProgressBar(total=self.schedule.flops, completed=record["flops"], width=40)
+            self._live.update(Group(bar, Text(line)))
+        elif time.monotonic() - self._last_line >= LINE_SECONDS:
+            self._last_line = time.monotonic()
+            self.print(f"step {record['step']:>6}  {line}")
+
+    def _keep_ngram(self, record: Record) -> None:
+        self._ngram = record
+
+    def _show_stage(self, record: Record) -> None:
+        self.print(
+            f"[bold]stage {record['stage'] + 1}/{len(self.schedule.stages)} {record['name']}[/bold]: "
+            f"{quantity(record['parameters'])} parameters, context {record['context_length']}, "
+            f"{record['planned_steps']} steps"
+        )
+
+    def _show_validation(self, record: Record) -> None:
+        ngram = self._ngram
+        beside = f" (a {ngram['order']}-gram: {ngram['bits_per_byte']:.3f})" if ngram else ""
+        where = "end of stage " + record["name"] if record["end_of_stage"] else f"step {record['step']}"
+        self.print(f"validation at {where}: [bold]{record['bits_per_byte']:.3f}[/bold] bits per byte{beside}")
+
+    def _show_growth(self, record: Record) -> None:
+        self.print(growth_table(record))
+
+
+def growth_table(record: Record) -> Table:
+    """What grew, parameters before → after, and what the certificate measured."""
+    certificate = record["certificate"]
+    title = f"growth into {record['name']}"
+    table = Table("what grew", "parameters", "Δlogits (f64)", "Δlogits (run)", "Δloss", "keeps the function", title=title)
+    what = ", ".join(f"{link['operator']} ({link['method']})" for link in record["links"])
+    ratio = record["parameters_after"] / record["parameters_before"]
+    sizes = f"{quantity(record['parameters_before'])} → {quantity(record['parameters_after'])} (×{ratio:.2f})"
+    table.add_row(
+        what,
+        sizes,
+        f"{certificate['delta_logits_float64']:.1e}",
+        f"{certificate['delta_logits_training']:.1e} {certificate['training_dtype']}",
+        f"{certificate['loss_after'] - certificate['loss_before']:+.1e}",
+        ("yes: " if certificate["exact"] else "no: ") + certificate["reason"],
+    )
+    if certificate["dead"] or certificate["locked_rows"]:
+        dead = f"{len(certificate['dead'])} new parameters get no gradient; " if certificate["dead"] else ""
+        locked = f"{certificate['locked_rows']} rows are locked copies" if certificate["locked_rows"] else ""
+        table.caption = f"warning: {dead}{locked}"
+    return table

@@ -1,0 +1,149 @@
+"""The LightningModule of one stage: a model, its loss, its optimizer with the moments it comes with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from growkit.config.recipe import Recipe
+from growkit.data.stream import Batch
+from growkit.errors import ConfigError
+from growkit.growth.state import Moments, TrainState
+from growkit.models.decoder import DecoderLM, build
+from growkit.models.spec import param_specs
+from growkit.optim.groups import frozen_names, param_groups
+from growkit.schedule.lr import warmup_factor
+from growkit.schedule.plan import Stage
+
+
+class StageModule(L.LightningModule):
+    """Trains ``state`` through ``stage``. Built by ``configure_model`` under the strategy's device mesh, if it has one."""
+
+    def __init__(self, state: TrainState, stage: Stage, recipe: Recipe, first_step: int) -> None:
+        super().__init__()
+        self.start, self.stage, self.recipe, self.stage_step = state, stage, recipe, first_step
+        self.model: DecoderLM | None = None
+        self.losses: list[Tensor] = []  # cross-entropy of the micro-batches of the current step
+        self.grad_norm: Tensor | None = None
+        self.lr = 0.0
+
+    def configure_model(self) -> None:
+        if self.model is not None:
+            return
+        trainer = self.recipe.trainer
+        model = build(
+            self.start.config, self.start.params, backend=trainer.backend, checkpoint_layers=trainer.checkpoint_layers
+        )
+        frozen = frozen_names(param_specs(self.start.config), self.start.born, self.stage.index, self.stage.freeze)
+        if len(frozen) == len(self.start.params):
+            raise ConfigError("all-frozen", "freezes every parameter", key=f"stages.{self.stage.index}.freeze")
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        if self.device_mesh is not None:
+            _shard(model, self.device_mesh["data_parallel"])
+        if trainer.compile:
+            model.compile()
+        self.model = model.train()
+
+    def training_step(self, batch: Batch, _: int) -> Tensor:
+        assert self.model is not None
+        loss = self.model(
+            batch.tokens,
+            batch.targets,
+            z_loss=self.recipe.optim.z_loss,
+            chunk_tokens=self.recipe.trainer.loss_chunk_tokens,
+        )
+        self.losses.append(loss.cross_entropy.detach())
+        return loss.total
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        assert self.model is not None
+        parameters = dict(self.model.named_parameters())
+        optim = self.recipe.optim
+        groups = param_groups(
+            param_specs(self.start.config),
+            self.start.born,
+            self.stage.index,
+            weight_decay=optim.weight_decay,
+            decay_embedding=optim.decay_embedding,
+            lr_scale=self.stage.lr_scale,
+        )
+        optimizer = torch.optim.AdamW(
+            [
+                {
+                    "params": [parameters[name] for name in group.names],
+                    "weight_decay": group.weight_decay,
+                    "lr_scale": group.lr_scale,
+                    "new": group.new,
+                }
+                for group in groups
+            ],
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.eps,
+            fused=True,
+        )
+        for name in self.start.moments:
+            optimizer.state[parameters[name]] = _optimizer_state(self.start.moments[name], parameters[name])
+        return optimizer
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.lr = self.stage.lr.lr(self.stage_step)
+        new = warmup_factor(self.stage_step, self.stage.new_warmup_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr * group["lr_scale"] * (new if group["new"] else 1.0)
+
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        limit = self.recipe.optim.clip_norm
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else float("inf"))
+        self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def current_state(self) -> TrainState:
+        """The state now; tensors are the live ones (sharded ones as they are), not copies."""
+        assert self.model is not None
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        params = {name: p.detach() for name, p in self.model.named_parameters()}
+        moments = {}
+        for name, p in self.model.named_parameters():
+            if state := optimizer.state.get(p):
+                moments[name] = Moments(state["exp_avg"], state["exp_avg_sq"], float(state["step"]))
+        return TrainState(self.start.config, params, moments, self.start.born)
+
+
+def full_state(state: TrainState) -> TrainState:
+    """Copies on the CPU, sharded tensors gathered one at a time (every process must call this)."""
+    params = {name: _full(tensor) for name, tensor in state.params.items()}
+    moments = {name: Moments(_full(m.exp_avg), _full(m.exp_avg_sq), m.step) for name, m in state.moments.items()}
+    return TrainState(state.config, params, moments, state.born)
+
+
+def _full(tensor: Tensor) -> Tensor:
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().cpu().clone()
+
+
+def _shard(model: DecoderLM, mesh: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.layers.values():
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def _optimizer_state(moments: Moments, parameter: nn.Parameter) -> dict[str, Tensor]:
+    def place(tensor: Tensor) -> Tensor:
+        if isinstance(parameter, DTensor):
+            return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
+        return tensor.detach().to(parameter.device, copy=True)
+
+    return {
+        "step": torch.tensor(moments.step, dtype=torch.float32, device=parameter.device),
+        "exp_avg": place(moments.exp_avg),
+        "exp_avg_sq": place(moments.exp_avg_sq),
+    }

@@ -1,0 +1,312 @@
+"""A run: stage after stage of one growth schedule, each a ``Trainer.fit``, growth between them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import time
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch import Tensor
+
+from growkit.checkpoint import sharded, store
+from growkit.checkpoint.manifest import Manifest
+from growkit.checkpoint.run_folder import RunFolder
+from growkit.checkpoint.store import Checkpoint
+from growkit.config.load import to_yaml
+from growkit.config.recipe import Recipe
+from growkit.data.corpus import Corpus, load_corpus
+from growkit.data.stream import Batches, TokenStream, validation_windows, windows
+from growkit.errors import DataError
+from growkit.eval.ngram import bits, ngram_bits_per_byte
+from growkit.eval.validate import mean_loss, target_positions
+from growkit.growth.engine import GrowthReport, grow
+from growkit.growth.state import TrainState
+from growkit.models.decoder import init_params
+from growkit.schedule.plan import GrowthSchedule, Stage
+from growkit.schedule.progress import Progress
+from growkit.train import hardware
+from growkit.train.callback import AfterStep, StopRequest
+from growkit.train.metrics_log import MetricsLog, Record
+from growkit.train.module import StageModule, full_state
+from growkit.train.trial import fitting_micro_batch
+
+log = logging.getLogger(__name__)
+
+
+class Run:
+    """Everything a run holds between steps. ``checkpoint``: where to go on from; None starts afresh.
+
+    ``listeners``: called with every record of the metrics log (display, loggers).
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        schedule: GrowthSchedule,
+        folder: RunFolder,
+        corpus: Corpus,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        self.recipe, self.schedule, self.folder, self.corpus = recipe, schedule, folder, corpus
+        self.device = hardware.accelerator(recipe.trainer)
+        self.dtype = hardware.training_dtype(recipe.trainer)
+        self.world_size, self.rank = recipe.trainer.devices, 0
+        self.stop = StopRequest()
+        self.started = time.monotonic()
+        self.stream = TokenStream(
+            corpus.train,
+            block_tokens=schedule.block_tokens,
+            seed=recipe.run.seed,
+            shuffle=recipe.data.shuffle,
+        )
+        self.peak_flops = recipe.monitor.peak_flops_per_second or hardware.measure_peak_flops(self.device, self.dtype)
+        self.lineage: list[dict[str, Any]] = []
+        self.cuda_rng: Tensor | None = None
+        if checkpoint is None:
+            generator = torch.Generator().manual_seed(recipe.run.seed)
+            torch.manual_seed(recipe.run.seed)
+            model = schedule.stages[0].model
+            self.state = TrainState(model, init_params(model, generator))
+            self.progress = Progress()
+            self.rng = torch.get_rng_state()
+            rewind = 0
+        else:
+            self._restore(checkpoint)
+            rewind = checkpoint.manifest.log_bytes
+        self.log = MetricsLog(folder.metrics, rewind_to=rewind)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        manifest = checkpoint.manifest
+        if manifest.corpus.get("sha256") not in (None, self.corpus.sha256):
+            raise DataError(
+                "corpus-changed",
+                "is not the text this run was trained on (its hash differs)",
+                key="data.source",
+                value=self.corpus.name,
+                mend="restore that text; to go on with another, start a new run",
+            )
+        self.state = store.materialized(checkpoint.state)
+        self.progress = manifest.progress
+        self.lineage = [dict(entry) for entry in manifest.lineage]
+        now = hardware.environment(self.device, self.dtype, self.world_size)
+        different = [f"{key} {manifest.environment[key]} → {now[key]}" for key in now if manifest.environment.get(key) != now[key]]
+        if different and manifest.environment:
+            log.warning("resuming will not be bitwise exact, since this changed: %s", ", ".join(different))
+        state = next(iter(manifest.rng), None)
+        self.rng = store.rng_from_hex(state) if state else torch.get_rng_state()
+
+    def train(self) -> bool:
+        """Runs what is left of the schedule. True when it is done, False when it was asked to stop (and saved)."""
+        self.stop.install()
+        try:
+            if self.recipe.monitor.ngram_order and self.progress.step == 0:
+                self._score_ngram()
+            while True:
+                stage = self.schedule.stages[self.progress.stage]
+                if self.progress.stage_step < stage.steps:
+                    self._enter(stage)
+                    self._fit(stage)
+                    if self.must_stop() and self.progress.stage_step < stage.steps:
+                        return False
+                if stage.index + 1 == len(self.schedule.stages):
+                    return True
+                if self.must_stop():
+                    return False
+                self.progress = dataclasses.replace(
+                    self.progress, stage=stage.index + 1, stage_step=0, micro_batch_size=None
+                )
+        finally:
+            self.stop.restore()
+            self.log.close()
+
+    def must_stop(self) -> bool:
+        limit = self.recipe.trainer.max_minutes
+        return self.stop.signal is not None or (limit is not None and time.monotonic() - self.started > 60 * limit)
+
+    def accumulate(self, stage: Stage) -> int:
+        micro = self.progress.micro_batch_size or stage.micro_batch_size
+        return stage.accumulate * stage.micro_batch_size // micro
+
+    def record(self, kind: str, **values: Any) -> None:
+        """One line of the metrics log, stamped with where the run is."""
+        if self.rank == 0:
+            at = self.progress
+            stamp: Record = {"kind": kind, "stage": at.stage, "step": at.step, "tokens": at.tokens, "flops": at.flops}
+            self.log.write(stamp | values)
+
+    def _enter(self, stage: Stage) -> None:
+        """Grows into ``stage`` if the state is not there yet, after trying that the larger model fits."""
+        if self.progress.stage_step == 0:
+            grown, report = self.state, None
+            if self.state.config != stage.model:
+                grown, report = self._grow(stage)
+            if self.recipe.trainer.strategy != "fsdp":
+                size = fitting_micro_batch(grown, stage, self.recipe, self.device, self.dtype)
+                if size != stage.micro_batch_size:
+                    log.warning("memory is short: micro-batches of %d instead of %d", size, stage.micro_batch_size)
+                    self.progress = dataclasses.replace(self.progress, micro_batch_size=size)
+            self.state = grown
+            self.record(
+                "stage",
+                name=stage.name,
+                parameters=stage.model.num_params(),
+                context_length=stage.context_length,
+                planned_steps=stage.steps,
+            )
+            if report is not None:
+                self._record_growth(stage, report)
+
+    def _grow(self, stage: Stage) -> tuple[TrainState, GrowthReport]:
+        digest = hashlib.sha256(f"growth/{self.recipe.run.seed}/{stage.index}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        count = max(stage.context_length, self.recipe.monitor.probe_tokens)
+        starts, _ = validation_windows(self.corpus.validation, stage.context_length, count)
+        tokens, targets = windows(self.corpus.validation, starts, stage.context_length)
+        probe = torch.cat((tokens, targets[:, -1:]), dim=1)
+        return grow(
+            self.state, stage.model, stage.methods, generator, probe, stage=stage.index, dtype=self.dtype
+        )
+
+    def _record_growth(self, stage: Stage, report: GrowthReport) -> None:
+        assert report.certificate is not None
+        links = [
+            {"operator": link.operator, "method": link.method, **asdict(link.exactness)} for link in report.links
+        ]
+        event = {
+            "links": links,
+            "new_parameters": len(report.new),
+            "parameters_before": report.parameters_before,
+            "parameters_after": report.parameters_after,
+            "certificate": asdict(report.certificate),
+        }
+        self.lineage.append(
+            {"kind": "growth", "stage": stage.index, "name": stage.name, "step": self.progress.step} | event
+        )
+        self.record("growth", name=stage.name, **event)
+
+    def _fit(self, stage: Stage) -> None:
+        remaining = stage.steps - self.progress.stage_step
+        module = StageModule(self.state, stage, self.recipe, self.progress.stage_step)
+        accumulate = self.accumulate(stage)
+        trainer = L.Trainer(
+            accelerator=self.device,
+            devices=self.world_size,
+            strategy=self._strategy(),
+            precision="bf16-mixed" if self.dtype == torch.bfloat16 else "32-true",
+            max_steps=remaining,
+            max_epochs=-1,
+            limit_val_batches=0,
+            accumulate_grad_batches=accumulate,
+            callbacks=[AfterStep(self, module, last_step=stage.steps)],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            gradient_clip_val=self.recipe.optim.clip_norm or None,
+        )
+        self.rank = trainer.global_rank
+        batches = Batches(
+            self.stream,
+            self.progress.cursor,
+            self.progress.micro_batch_size or stage.micro_batch_size,
+            stage.context_length,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+        with warnings.catch_warnings():
+            # An endless iterable needs neither workers nor a length; Lightning warns about both.
+            warnings.filterwarnings("ignore", module="lightning")
+            trainer.fit(module, batches)
+        self.stop.install()
+        self.state = full_state(module.current_state())
+
+    def _strategy(self) -> str | Strategy:
+        kind = self.recipe.trainer.strategy
+        if kind == "fsdp":
+            return ModelParallelStrategy(data_parallel_size=self.world_size, tensor_parallel_size=1)
+        return "auto" if kind == "single" else kind
+
+    def validate(self, module: StageModule, *, end: bool) -> None:
+        """Logs the validation loss in nats and bits per byte."""
+        assert module.model is not None
+        context = module.stage.context_length
+        autocast = torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        total, count = mean_loss(
+            module.model,
+            self.corpus.validation,
+            context,
+            self.recipe.monitor.validation_tokens,
+            autocast=autocast,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+        sums = torch.tensor([total, float(count)], dtype=torch.float64, device=module.device)
+        sums = module.trainer.strategy.reduce(sums, reduce_op="sum") if self.world_size > 1 else sums
+        loss = float(sums[0] / sums[1])
+        self.record(
+            "validation",
+            loss=loss,
+            bits_per_byte=bits(loss),
+            context_length=context,
+            end_of_stage=end,
+            name=module.stage.name,
+        )
+        if end:
+            self.lineage.append(
+                {
+                    "kind": "stage",
+                    "stage": module.stage.index,
+                    "name": module.stage.name,
+                    "step": self.progress.step,
+                    "tokens": self.progress.tokens,
+                    "flops": self.progress.flops,
+                    "validation_loss": loss,
+                }
+            )
+
+    def _score_ngram(self) -> None:
+        order = self.recipe.monitor.ngram_order
+        last = self.schedule.stages[-1]
+        wanted = self.recipe.monitor.validation_tokens
+        targets = target_positions(self.corpus.validation, last.context_length, wanted)
+        score = ngram_bits_per_byte(self.corpus.train, self.corpus.validation, targets, order)
+        self.record("ngram", order=order, bits_per_byte=score)
+
+    def save(self, state: TrainState) -> Path:
+        """Writes the checkpoint of the current step, and drops those no longer kept."""
+        at = self.progress
+        folder = self.folder.checkpoint(at.step)
+        manifest = Manifest(
+            model=state.config,
+            progress=at,
+            recipe=to_yaml(self.recipe),
+            lineage=tuple(self.lineage),
+            rng=(store.rng_to_hex(self.rng),),
+            corpus={"name": self.corpus.name, "sha256": self.corpus.sha256},
+            log_bytes=self.log.sync(),
+            environment=hardware.environment(self.device, self.dtype, self.world_size),
+        )
+        if self.recipe.trainer.strategy == "fsdp":
+            sharded.write(folder, state, manifest)
+        elif self.rank == 0:
+            store.write(folder, state, manifest)
+        if self.rank == 0:
+            ends = {entry["step"] for entry in self.lineage if entry["kind"] == "stage"}
+            self.folder.prune(self.recipe.trainer.keep_last, ends)
+        return folder
+
+
+def prepare_corpus(recipe: Recipe, schedule: GrowthSchedule) -> Corpus:
+    """The corpus of a recipe, long enough for its longest context. Raises DataError."""
+    corpus = load_corpus(recipe.data)
+    corpus.require(schedule.max_context_length)
+    return corpus
