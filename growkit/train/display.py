@@ -107,7 +107,9 @@ def growth_table(record: Record) -> Table:
     """What grew, parameters before → after, and what the certificate measured."""
     certificate = record["certificate"]
     title = f"growth into {record['name']}"
-    table = Table("what grew", "parameters", "Δlogits (f64)", "Δlogits (run)", "Δloss", "keeps the function", title=title)
+    table = Table("what grew", "parameters", "Δlogits float64", title=title, caption_justify="left")
+    for header in (f"Δlogits {certificate['training_dtype']}", "Δloss"):
+        table.add_column(header)
     what = ", ".join(f"{link['operator']} ({link['method']})" for link in record["links"])
     ratio = record["parameters_after"] / record["parameters_before"]
     sizes = f"{quantity(record['parameters_before'])} → {quantity(record['parameters_after'])} (×{ratio:.2f})"
@@ -115,12 +117,13 @@ def growth_table(record: Record) -> Table:
         what,
         sizes,
         f"{certificate['delta_logits_float64']:.1e}",
-        f"{certificate['delta_logits_training']:.1e} {certificate['training_dtype']}",
+        f"{certificate['delta_logits_training']:.1e}",
         f"{certificate['loss_after'] - certificate['loss_before']:+.1e}",
-        ("yes: " if certificate["exact"] else "no: ") + certificate["reason"],
     )
-    if certificate["dead"] or certificate["locked_rows"]:
-        dead = f"{len(certificate['dead'])} new parameters get no gradient; " if certificate["dead"] else ""
-        locked = f"{certificate['locked_rows']} rows are locked copies" if certificate["locked_rows"] else ""
-        table.caption = f"warning: {dead}{locked}"
+    notes = [f"{'exact' if certificate['exact'] else 'not exact'}: {certificate['reason']}"]
+    if certificate["dead"]:
+        notes.append(f"warning: {len(certificate['dead'])} new parameters get no gradient")
+    if certificate["locked_rows"]:
+        notes.append(f"warning: {certificate['locked_rows']} new rows are copies that training cannot tell apart")
+    table.caption = "\n".join(notes)
     return table

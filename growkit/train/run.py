@@ -55,6 +55,7 @@ class Run:
         corpus: Corpus,
         checkpoint: Checkpoint | None = None,
     ) -> None:
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # it announces itself at every stage
         self.recipe, self.schedule, self.folder, self.corpus = recipe, schedule, folder, corpus
         self.device = hardware.accelerator(recipe.trainer)
         self.dtype = hardware.training_dtype(recipe.trainer)

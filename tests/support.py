@@ -1,0 +1,172 @@
+"""What several tests need: trained-like states, tiny recipes, the command line in this process or in a forked one."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from growkit.cli.main import main
+from growkit.growth.state import Moments, TrainState
+from growkit.models.config import ModelConfig
+from growkit.models.decoder import build
+from growkit.models.presets import PRESETS
+from growkit.models.spec import param_specs
+
+TEXT = "The quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. 0123456789\n"
+
+
+def model_config(preset: str, **fields: Any) -> ModelConfig:
+    """A tiny model: width 24, 2 layers, 2 heads, vocabulary 48."""
+    small = {"vocab_size": 48, "embed_dim": 24, "num_layers": 2, "num_heads": 2}
+    if preset == "tokenformer":
+        small |= {"attention_tokens": 10, "mlp_tokens": 14}
+    return PRESETS.get(preset, key="preset")(**(small | fields)).expand()
+
+
+def trained_like(config: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> TrainState:
+    """A state as training leaves it: every parameter random, gains away from 1, logits of standard deviation ≥ 1,
+    moments of plausible size at an uneven step count."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(shape: Sequence[int]) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    params = {}
+    for name, spec in param_specs(config).items():
+        if spec.role == "gain":
+            params[name] = 1 + 0.4 * normal(spec.shape)
+        elif spec.role == "bias":
+            params[name] = 0.3 * normal(spec.shape)
+        elif spec.role in ("embedding", "head"):
+            params[name] = 0.5 * normal(spec.shape)
+        else:
+            params[name] = 0.3 * normal(spec.shape)
+    params = {name: tensor.to(dtype) for name, tensor in params.items()}
+    moments = {
+        name: Moments(
+            (0.01 * normal(tensor.shape)).to(dtype), (1e-4 * normal(tensor.shape).square() + 1e-6).to(dtype), 37.0
+        )
+        for name, tensor in params.items()
+    }
+    state = TrainState(config, params, moments)
+    logits = build(config, {n: p.double() for n, p in params.items()})(probe(config)[:, :-1])
+    assert float(logits.detach().std()) >= 1, "not a trained-like state"
+    return state
+
+
+def probe(config: ModelConfig, *, rows: int = 3, context: int = 16, seed: int = 1) -> torch.Tensor:
+    return torch.randint(config.vocab_size, (rows, context + 1), generator=torch.Generator().manual_seed(seed))
+
+
+def corpus_file(folder: Path, kilobytes: int = 40) -> Path:
+    """A text with some structure and no two lines alike."""
+    path = folder / "corpus.txt"
+    lines = [f"{i} {TEXT[i % 60 :]}{i * 7919 % 1009}\n" for i in range(kilobytes * 1024 // 60)]
+    path.write_text("".join(lines)[: kilobytes * 1024])
+    return path
+
+
+def recipe_dict(folder: Path, **sections: Any) -> dict[str, Any]:
+    """A recipe that grows twice in about two seconds: tokens, then depth and context. ``sections`` are merged in."""
+    recipe: dict[str, Any] = {
+        "run": {"name": "run", "folder": str(folder / "runs"), "threads": 1},
+        "data": {"source": str(corpus_file(folder))},
+        "model": {
+            "preset": "tokenformer",
+            "embed_dim": 16,
+            "num_layers": 1,
+            "num_heads": 2,
+            "attention_tokens": 8,
+            "mlp_tokens": 8,
+            "dropout": 0.1,
+        },
+        "trainer": {"save_every": "4 steps", "precision": "fp32"},
+        "monitor": {
+            "log_every": 1,
+            "validation_tokens": 256,
+            "probe_tokens": 64,
+            "ngram_order": 2,
+            "sample_tokens": 0,
+            "progress": "off",
+            "peak_flops_per_second": 1e9,
+        },
+        "stages": [
+            {
+                "name": "first",
+                "duration": "6 steps",
+                "context_length": 16,
+                "global_batch_tokens": 128,
+                "micro_batch_size": 4,
+                "validate_every": "3 steps",
+            },
+            {"name": "tokens", "duration": "6 steps", "grow": {"attention_tokens": 12, "mlp_tokens": 16}},
+            {"name": "deeper", "duration": "6 steps", "grow": {"num_layers": 2}, "context_length": 32, "micro_batch_size": 2},
+        ],
+    }
+    for name, section in sections.items():
+        recipe[name] = recipe[name] | section if isinstance(section, dict) else section
+    return recipe
+
+
+def write_recipe(folder: Path, recipe: dict[str, Any] | None = None, **sections: Any) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe if recipe is not None else recipe_dict(folder, **sections)))
+    return path
+
+
+def cli(*words: object) -> tuple[int, str, str]:
+    """Runs ``growkit words...`` in this process; returns (exit code, stdout, stderr)."""
+    out, err = io.StringIO(), io.StringIO()
+    argv, sys.argv = sys.argv, ["growkit", *map(str, words)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main()
+                code = 0
+            except SystemExit as stop:
+                code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    finally:
+        sys.argv = argv
+    return code, out.getvalue(), err.getvalue()
+
+
+def records(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The metrics log of a run folder."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if kind in (None, record["kind"])]
+
+
+_context = multiprocessing.get_context("forkserver")
+# The server imports torch once; each child is a fork of it, so a process costs milliseconds instead of seconds.
+_context.set_forkserver_preload(["growkit.cli.training", "growkit.cli.checkpoints", "tests.support"])
+
+
+def in_child(*words: object, env: dict[str, str] | None = None) -> int:
+    """Runs ``growkit words...`` in a process of its own; returns its exit code (negative: killed by that signal)."""
+    child = start_child(*words, env=env)
+    child.join()
+    assert child.exitcode is not None
+    return child.exitcode
+
+
+def start_child(*words: object, env: dict[str, str] | None = None) -> multiprocessing.process.BaseProcess:
+    child = _context.Process(target=_child, args=([str(word) for word in words], env or {}))
+    child.start()
+    return child
+
+
+def _child(words: list[str], env: dict[str, str]) -> None:
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    sys.argv = ["growkit", *words]
+    main()
