@@ -35,7 +35,7 @@ def model_config(preset: str, **fields: Any) -> ModelConfig:
 
 def trained_like(config: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> TrainState:
     """A state as training leaves it: every parameter random, gains away from 1, logits of standard deviation ≥ 1,
-    moments of plausible size at an uneven step count."""
+    moments of the size of real gradients after many steps."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(shape: Sequence[int]) -> torch.Tensor:
@@ -52,16 +52,17 @@ def trained_like(config: ModelConfig, *, seed: int = 0, dtype: torch.dtype = tor
         else:
             params[name] = 0.3 * normal(spec.shape)
     params = {name: tensor.to(dtype) for name, tensor in params.items()}
-    moments = {
-        name: Moments(
-            (0.01 * normal(tensor.shape)).to(dtype), (1e-4 * normal(tensor.shape).square() + 1e-6).to(dtype), 37.0
-        )
-        for name, tensor in params.items()
-    }
-    state = TrainState(config, params, moments)
-    logits = build(config, {n: p.double() for n, p in params.items()})(probe(config)[:, :-1])
-    assert float(logits.detach().std()) >= 1, "not a trained-like state"
-    return state
+    model = build(config, {name: p.double() for name, p in params.items()})
+    tokens = probe(config)
+    assert float(model(tokens[:, :-1]).detach().std()) >= 1, "not a trained-like state"
+    model(tokens[:, :-1], tokens[:, 1:]).total.backward()
+    moments = {}
+    for name, p in model.named_parameters():
+        assert p.grad is not None
+        size = p.grad.square().mean()  # every entry its own noise, none zero
+        exp_avg = 0.3 * size.sqrt() * normal(p.shape)
+        moments[name] = Moments(exp_avg.to(dtype), (size * (0.5 + normal(p.shape).square())).to(dtype), 1000.0)
+    return TrainState(config, params, moments)
 
 
 def probe(config: ModelConfig, *, rows: int = 3, context: int = 16, seed: int = 1) -> torch.Tensor:

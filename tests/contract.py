@@ -1,0 +1,273 @@
+"""The contract every growth operator keeps, as checks that raise AssertionError: run over the whole registry
+(test_growth_contract.py), and over deliberately broken operators, which must fail it (test_growth_mutants.py)."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from growkit.errors import ConfigError
+from growkit.growth.engine import grow, grown_state, lazy_state
+from growkit.growth.operator import EXACT_FLOAT64, OPERATORS
+from growkit.growth.path import grown_config, path
+from growkit.growth.state import Moments, TrainState
+from growkit.growth.verify import TRAINING_TOLERANCE, certify, stream_logits
+from growkit.models.config import ModelConfig
+from growkit.models.decoder import build
+from growkit.models.spec import param_specs
+from tests.support import model_config, probe, trained_like
+
+LR = 1e-3
+NOT_EXACT = 1e-6  # what is labelled not exact moves the logits by far more than rounding
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "tokenformer": {"preset": "tokenformer"},
+    "tokenformer-gelu_l2": {"preset": "tokenformer", "theta": "gelu_l2_norm", "qk_norm": True},
+    "tokenformer-softmax": {"preset": "tokenformer", "theta": "softmax", "tied_head": False},
+    "tokenformer-shared": {"preset": "tokenformer", "token_norm": "shared", "q_tokens": 6},
+    "tokenformer-shared-gelu_l2": {"preset": "tokenformer", "token_norm": "shared", "theta": "gelu_l2_norm"},
+    "tokenformer-shared-softmax": {"preset": "tokenformer", "token_norm": "shared", "theta": "softmax"},
+    "tokenformer-published": {
+        "preset": "tokenformer",
+        "token_norm": "shared",
+        "norm": "layernorm_gainless",
+        "final_norm": "layernorm",
+        "head_dim": 16,
+        "rope_fraction": 0.25,
+    },
+    "transformer": {"preset": "transformer", "mlp_dim": 20},
+    "transformer-gqa": {"preset": "transformer", "num_heads": 4, "num_kv_heads": 2, "qk_norm": True, "tied_head": False},
+    "transformer-layernorm": {"preset": "transformer", "norm": "layernorm", "mlp": "gelu"},
+}  # fmt: skip
+
+# A small target for each operator, as a stage's ``grow:`` would say it. A new operator must add itself here.
+TARGETS: dict[str, list[dict[str, Any]]] = {
+    "param_tokens": [{"attention_tokens": 15, "mlp_tokens": 20}, {"v_tokens": 13}],
+    "depth": [
+        {"num_layers": 4},
+        {"num_layers": 3, "insert_at": "middle"},
+        {"num_layers": 4, "insert_at": "end"},
+        {"num_layers": 4, "insert_at": [0, 0]},
+    ],
+    "width": [{"embed_dim": 32}],
+    "mlp": [{"mlp_dim": 80}],
+    "heads": [{"num_heads": 8}, {"num_heads": 8, "num_kv_heads": 4}],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    family: str
+    operator: str
+    method: str
+    fields: tuple[tuple[str, Any], ...]
+    source: ModelConfig
+    target: ModelConfig
+
+    def __str__(self) -> str:
+        sizes = ",".join(f"{key}={value}" for key, value in self.fields)
+        return f"{self.family}:{self.operator}:{self.method}:{sizes}"
+
+    @property
+    def methods(self) -> dict[str, str]:
+        return {self.operator: self.method}
+
+
+def cases() -> list[Case]:
+    """Registry × families × methods × targets, without those a recipe would be refused."""
+    found = []
+    assert set(TARGETS) == set(OPERATORS), "every operator has a target to be tested on"
+    for (family, fields), (name, operator) in itertools.product(FAMILIES.items(), OPERATORS.items()):
+        source = model_config(**fields)
+        for method, target in itertools.product(operator.methods, TARGETS[name]):
+            try:
+                config = grown_config(source, target, {name: method})
+            except ConfigError:
+                continue
+            found.append(Case(family, name, method, tuple(target.items()), source, config))
+    return found
+
+
+def generator(seed: int = 5) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def grown(case: Case, state: TrainState, seed: int = 5) -> TrainState:
+    return grown_state(state, path(case.source, case.target, case.methods), generator(seed), stage=1)
+
+
+def check(case: Case) -> None:
+    """Every clause of the contract."""
+    for clause in CLAUSES:
+        clause(case)
+
+
+def function_is_kept_as_claimed(case: Case) -> None:
+    """Exact: ≤ 1e-10 relative in float64. Not exact: the logits do move, so the label is no excuse."""
+    state = trained_like(case.source)
+    tokens = probe(case.source)[:, :-1]
+    before = stream_logits(case.source, state.params, tokens, torch.float64)
+    after = stream_logits(case.target, grown(case, state).params, tokens, torch.float64)
+    assert float(before.std()) >= 1
+    moved = float((after - before).norm() / before.norm())
+    claims = [link.exactness.kind for link in path(case.source, case.target, case.methods)]
+    if set(claims) == {"exact"}:
+        assert moved <= EXACT_FLOAT64, f"claims to be exact, moved by {moved:.2e}"
+    else:
+        assert moved >= NOT_EXACT, f"claims not to be exact, moved by {moved:.2e}"
+
+
+def training_precision_keeps_it_too(case: Case) -> None:
+    """The certificate of a float32 state holds in float32 and under bf16 autocast; ``certify`` raises if not."""
+    state = trained_like(case.source, dtype=torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        _, report = grow(state, case.target, case.methods, generator(), probe(case.source), stage=1, dtype=dtype)
+        certificate = report.certificate
+        assert certificate is not None and certificate.training_dtype in str(dtype)
+        if certificate.exact:
+            assert certificate.delta_logits_training <= TRAINING_TOLERANCE[dtype]
+            assert not certificate.dead, certificate.dead
+            assert abs(certificate.delta_loss) <= TRAINING_TOLERANCE[dtype] * 10
+        assert certificate.parameters_after == case.target.num_params() > certificate.parameters_before
+
+
+def input_is_left_alone(case: Case) -> None:
+    state = trained_like(case.source)
+    params = {name: tensor.clone() for name, tensor in state.params.items()}
+    moments = {name: (m.exp_avg.clone(), m.exp_avg_sq.clone(), m.step) for name, m in state.moments.items()}
+    grown(case, state)
+    assert all(torch.equal(params[name], state.params[name]) for name in params)
+    for name, (exp_avg, exp_avg_sq, step) in moments.items():
+        now = state.moments[name]
+        assert torch.equal(exp_avg, now.exp_avg) and torch.equal(exp_avg_sq, now.exp_avg_sq) and step == now.step
+
+
+def shapes_are_those_of_the_target(case: Case) -> None:
+    result = grown(case, trained_like(case.source))
+    assert {name: tuple(t.shape) for name, t in result.params.items()} == {
+        name: spec.shape for name, spec in param_specs(case.target).items()
+    }
+    assert result.config == case.target
+    built = build(case.target, result.params)
+    assert {name: p.shape for name, p in built.named_parameters()} == {n: t.shape for n, t in result.params.items()}
+
+
+def moments_go_with_the_weights(case: Case) -> None:
+    """Carried parameters keep their moments: old entries' by 1/c and 1/c² of the weight's factor c (so weight × exp_avg
+    is unchanged), new entries' exp_avg 0 and exp_avg_sq above 0. New parameters have none and are marked as new."""
+    state = trained_like(case.source)
+    result = grown(case, state)
+    new = set(result.params) - set(state.params)
+    assert set(result.moments) == set(result.params) - new
+    assert {name for name, stage in result.born.items() if stage == 1} == new
+    for name, old in state.moments.items():
+        now = result.moments[name]
+        assert now.exp_avg.shape == now.exp_avg_sq.shape == result.params[name].shape
+        assert now.step == old.step
+        carried = now.exp_avg != 0
+        assert int(carried.sum()) == old.exp_avg.numel(), name
+        assert (now.exp_avg_sq > 0).all(), f"{name}: an entry without second moment would jump"
+        _same_sum(name, (result.params[name] * now.exp_avg)[carried], state.params[name] * old.exp_avg)
+        squares = result.params[name].square() * now.exp_avg_sq
+        _same_sum(name, squares[carried], state.params[name].square() * old.exp_avg_sq)
+
+
+def _same_sum(name: str, now: Tensor, old: Tensor) -> None:
+    scale = float(old.abs().sum())
+    assert abs(float(now.sum() - old.sum())) <= 1e-12 * scale, f"{name}: moments do not match weights"
+
+
+def what_is_new_learns(case: Case) -> None:
+    """With weight decay 0, everything new has a gradient by the second step, all stays finite, and all of it moves."""
+    state = trained_like(case.source)
+    result = grown(case, state)
+    model = build(case.target, result.params)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.999), weight_decay=0.0)
+    named = dict(model.named_parameters())
+    for name, m in result.moments.items():
+        optimizer.state[named[name]] = {
+            "step": torch.tensor(m.step),
+            "exp_avg": m.exp_avg.clone(),
+            "exp_avg_sq": m.exp_avg_sq.clone(),
+        }
+    fresh = {
+        name: torch.ones_like(p, dtype=torch.bool) if name not in result.moments else result.moments[name].exp_avg == 0
+        for name, p in named.items()
+    }
+    alive = dict.fromkeys((name for name, mask in fresh.items() if mask.any()), False)
+    data = probe(case.source, rows=8)
+    for step in range(2):
+        optimizer.zero_grad()
+        loss = model(data[:, :-1], data[:, 1:]).total
+        loss.backward()
+        assert loss.isfinite()
+        for name, mask in fresh.items():
+            gradient = named[name].grad
+            assert gradient is not None and gradient.isfinite().all(), (name, step)
+            if mask.any() and gradient[mask].any():
+                alive[name] = True
+        optimizer.step()
+    assert all(alive.values()), f"dead: {[name for name, lives in alive.items() if not lives]}"
+    for name in alive:
+        moved = named[name].detach() != result.params[name]
+        assert moved[fresh[name]].any(), f"{name} did not move"
+        # No leap: a fresh Adam moves by lr a step; a zero exp_avg_sq at an old step count by 3.2 and 4.2 lr (β2 0.999).
+        distance = (named[name].detach() - result.params[name]).abs()[fresh[name] & moved]
+        assert float(distance.mean()) <= 3 * LR, f"{name} leapt"
+
+
+def randomness_is_the_generators(case: Case) -> None:
+    """Same generator, same bits, whatever the global state; the streamed growth is the same as the whole one."""
+    state = trained_like(case.source)
+    torch.manual_seed(1)
+    first = grown(case, state)
+    torch.manual_seed(2)
+    second = lazy_state(state, path(case.source, case.target, case.methods), generator(), stage=1)
+    for name in reversed(list(first.params)):
+        assert torch.equal(first.params[name], second.params[name]), name
+    assert list(first.params) == list(second.params)
+
+
+def two_steps_keep_it_as_well(case: Case) -> None:
+    """Growing what was grown: an exact operator stays exact from a state it made itself, after some training."""
+    links = path(case.source, case.target, case.methods)
+    if any(link.exactness.kind != "exact" for link in links):
+        return
+    once = grown(case, trained_like(case.source))
+    noisy = {name: t + 0.02 * torch.randn(t.shape, generator=generator(9), dtype=t.dtype) for name, t in once.params.items()}
+    moments = {n: Moments(torch.zeros_like(t), torch.ones_like(t), 3.0) for n, t in noisy.items()}
+    state = TrainState(case.target, noisy, moments)
+    further = _further(case)
+    again = path(case.target, further, case.methods)
+    twice = grown_state(state, again, generator(6), stage=2)
+    claims = tuple(link.exactness for link in again)
+    certificate = certify(state, twice, claims, probe(case.source), new=(), dtype=torch.float64)
+    assert certificate.exact and certificate.delta_logits_float64 <= EXACT_FLOAT64
+
+
+def _further(case: Case) -> ModelConfig:
+    fields = {}
+    for key, value in case.fields:
+        if key == "insert_at" and isinstance(value, list):
+            fields[key] = [*value, 1, 2]
+        else:
+            fields[key] = value * 2 if isinstance(value, int) else value
+    if isinstance(fields.get("insert_at"), list):
+        fields["num_layers"] = len(case.target.layers) + len(fields["insert_at"])
+    return grown_config(case.target, fields, case.methods)
+
+
+CLAUSES = (
+    function_is_kept_as_claimed,
+    training_precision_keeps_it_too,
+    input_is_left_alone,
+    shapes_are_those_of_the_target,
+    moments_go_with_the_weights,
+    what_is_new_learns,
+    randomness_is_the_generators,
+    two_steps_keep_it_as_well,
+)
