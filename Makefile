@@ -9,7 +9,7 @@ help:
 	@echo "make test         the test suite"
 	@echo "make lint         ruff and mypy"
 	@echo "make soak         kill training 100 times, resume, compare bitwise"
-	@echo "make bench        throughput against a bare loop, quality against a nanoGPT-style peer (about 45 minutes)"
+	@echo "make bench        throughput against a bare loop, quality against a nanoGPT-style peer (about half an hour)"
 	@echo "make clean        remove the virtual environment, caches and build outputs; runs/ stays"
 
 # The stamp comes last, so that an interrupted installation is taken up again.
