@@ -85,9 +85,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     arguments.add_argument("--rounds", type=int, default=5, help="of bare, growkit (default: 5)")
-    arguments.add_argument(
-        "--batch-tokens", type=int, default=1024, help="per step, in sequences of 128 (default: 1024)"
-    )
+    arguments.add_argument("--batch-tokens", type=int, default=1024, help="per step (default: 1024)")
     arguments.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: PyTorch's")
     arguments.add_argument("--quick", action="store_true", help="a minute: 3M, three rounds of ten small steps")
     arguments.add_argument("--output", type=Path, default=ROOT / "docs/results/bench_overhead.json")
@@ -97,9 +95,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
 
     rows = []
-    print(
-        f"{'model':<18}{'parameters':>12}{'bare tok/s':>12}{'growkit':>12}{'ratio: min':>12}{'median':>9}{'max':>9}{'cpu':>9}"
-    )
+    print(f"{'':<30}{'tokens per second':>24}{'growkit / bare':>30}{'cpu time':>10}")
+    print(f"{'model':<18}{'parameters':>12}{'bare':>12}{'growkit':>12}{'min':>12}{'median':>9}{'max':>9}{'median':>10}")
     for size in options.sizes:
         for preset, fields in SIZES[size].items():
             steps = 2 * LOG_EVERY if options.quick else MEASURED_STEPS[size]
@@ -110,7 +107,7 @@ def main() -> None:
                 f"{preset + ' ' + size:<18}{row['parameters']:>12,}"
                 f"{statistics.median(row['bare_tokens_per_second']):>12,.0f}"
                 f"{statistics.median(row['growkit_tokens_per_second']):>12,.0f}"
-                f"{ratio['min']:>12.3f}{ratio['median']:>9.3f}{ratio['max']:>9.3f}{row['cpu_ratio']['median']:>9.3f}",
+                f"{ratio['min']:>12.3f}{ratio['median']:>9.3f}{ratio['max']:>9.3f}{row['cpu_ratio']['median']:>10.3f}",
                 flush=True,
             )
     worst = min(row["ratio"]["median"] for row in rows)
@@ -150,6 +147,7 @@ def measure(preset: str, fields: dict[str, Any], steps: int, options: argparse.N
         "bare_tokens_per_second": [round(b.tokens_per_second, 1) for b, _ in pairs],
         "growkit_tokens_per_second": [round(g.tokens_per_second, 1) for _, g in pairs],
         "ratio": spread([g.tokens_per_second / b.tokens_per_second for b, g in pairs]),
+        "overhead_ms_per_step": spread([1e3 * (g.seconds - b.seconds) / steps for b, g in pairs]),
         "cpu_ratio": spread([b.cpu_seconds / g.cpu_seconds for b, g in pairs]),
     }
 

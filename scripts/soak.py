@@ -98,9 +98,8 @@ def soak(folder: Path, seed: int, rng: random.Random, tally: Tally) -> None:
     for name in ("whole", "killed"):
         (folder / name).mkdir(parents=True)
         run = {"folder": str(folder / name / "runs"), "seed": seed}
-        recipe = support.recipe_dict(
-            folder, run=run, trainer={"save_every": f"{SAVE_EVERY} steps", "accelerator": "cpu"}
-        )
+        trainer = {"save_every": f"{SAVE_EVERY} steps", "accelerator": "cpu"}
+        recipe = support.recipe_dict(folder, run=run, trainer=trainer)
         for stage in recipe["stages"]:
             stage |= {"duration": STAGE_DURATION, "validate_every": "3 steps"}
         recipes.append(support.write_recipe(folder / name, recipe))
@@ -126,7 +125,8 @@ def attempt(run: RunFolder, recipe: Path, rng: random.Random, seconds: float, ta
     before = unfinished(run)
 
     plan = rng.choices(list(PLANS), weights=list(PLANS.values()))[0]
-    wait, fault = rng.uniform(0, seconds / 2), f"{rng.choice(faults.POINTS)}:{rng.randint(1, 2)}"
+    rarely = [1 / (1 + tally.fault_kills[point]) for point in faults.POINTS]  # so that every point gets its share
+    wait, fault = rng.uniform(0, seconds / 2), f"{rng.choices(faults.POINTS, rarely)[0]}:{rng.randint(1, 2)}"
     environment = {"GROWKIT_FAULT": fault} if plan == AT_FAULT else {}
     logged = run.metrics.stat().st_mtime_ns if run.metrics.exists() else None
     child = support.start_child(*words, env=environment)
