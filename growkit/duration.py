@@ -14,6 +14,7 @@ from growkit.errors import ConfigError
 UNITS = ("tokens", "steps", "flops")
 _SCALE = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12, "P": 1e15}
 _PATTERN = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([kMGBTP]?)\s*(tokens?|steps?|flops?|%)\s*$")
+_MOST = 1e18  # tokens or steps: positions in the data are 64-bit integers
 _MEND = "write an amount and a unit, such as '20M tokens', '500 steps' or '3e15 flops'"
 
 
@@ -40,6 +41,9 @@ class Duration:
                 raise ConfigError("bad-duration", "is more than the whole", key=key, value=text, mend="use 0%..100%")
             return cls(amount / 100, "share")
         unit = unit if unit.endswith("s") else unit + "s"
+        if not math.isfinite(amount) or (unit != "flops" and amount > _MOST):
+            mend = "use a smaller amount"
+            raise ConfigError("bad-duration", "is more than can be counted", key=key, value=text, mend=mend)
         if unit != "flops" and amount != int(amount):
             raise ConfigError("bad-duration", f"is not a whole number of {unit}", key=key, value=text, mend=mend)
         return cls(amount, unit)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from growkit import __version__
-from growkit.errors import CheckpointError
+from growkit.errors import CheckpointError, ConfigError
 from growkit.models.config import ModelConfig, from_json, to_json
 from growkit.schedule.progress import Progress
 
@@ -60,13 +60,13 @@ def decode(data: bytes, path: Path) -> Manifest:
     try:
         outer = json.loads(data)
         body = outer["body"]
+        version = body["format"]
         sound = _seal(body) == data
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, f"is not a manifest ({error})") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(path, f"is not a manifest ({type(error).__name__}: {error})") from error
     if not sound:
         raise _damaged(path, "does not match its own hash")
-    version = body.get("format")
-    if not isinstance(version, int) or version > FORMAT:
+    if version not in (*MIGRATIONS, FORMAT):
         raise CheckpointError(
             "format-too-new",
             f"was written by growkit {body.get('growkit')} in a format this version ({FORMAT}) does not know",
@@ -76,11 +76,14 @@ def decode(data: bytes, path: Path) -> Manifest:
         )
     while version < FORMAT:
         body, version = MIGRATIONS[version](body), version + 1
-    kept = {name: body[name] for name in Manifest.__dataclass_fields__ if name in body}
-    kept["model"] = from_json(body["model"], ModelConfig)
-    kept["progress"] = Progress(**body["progress"])
-    kept["lineage"], kept["rng"] = tuple(body["lineage"]), tuple(body["rng"])
-    return Manifest(**kept)
+    try:
+        kept = {name: body[name] for name in Manifest.__dataclass_fields__ if name in body}
+        kept["model"] = from_json(body["model"], ModelConfig)
+        kept["progress"] = Progress(**body["progress"])
+        kept["lineage"], kept["rng"] = tuple(body["lineage"]), tuple(body["rng"])
+        return Manifest(**kept)
+    except (ConfigError, KeyError, TypeError) as error:
+        raise _damaged(path, f"does not say what a manifest says ({error})") from error
 
 
 def read(folder: Path, *, verify: bool = True) -> Manifest:
@@ -92,14 +95,19 @@ def read(folder: Path, *, verify: bool = True) -> Manifest:
         mend = "name a checkpoint (…/checkpoints/step-…) or a run folder"
         raise CheckpointError("not-a-checkpoint", f"has no {NAME}", key=str(folder), mend=mend) from error
     except OSError as error:
-        raise CheckpointError("unreadable", f"cannot be read ({error})", key=str(path)) from error
+        mend = "check its permissions and its disk"
+        raise CheckpointError("unreadable", f"cannot be read ({error})", key=str(path), mend=mend) from error
     manifest = decode(data, path)
     if verify:
         for name, entry in manifest.files.items():
             file = folder / name
-            if not file.is_file():
-                raise _damaged(file, "is missing")
-            if file.stat().st_size != entry["bytes"] or file_hash(file) != entry["sha256"]:
+            try:
+                sound = file.stat().st_size == entry["bytes"] and file_hash(file) == entry["sha256"]
+            except FileNotFoundError as error:
+                raise _damaged(file, "is missing") from error
+            except OSError as error:
+                raise _damaged(file, f"cannot be read ({error})") from error
+            if not sound:
                 raise _damaged(file, "does not match the hash in the manifest")
     return manifest
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from growkit.checkpoint import store
@@ -25,6 +27,7 @@ from growkit.models.decoder import build
 from growkit.train.display import growth_table, quantity
 
 console = Console(highlight=False)
+MIN_TEMPERATURE = 1e-3  # below it, logits over temperature leave the range of float32
 
 
 def open_any(folder: Path) -> Checkpoint:
@@ -39,19 +42,17 @@ def grow_checkpoint(source: Path, targets: Sequence[str], output: Path, seed: in
     (the certificate's gradient check holds the model once)."""
     if output.exists():
         mend = "name a folder that does not exist"
-        raise ConfigError("run-exists", "is already there", key="--output", value=str(output), mend=mend)
+        raise ConfigError("file-exists", "is already there", key="--output", value=str(output), mend=mend)
     checkpoint = open_any(source)
-    raw = OmegaConf.create({})
+    fields: dict[str, Any] = {}
     for target in targets:
-        apply_override(raw, target)
-    fields = OmegaConf.to_container(raw)
-    assert isinstance(fields, dict)
+        apply_override(fields, target)
     methods = fields.pop("methods", {})
-    if not isinstance(methods, dict):
+    if not isinstance(methods, dict) or not all(isinstance(method, str) for method in methods.values()):
         mend = "write methods.OPERATOR=METHOD"
-        raise ConfigError("not-a-section", "must be a mapping of keys", key="methods", value=methods, mend=mend)
+        raise ConfigError("not-a-section", "must name a method for each", key="methods", value=methods, mend=mend)
     config = checkpoint.manifest.model
-    wanted = grown_config(config, {str(key): value for key, value in fields.items()}, methods)
+    wanted = grown_config(config, fields, methods)
     links = path(config, wanted, methods)
     stage = checkpoint.manifest.progress.stage + 1
     grown = lazy_state(checkpoint.state, links, torch.Generator().manual_seed(seed), stage=stage)
@@ -74,14 +75,14 @@ def grow_checkpoint(source: Path, targets: Sequence[str], output: Path, seed: in
     )
     store.write(output, grown, manifest)
     console.print(growth_table(event))
-    console.print(f"wrote {output}", soft_wrap=True)
+    console.print(f"wrote {output}", soft_wrap=True, markup=False)
 
 
 def inspect_checkpoint(folder: Path) -> None:
     checkpoint = open_any(folder)
     manifest, config = checkpoint.manifest, checkpoint.manifest.model
     at = manifest.progress
-    console.print(f"[bold]{checkpoint.folder}[/bold]: sound, every file matches its hash", soft_wrap=True)
+    console.print(f"[bold]{escape(str(checkpoint.folder))}[/bold]: sound, every file matches its hash", soft_wrap=True)
     console.print(
         f"step {at.step} (stage {at.stage + 1}), {quantity(at.tokens)} tokens, {quantity(at.flops)} FLOPs; "
         f"{config.num_params():,} parameters, {len(config.layers)} layers of width {config.embed_dim}"
@@ -90,7 +91,9 @@ def inspect_checkpoint(folder: Path) -> None:
     for layer in config.layers:
         mixer = layer.mixer
         heads = f"{mixer.num_heads} heads × {mixer.head_dim}, {mixer.num_kv_heads} kv; q {_projection(mixer.q)}"
-        mlp = _projection(layer.mlp.projection) if layer.mlp.kind == "pattention" else f"{layer.mlp.kind} {layer.mlp.dim}"
+        mlp = (
+            _projection(layer.mlp.projection) if layer.mlp.kind == "pattention" else f"{layer.mlp.kind} {layer.mlp.dim}"
+        )
         table.add_row(str(layer.id), "–" if layer.origin is None else str(layer.origin), heads, mlp)
     console.print(table)
     for entry in manifest.lineage:
@@ -98,12 +101,16 @@ def inspect_checkpoint(folder: Path) -> None:
             console.print(growth_table(entry))
         else:
             console.print(
-                f"stage {entry['name']} ended at step {entry['step']}: validation loss {entry['validation_loss']:.4f} nats"
+                f"stage {entry['name']} ended at step {entry['step']}: validation loss {entry['validation_loss']:.4f} nats",
+                markup=False,
             )
     console.print(", ".join(f"{key} {value}" for key, value in manifest.environment.items()), soft_wrap=True)
 
 
 def generate_text(folder: Path, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> None:
+    if temperature and not MIN_TEMPERATURE <= temperature < math.inf:
+        problem = f"must be 0, or a number from {MIN_TEMPERATURE} on"
+        raise ConfigError("out-of-range", problem, key="--temperature", value=temperature)
     checkpoint = open_any(folder)
     model = build(checkpoint.manifest.model, checkpoint.state.params, copy=False)
     text = sample_text(model, prompt, tokens, seed=seed, temperature=temperature, top_k=top_k)

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from growkit import __version__
 from growkit.errors import GrowkitError
@@ -67,8 +68,8 @@ def grow(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or a run folder (its latest checkpoint).")],
     targets: Annotated[list[str], typer.Argument(help="key=value: sizes to grow to, methods.OPERATOR=METHOD.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the grown checkpoint goes.")],
-    seed: Annotated[int, typer.Option(help="Of what is drawn at random.")] = 0,
-    probe_tokens: Annotated[int, typer.Option(help="Random tokens the certificate is measured on.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of what is drawn at random.")] = 0,
+    probe_tokens: Annotated[int, typer.Option(min=2, help="Random tokens the certificate is measured on.")] = 512,
 ) -> None:
     """Grow a checkpoint without training, with a certificate."""
     from growkit.cli.checkpoints import grow_checkpoint
@@ -99,7 +100,7 @@ def generate(
     tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="Choose among the k most likely; 0: all.")] = 50,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the draws.")] = 0,
 ) -> None:
     """Write text with a trained model."""
     from growkit.cli.checkpoints import generate_text
@@ -118,9 +119,9 @@ def recipes_list() -> None:
 @recipes_app.command("show")
 def recipes_show(name: Annotated[str, typer.Argument(help="Name of a built-in recipe.")]) -> None:
     """Print a built-in recipe."""
-    from growkit.cli.recipes import find_recipe
+    from growkit.cli.recipes import show_recipe
 
-    typer.echo(find_recipe(name).read_text(), nl=False)
+    show_recipe(name)
 
 
 @recipes_app.command("copy")
@@ -140,11 +141,6 @@ def main() -> None:
     try:
         app()
     except GrowkitError as error:
-        Console(stderr=True, highlight=False).print(f"[bold red]error[/bold red]: {_plain(str(error))}", soft_wrap=True)
+        message = Text.assemble(("error", "bold red"), f": {error}")
+        Console(stderr=True, highlight=False).print(message, soft_wrap=True)
         sys.exit(error.exit_code)
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from growkit.config.load import load_recipe
+from growkit.config.load import load_recipe, read_text
 from growkit.config.recipe import Recipe
 from growkit.errors import ConfigError
 from growkit.models.presets import PRESETS
@@ -57,15 +58,25 @@ def list_recipes() -> None:
     Console().print(table)
 
 
+def show_recipe(name: str) -> None:
+    typer.echo(read_text(find_recipe(name)), nl=False)
+
+
 def copy_recipe(name: str, target: Path | None) -> None:
     source = find_recipe(name)
+    text = read_text(source)
     target = target or Path(source.name)
-    if target.exists():
-        raise ConfigError("file-exists", "is already there", key="target", value=str(target), mend="name another file")
     try:
-        target.write_text(source.read_text())
+        with open(target, "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        mend = "name another file"
+        raise ConfigError("file-exists", "is already there", key="target", value=str(target), mend=mend) from None
     except OSError as error:
-        raise ConfigError("cannot-write", f"cannot be written ({error})", key=str(target)) from error
+        if target.is_file():
+            target.unlink()
+        mend = "name a file in a folder that exists and can be written to"
+        raise ConfigError("cannot-write", f"cannot be written ({error})", key=str(target), mend=mend) from error
     typer.echo(f"wrote {target}; change it, then: growkit train {target}")
 
 
@@ -78,7 +89,7 @@ def show_schedule(name: str, overrides: Sequence[str]) -> None:
             for link in stage.links
         )
         table.add_row(
-            stage.name,
+            escape(stage.name),
             grows or "–",
             f"{stage.model.num_params():,}",
             f"{stage.context_length}",

@@ -3,132 +3,241 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
+import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
-from growkit.config.recipe import Recipe, StageConfig
+from growkit.config.recipe import Recipe
 from growkit.errors import ConfigError
 from growkit.registry import Registry, closest
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as a recipe means it: only true and false are truth values (``off`` is a word), 1e-3 is a number, 1:30 and
+    2026-01-01 are text, and no key is written twice."""
+
+    yaml_implicit_resolvers: typing.ClassVar[dict[Any, Any]] = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
+                raise yaml.constructor.ConstructorError(None, None, "a key is not text", key.start_mark)
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is written twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what ``_Loader`` would otherwise not read as text."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(?:0|[1-9][0-9_]*)", "-+0123456789"),
+    ("float", r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)(?:[eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+."),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("merge", r"<<", "<"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
 
 
 def load_recipe(path: Path, overrides: Sequence[str], presets: Registry[type[Any]]) -> Recipe:
     """The recipe at ``path`` with ``overrides`` on top. Raises ConfigError."""
+    return parse_recipe(read_text(path), overrides, presets, name=str(path))
+
+
+def read_text(path: Path) -> str:
+    """The text of a recipe file. Raises ConfigError."""
     try:
-        text = path.read_text()
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         mend = "name a YAML file, or one of `growkit recipes list`"
         raise ConfigError("recipe-unreadable", f"cannot be read ({error})", key=str(path), mend=mend) from error
-    return parse_recipe(text, overrides, presets, name=str(path))
 
 
 def parse_recipe(text: str, overrides: Sequence[str], presets: Registry[type[Any]], *, name: str) -> Recipe:
     try:
-        raw = OmegaConf.create(text)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError("recipe-not-yaml", f"is not valid YAML ({error})", key=name) from error
-    if not isinstance(raw, DictConfig) or raw._is_none():
+        raw = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mend = "mend the YAML there; quote text that has : or # in it"
+        raise ConfigError("recipe-not-yaml", f"is not valid YAML ({_place(error)})", key=name, mend=mend) from error
+    if not isinstance(raw, dict):
         mend = "write sections such as model, data and stages"
-        raise ConfigError("recipe-not-mapping", "is not a mapping of sections", key=name, mend=mend)
+        raise ConfigError("recipe-not-mapping", "is not a mapping of sections", key=name, value=raw, mend=mend)
     for override in overrides:
         apply_override(raw, override)
-    preset_name = _model_preset(raw)
-    preset = presets.get(preset_name, key="model.preset")
-    model_raw = raw.pop("model")
-    _check(raw, Recipe, "")
-    _check(model_raw, preset, "model")
-    try:
-        merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), raw))
-        model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(preset), model_raw))
-    except OmegaConfBaseException as error:
-        raise _translate(error) from error
-    assert isinstance(merged, Recipe)
-    merged.model = model
-    return merged
+    raw = _resolved(raw)
+    preset = presets.get(_model_preset(raw.get("model")), key="model.preset")
+    model = _read(raw.pop("model"), preset, "model")
+    recipe: Recipe = _read(raw, Recipe, "")
+    recipe.model = model
+    return recipe
 
 
-def apply_override(raw: DictConfig, override: str) -> None:
-    """Sets ``a.b.0.c=value`` in place; list items must exist. Raises ConfigError."""
-    key, sign, value = override.partition("=")
-    if not sign or not key.strip():
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Sets ``a.b.0.c=value`` in place: sections are made, list items must exist. Raises ConfigError."""
+    key, sign, text = override.partition("=")
+    parts = key.split(".")
+    if not sign or any(not part or part != part.strip() for part in parts):
         mend = "write key=value, such as optim.lr=1e-3 or stages.0.duration='20 steps'"
         raise ConfigError("bad-override", "is not key=value", key=override, mend=mend)
-    try:
-        parsed = OmegaConf.create(f"value: {value}").value if value.strip() else ""
-    except (yaml.YAMLError, OmegaConfBaseException):
-        parsed = value
     node: Any = raw
-    parts = key.split(".")
     for depth, part in enumerate(parts):
-        if isinstance(node, ListConfig):
-            if not part.isdigit() or int(part) >= len(node):
-                mend = f"the list has {len(node)} items: use 0..{len(node) - 1}"
-                raise ConfigError("bad-override", f"{part!r} is not an item of the list", key=key, mend=mend)
-            if depth < len(parts) - 1:
-                node = node[int(part)]
-        elif isinstance(node, DictConfig):
-            node = node.get(part)
-            if node is None:
-                break
-        elif depth < len(parts):
-            raise ConfigError("bad-override", f"{'.'.join(parts[:depth])} has no parts", key=key, value=value)
-    OmegaConf.update(raw, key, parsed, force_add=True)
+        last = depth == len(parts) - 1
+        place: Any = part
+        if isinstance(node, list):
+            if not part.isdecimal() or int(part) >= len(node):
+                mend = f"the list has {len(node)} items" + (f": use 0..{len(node) - 1}" if node else "")
+                problem = f"{part!r} is not an item of the list"
+                raise ConfigError("bad-override", problem, key=key, value=text, mend=mend)
+            place = int(part)
+        elif not isinstance(node, dict):
+            mend = f"write {'.'.join(parts[:depth])}=VALUE"
+            raise ConfigError("bad-override", f"{'.'.join(parts[:depth])} has no parts", key=key, value=text, mend=mend)
+        elif not last and node.get(part) is None:
+            node[part] = {}
+        if last:
+            node[place] = _value(text)
+        else:
+            node = node[place]
 
 
 def to_yaml(recipe: Recipe) -> str:
     """The recipe with every default written out; reading it back gives the same recipe."""
-    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(recipe)))
+    return yaml.dump(_escaped(dataclasses.asdict(recipe)), Dumper=_Dumper, sort_keys=False)
 
 
-def _model_preset(raw: DictConfig) -> str:
-    model = raw.get("model")
-    if not isinstance(model, DictConfig):
-        raise ConfigError("no-model", "is missing or not a mapping", key="model", mend="write model.preset and sizes")
+def _value(text: str) -> Any:
+    """The right side of an override: YAML, or the text as it stands where that is not YAML."""
+    if not text.strip():
+        return ""
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return text
+
+
+def _place(error: Exception) -> str:
+    """A YAML error in one line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _resolved(raw: dict[str, Any]) -> dict[str, Any]:
+    """``raw`` with its ``${...}`` filled in. Raises ConfigError."""
+    try:
+        plain = OmegaConf.to_container(OmegaConf.create(raw), resolve=True)
+    except RecursionError as error:
+        raise ConfigError("recipe-not-yaml", "contains itself", key="recipe", mend="drop the YAML alias") from error
+    except OmegaConfBaseException as error:
+        key = re.sub(r"\[(\d+)\]", r".\1", str(error.full_key or "")).lstrip(".")
+        first = (str(error.msg or error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, InterpolationResolutionError | GrammarParseError):
+            mend = "name a key that exists, as ${section.key}, or write \\${ for the characters themselves"
+            problem = f"cannot be filled in ({first})"
+            raise ConfigError("bad-interpolation", problem, key=key, value=_at(raw, key), mend=mend) from error
+        problem = f"cannot be read ({first})"
+        raise ConfigError("wrong-type", problem, key=key or "recipe", mend="write plain YAML") from error
+    assert isinstance(plain, dict)
+    return typing.cast(dict[str, Any], plain)
+
+
+def _at(node: Any, key: str) -> Any:
+    for part in key.split("."):
+        node = node[int(part)] if isinstance(node, list) else node.get(part) if isinstance(node, dict) else None
+    return node
+
+
+def _escaped(value: Any) -> Any:
+    """``value`` with every ``${`` in its texts marked as meant literally."""
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_escaped(item) for item in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def _model_preset(model: Any) -> str:
+    if not isinstance(model, dict):
+        mend = "write model.preset and sizes"
+        raise ConfigError("no-model", "is missing or not a mapping", key="model", value=model, mend=mend)
     name = model.get("preset")
     if not isinstance(name, str):
-        raise ConfigError("no-model", "is missing", key="model.preset", value=name, mend="name a preset")
+        raise ConfigError("no-model", "is missing or not a name", key="model.preset", value=name, mend="name a preset")
     return name
 
 
-def _check(node: Any, kind: type, prefix: str) -> None:
-    """Unknown keys and sections of the wrong shape, found before OmegaConf merges, so that the error can help."""
-    if not isinstance(node, DictConfig):
-        raise ConfigError("not-a-section", "must be a mapping of keys", key=prefix, value=_plain(node))
+def _read(value: Any, kind: Any, key: str) -> Any:
+    """``value`` as the annotation ``kind`` says. Raises ConfigError naming the full key."""
+    if kind is Any:
+        return value
+    arguments = typing.get_args(kind)
+    if isinstance(kind, types.UnionType):  # X | None
+        return None if value is None else _read(value, arguments[0], key)
+    if dataclasses.is_dataclass(kind):
+        return _section(value, typing.cast(type, kind), key)
+    if typing.get_origin(kind) is list:
+        if not isinstance(value, list):
+            mend = "write [a, b], or a line with a dash for each"
+            raise ConfigError("not-a-list", f"must be a list{_null(value)}", key=key, value=value, mend=mend)
+        return [_read(item, arguments[0], f"{key}.{index}") for index, item in enumerate(value)]
+    if typing.get_origin(kind) is dict:
+        _require_mapping(value, key)
+        return {name: _read(item, arguments[1], f"{key}.{name}") for name, item in value.items()}
+    return _scalar(value, kind, key)
+
+
+def _section(value: Any, kind: type, key: str) -> Any:
+    _require_mapping(value, key)
     hints = typing.get_type_hints(kind)
-    for key in node:
-        full = f"{prefix}.{key}" if prefix else str(key)
-        if key not in hints:
-            raise ConfigError("unknown-key", "is not a key growkit knows", key=full, mend=closest(str(key), hints))
-        child = node._get_node(key)
-        if dataclasses.is_dataclass(hints[key]) and isinstance(hints[key], type):
-            _check(node[key], hints[key], full)
-        elif hints[key] == list[StageConfig]:
-            if not isinstance(node[key], ListConfig):
-                raise ConfigError("not-a-list", "must be a list", key=full, value=_plain(node[key]))
-            for i, item in enumerate(node[key]):
-                _check(item, StageConfig, f"{full}.{i}")
-                for needed in ("name", "duration"):
-                    if item.get(needed) is None:
-                        mend = "every stage has a name and a duration"
-                        raise ConfigError("missing-key", "is missing", key=f"{full}.{i}.{needed}", mend=mend)
-        elif isinstance(hints[key], type) and hints[key] is float:
-            value = None if child is None else _plain(node[key])
-            if isinstance(value, str):  # YAML 1.1 reads 3e-4 as text; the user means the number
-                try:
-                    node[key] = float(value)
-                except ValueError:
-                    raise ConfigError("wrong-type", "must be a number", key=full, value=value) from None
+    for name in value:
+        if name not in hints:
+            full = f"{key}.{name}" if key else name
+            raise ConfigError("unknown-key", "is not a key growkit knows", key=full, mend=closest(name, hints))
+    for field in dataclasses.fields(kind):
+        if field.default == MISSING and value.get(field.name) in (None, ""):
+            needed = [field.name for field in dataclasses.fields(kind) if field.default == MISSING]
+            mend = f"write {' and '.join(needed)}"
+            raise ConfigError("missing-key", "is missing", key=f"{key}.{field.name}", mend=mend)
+    return kind(**{name: _read(item, hints[name], f"{key}.{name}" if key else name) for name, item in value.items()})
 
 
-def _plain(node: Any) -> Any:
-    return OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
+def _require_mapping(value: Any, key: str) -> None:
+    if not isinstance(value, dict):
+        mend = "write its keys below it, or leave it out"
+        raise ConfigError("not-a-section", f"must be a mapping of keys{_null(value)}", key=key, value=value, mend=mend)
 
 
-def _translate(error: OmegaConfBaseException) -> ConfigError:
-    first = str(error.msg or error).splitlines()[0]
-    return ConfigError("wrong-type", first[:1].lower() + first[1:], key=str(error.full_key or "recipe"))
+def _scalar(value: Any, kind: Any, key: str) -> Any:
+    """A number written as text is that number, a number where text is meant is that text; a truth value is neither."""
+    allowed = {bool: bool, int: int | str, float: float | int | str, str: str | int | float}[kind]
+    if isinstance(value, allowed) and isinstance(value, bool) == (kind is bool):
+        try:
+            result = kind(value)
+        except (ValueError, OverflowError):
+            pass
+        else:
+            if kind is not float or math.isfinite(result):
+                return result
+    raise ConfigError("wrong-type", f"must be {_KINDS[kind]}{_null(value)}", key=key, value=value)
+
+
+def _null(value: Any) -> str:
+    return ", not null" if value is None else ""

@@ -82,7 +82,13 @@ def file_or_folder(data: DataConfig) -> Iterable[Document]:
     if root.is_file():
         yield Document("", _read(root))
         return
-    for path in sorted(root.glob(data.pattern)):
+    try:
+        paths = sorted(root.glob(data.pattern))
+    except (ValueError, NotImplementedError) as error:
+        mend = "use a relative pattern such as '**/*' or '*.txt'"
+        problem = f"is not a pattern of file names ({error})"
+        raise DataError("bad-pattern", problem, key="data.pattern", value=data.pattern, mend=mend) from error
+    for path in paths:
         relative = path.relative_to(root)
         if path.is_file() and not any(part.startswith(".") for part in relative.parts):
             yield Document(str(relative), _read(path))
@@ -96,7 +102,7 @@ def hugging_face(data: DataConfig) -> Iterable[Document]:
     name = data.source.removeprefix("hf:")
     try:
         rows = datasets.load_dataset(name, split=data.split)
-    except (datasets.exceptions.DatasetNotFoundError, ValueError, OSError, RuntimeError) as error:
+    except (datasets.exceptions.DatasetsError, ValueError, OSError, RuntimeError, AssertionError) as error:
         raise DataError(
             "dataset-unavailable",
             f"is neither a file or folder here nor a data set that could be loaded ({_first_line(error)})",
@@ -110,19 +116,14 @@ def hugging_face(data: DataConfig) -> Iterable[Document]:
     for i, row in enumerate(rows):
         text = row[data.text_field]
         if not isinstance(text, str):
-            raise DataError("not-text", f"row {i} is not text", key="data.text_field", value=data.text_field)
+            mend = "name a column of strings"
+            raise DataError("not-text", f"row {i} is not text", key="data.text_field", value=data.text_field, mend=mend)
         yield Document(str(i), text.encode())
 
 
 def load_corpus(data: DataConfig) -> Corpus:
     """Reads, splits and hashes ``data.source``. Raises DataError."""
-    if not 0 < data.validation_fraction <= 0.5:
-        raise DataError(
-            "out-of-range",
-            "must be above 0 and at most 0.5",
-            key="data.validation_fraction",
-            value=data.validation_fraction,
-        )
+    assert 0 < data.validation_fraction <= 0.5, "the schedule has checked it"
     documents = [doc for doc in SOURCES.get(_kind(data.source), key="data.source")(data) if doc.text]
     total = sum(len(doc.text) for doc in documents)
     if not total:
@@ -142,7 +143,7 @@ def load_corpus(data: DataConfig) -> Corpus:
 def _kind(source: str) -> str:
     if source == "stdlib":
         return "stdlib"
-    if Path(source).expanduser().exists():
+    if source and os.path.exists(os.path.expanduser(source)):
         return "path"
     if source.startswith("hf:") or (_HUB_NAME.match(source) and not Path(source).suffix):
         return "hub"
@@ -154,7 +155,9 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError("corpus-unreadable", f"cannot be read ({error})", key="data.source", value=str(path)) from error
+        mend = "check its permissions and its disk, or leave it out with data.pattern"
+        problem = f"cannot be read ({error})"
+        raise DataError("corpus-unreadable", problem, key="data.source", value=str(path), mend=mend) from error
 
 
 def _split(documents: list[Document], wanted: int) -> tuple[bytes, bytes]:

@@ -49,7 +49,8 @@ def _draw(logits: Tensor, generator: torch.Generator, temperature: float, top_k:
 def sample_text(model: DecoderLM, prompt: str, count: int, *, seed: int = 0, temperature: float = 0.8, top_k: int = 50) -> str:
     """``prompt`` and what the model writes after it, as text; the model's training mode is left as it was."""
     device = model.embedding.weight.device
-    start = torch.tensor(list(prompt.encode()) or [10], device=device)
+    given = prompt.encode(errors="surrogateescape")  # bytes from a command line that are not UTF-8 stay what they are
+    start = torch.tensor(list(given) or [10], device=device)
     generator = torch.Generator().manual_seed(seed)
     training = model.training
     model.eval()
@@ -59,4 +60,4 @@ def sample_text(model: DecoderLM, prompt: str, count: int, *, seed: int = 0, tem
         )
     finally:
         model.train(training)
-    return prompt + bytes(token for token in new if token < 256).decode(errors="replace")
+    return (given + bytes(token for token in new if token < 256)).decode(errors="replace")

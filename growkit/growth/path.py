@@ -54,7 +54,11 @@ def grown_config(config: ModelConfig, fields: Mapping[str, Any], methods: Mappin
             target = operator(name).target(target, mine, methods.get(name) or operator(name).default_method(target))
         elif name in methods:
             raise ConfigError(
-                "unused-method", "names a method for something that does not grow here", key=f"methods.{name}"
+                "unused-method",
+                "names a method for something that does not grow here",
+                key=f"methods.{name}",
+                value=methods[name],
+                mend=f"grow {' or '.join(operator(name).fields)} as well, or drop it",
             )
     if fields and target == config:
         mend = "name a larger size, or leave grow out"

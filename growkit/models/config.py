@@ -17,6 +17,7 @@ Theta = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
 NormKind = Literal["rmsnorm", "layernorm", "layernorm_gainless"]
 THETAS: tuple[str, ...] = get_args(Theta)
 NORM_KINDS: tuple[str, ...] = get_args(NormKind)
+MOST_LAYERS = 10_000  # every layer is written out, so a slip of the keyboard could fill the memory
 
 
 @dataclass(frozen=True)

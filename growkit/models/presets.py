@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from growkit.errors import ConfigError
 from growkit.models.config import (
+    MOST_LAYERS,
     NORM_KINDS,
     THETAS,
     Attention,
@@ -70,6 +71,9 @@ class _Common:
     def _check(self) -> None:
         _positive(self, "vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "norm_eps")
         _positive(self, "rope_base")
+        if self.num_layers > MOST_LAYERS:
+            problem = f"must be at most {MOST_LAYERS}"
+            raise ConfigError("too-large", problem, key="model.num_layers", value=self.num_layers)
         _choice(self.norm, NORM_KINDS, "norm")
         _choice(self.final_norm or self.norm, NORM_KINDS, "final_norm")
         if self.head_dim is None and self.embed_dim % self.num_heads:

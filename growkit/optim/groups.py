@@ -32,7 +32,7 @@ class ParamGroup:
 def check_selector(selector: str, key: str) -> str:
     """``selector`` itself, or a ConfigError naming ``key``."""
     kind, colon, number = selector.partition(":")
-    if selector in (*_COMPONENTS, *_ROLES, *_AGES) or (kind in ("bank", "layer") and colon and number.isdigit()):
+    if selector in (*_COMPONENTS, *_ROLES, *_AGES) or (kind in ("bank", "layer") and colon and number.isdecimal()):
         return selector
     mend = f"allowed: {', '.join((*_COMPONENTS, *_ROLES, *_AGES))}, bank:N, layer:N"
     raise ConfigError("bad-selector", "selects no parameters growkit knows", key=key, value=selector, mend=mend)

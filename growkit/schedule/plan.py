@@ -14,9 +14,11 @@ from growkit.duration import Duration
 from growkit.errors import ConfigError
 from growkit.growth.path import Link, grown_config, path
 from growkit.models.config import ModelConfig
-from growkit.optim.groups import check_selector
+from growkit.models.spec import param_specs
+from growkit.optim.groups import check_selector, frozen_names
 from growkit.schedule.lr import LRSchedule
 
+MOST_TOKENS = 2**62  # of a stage: positions in the data are 64-bit integers
 SCHEDULES = ("wsd", "cosine", "constant")
 
 
@@ -78,12 +80,14 @@ def growth_schedule(recipe: Recipe) -> GrowthSchedule:
         raise ConfigError("no-stages", "is empty", key="stages", mend="write at least one stage with name and duration")
     names = [stage.name for stage in recipe.stages]
     if len(set(names)) != len(names):
-        raise ConfigError("duplicate-name", "two stages have the same name", key="stages", value=names)
+        mend = "give every stage a name of its own"
+        raise ConfigError("duplicate-name", "two stages have the same name", key="stages", value=names, mend=mend)
     stages: list[Stage] = []
     for index, config in enumerate(recipe.stages):
         stages.append(_stage(recipe, config, index, model, stages))
         model = stages[-1].model
-    block = recipe.data.block_tokens or max(stage.context_length for stage in stages)
+    own, longest = recipe.data.block_tokens, max(stage.context_length for stage in stages)
+    block = own if own is not None else longest
     save_every = _whole_steps(recipe.trainer.save_every, "trainer.save_every")
     return GrowthSchedule(tuple(stages), _at_least(block, 1, "data.block_tokens"), save_every)
 
@@ -113,6 +117,10 @@ def _stage(recipe: Recipe, config: StageConfig, index: int, model: ModelConfig, 
     flops = target.flops_per_token(context) * batch
     duration = Duration.parse(config.duration, key=f"{key}.duration")
     steps = duration.steps(tokens_per_step=batch, flops_per_step=flops)
+    if steps * batch > MOST_TOKENS:
+        mend = f"a step is {batch} tokens and {flops:.3g} FLOPs: ask for fewer"
+        problem = "is more than can be counted"
+        raise ConfigError("bad-duration", problem, key=f"{key}.duration", value=config.duration, mend=mend)
     if steps < 1:
         mend = f"a step is {batch} tokens and {flops:.3g} FLOPs: ask for at least one"
         raise ConfigError("empty-stage", "is less than one step", key=f"{key}.duration", value=config.duration, mend=mend)
@@ -125,6 +133,13 @@ def _stage(recipe: Recipe, config: StageConfig, index: int, model: ModelConfig, 
         check_selector(selector, f"{key}.{'freeze' if selector in config.freeze else 'lr_scale'}")
     for selector, factor in config.lr_scale.items():
         _at_least(factor, 0, f"{key}.lr_scale.{selector}")
+    if config.freeze:
+        specs, old = param_specs(target), param_specs(model)
+        born = {name: index for name in specs if name not in old}
+        if len(frozen_names(specs, born, index, config.freeze)) == len(specs):
+            mend = "leave something to train, or leave the stage out"
+            problem = "freezes every parameter"
+            raise ConfigError("all-frozen", problem, key=f"{key}.freeze", value=config.freeze, mend=mend)
     return Stage(
         index=index,
         name=config.name,
@@ -140,7 +155,7 @@ def _stage(recipe: Recipe, config: StageConfig, index: int, model: ModelConfig, 
         new_warmup_steps=span(config.new_warmup, "new_warmup"),
         freeze=tuple(config.freeze),
         lr_scale=dict(config.lr_scale),
-        validate_every=span(config.validate_every, "validate_every") or None if config.validate_every else None,
+        validate_every=None if config.validate_every is None else span(config.validate_every, "validate_every") or None,
         flops_per_step=flops,
     )
 
@@ -156,8 +171,9 @@ def _lr(recipe: Recipe, config: StageConfig, index: int, steps: int, last: Stage
     if not 0 <= config.min_lr_ratio <= 1:
         raise ConfigError("out-of-range", "must be in [0, 1]", key=f"{key}.min_lr_ratio", value=config.min_lr_ratio)
     is_last = index == len(recipe.stages) - 1
-    warmup = span(config.warmup or ("2%" if index == 0 else "0%"), "warmup")
-    decay = span(config.decay or ("20%" if is_last else "0%"), "decay") if config.schedule == "wsd" else 0
+    warmup = span(config.warmup if config.warmup is not None else "2%" if index == 0 else "0%", "warmup")
+    decay = span(config.decay if config.decay is not None else "20%" if is_last else "0%", "decay")
+    decay = decay if config.schedule == "wsd" else 0
     if warmup + decay > steps:
         mend = f"the stage has {steps} steps"
         problem = f"warm-up ({warmup} steps) and decay ({decay} steps) are longer than the stage"
@@ -199,10 +215,21 @@ def _check_sections(recipe: Recipe) -> None:
     if monitor.progress not in ("auto", "bar", "plain", "off"):
         mend = "allowed: auto, bar, plain, off"
         raise ConfigError("unknown-choice", "is not allowed", key="monitor.progress", value=monitor.progress, mend=mend)
+    if monitor.peak_flops_per_second is not None and not monitor.peak_flops_per_second > 0:
+        key, value = "monitor.peak_flops_per_second", monitor.peak_flops_per_second
+        raise ConfigError("not-positive", "must be above zero", key=key, value=value)
     for name, least in (("log_every", 1), ("validation_tokens", 1), ("probe_tokens", 2), ("sample_tokens", 0)):
         _at_least(getattr(monitor, name), least, f"monitor.{name}")
     if not 0 <= monitor.ngram_order <= 7:
         raise ConfigError("out-of-range", "must be in 0..7", key="monitor.ngram_order", value=monitor.ngram_order)
+    fraction = recipe.data.validation_fraction
+    if not 0 < fraction <= 0.5:
+        key = "data.validation_fraction"
+        raise ConfigError("out-of-range", "must be above 0 and at most 0.5", key=key, value=fraction)
+    name = recipe.run.name
+    if name is not None and (not name or name in (".", "..") or "/" in name or not name.isprintable()):
+        mend = "use one folder name without /; run.folder says where"
+        raise ConfigError("bad-name", "cannot be the name of a folder", key="run.name", value=name, mend=mend)
     if recipe.run.threads is not None:
         _at_least(recipe.run.threads, 1, "run.threads")
     if not 0 <= recipe.run.seed < 2**63:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -81,14 +82,14 @@ class Display:
             self._live.update(Group(bar, Text(line)))
         elif time.monotonic() - self._last_line >= LINE_SECONDS:
             self._last_line = time.monotonic()
-            self.print(f"step {record['step']:>6}  {line}")
+            self.print(f"step {record['step']:>6}  {escape(line)}")
 
     def _keep_ngram(self, record: Record) -> None:
         self._ngram = record
 
     def _show_stage(self, record: Record) -> None:
         self.print(
-            f"[bold]stage {record['stage'] + 1}/{len(self.schedule.stages)} {record['name']}[/bold]: "
+            f"[bold]stage {record['stage'] + 1}/{len(self.schedule.stages)} {escape(record['name'])}[/bold]: "
             f"{quantity(record['parameters'])} parameters, context {record['context_length']}, "
             f"{record['planned_steps']} steps"
         )
@@ -96,7 +97,7 @@ class Display:
     def _show_validation(self, record: Record) -> None:
         ngram = self._ngram
         beside = f" (a {ngram['order']}-gram: {ngram['bits_per_byte']:.3f})" if ngram else ""
-        where = "end of stage " + record["name"] if record["end_of_stage"] else f"step {record['step']}"
+        where = "end of stage " + escape(record["name"]) if record["end_of_stage"] else f"step {record['step']}"
         self.print(f"validation at {where}: [bold]{record['bits_per_byte']:.3f}[/bold] bits per byte{beside}")
 
     def _show_growth(self, record: Record) -> None:
@@ -106,7 +107,7 @@ class Display:
 def growth_table(record: Record) -> Table:
     """What grew, parameters before → after, and what the certificate measured."""
     certificate = record["certificate"]
-    title = f"growth into {record['name']}"
+    title = f"growth into {escape(record['name'])}"
     table = Table("what grew", "parameters", "Δlogits float64", title=title, caption_justify="left")
     for header in (f"Δlogits {certificate['training_dtype']}", "Δloss"):
         table.add_column(header)

@@ -11,7 +11,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from growkit.config.recipe import Recipe
 from growkit.data.stream import Batch
-from growkit.errors import ConfigError
 from growkit.growth.state import Moments, TrainState
 from growkit.models.decoder import DecoderLM, build
 from growkit.models.spec import param_specs
@@ -39,8 +38,6 @@ class StageModule(L.LightningModule):
             self.start.config, self.start.params, backend=trainer.backend, checkpoint_layers=trainer.checkpoint_layers
         )
         frozen = frozen_names(param_specs(self.start.config), self.start.born, self.stage.index, self.stage.freeze)
-        if len(frozen) == len(self.start.params):
-            raise ConfigError("all-frozen", "freezes every parameter", key=f"stages.{self.stage.index}.freeze")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in frozen)
         if self.device_mesh is not None:

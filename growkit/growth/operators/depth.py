@@ -16,7 +16,7 @@ from growkit.growth.operator import (
     not_smaller,
     whole_number,
 )
-from growkit.models.config import LayerSpec, ModelConfig
+from growkit.models.config import MOST_LAYERS, LayerSpec, ModelConfig
 
 PLACES = ("interleaved", "end", "middle")
 
@@ -39,6 +39,8 @@ class Depth(GrowthOperator):
             mend = "say grow.num_layers as well"
             raise ConfigError("bad-target", "has nothing to insert", key="grow.insert_at", mend=mend)
         not_smaller(count, current, "num_layers")
+        if count > MOST_LAYERS:
+            raise ConfigError("too-large", f"must be at most {MOST_LAYERS}", key="grow.num_layers", value=count)
         after = _places(method, fields.get("insert_at"), current, count - current)
         next_id = max(layer.id for layer in config.layers) + 1
         layers: list[LayerSpec] = []
