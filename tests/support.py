@@ -115,7 +115,7 @@ def recipe_dict(folder: Path, **sections: Any) -> dict[str, Any]:
         ],
     }
     for name, section in sections.items():
-        recipe[name] = recipe[name] | section if isinstance(section, dict) else section
+        recipe[name] = recipe.get(name, {}) | section if isinstance(section, dict) else section
     return recipe
 
 

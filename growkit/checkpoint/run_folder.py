@@ -37,8 +37,8 @@ class RunFolder:
         return self.path / "recipe.yaml"
 
     @classmethod
-    def create(cls, path: Path, *, parent: dict[str, Any] | None = None) -> RunFolder:
-        """Makes and locks a new run folder. Raises ConfigError if something is there already."""
+    def create(cls, path: Path, recipe: str, *, parent: dict[str, Any] | None = None) -> RunFolder:
+        """Makes and locks a new run folder for ``recipe``. Raises ConfigError if something is there already."""
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             mend = f"choose another run.name, or go on with `growkit resume {path}`"
             raise ConfigError("run-exists", "is already there", key="run.name", value=str(path), mend=mend)
@@ -46,6 +46,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             run = cls(path)
             run.lock()
+            run.recipe.write_text(recipe)
             (path / MARK).write_text(json.dumps({"growkit": "run", "parent": parent}))
         except OSError as error:
             raise store.cannot_write(path, error) from error
@@ -146,10 +147,9 @@ class RunFolder:
     def branch(self, step: int, path: Path) -> RunFolder:
         """A new run at ``path`` that starts from this one's checkpoint of ``step``; this one is left untouched."""
         checkpoint = self.load(step)
-        new = RunFolder.create(path, parent={"run": self.path.name, "step": step})
+        new = RunFolder.create(path, self.recipe.read_text(), parent={"run": self.path.name, "step": step})
         try:
             shutil.copytree(checkpoint.folder, new.checkpoint(step))
-            shutil.copy2(self.recipe, new.recipe)
             with open(self.metrics, "rb") as log:
                 new.metrics.write_bytes(log.read(checkpoint.manifest.log_bytes))
         except OSError as error:

@@ -14,6 +14,7 @@ from growkit.checkpoint.run_folder import RunFolder
 from growkit.cli import recipes
 from growkit.config.load import parse_recipe, to_yaml
 from growkit.config.recipe import Recipe
+from growkit.errors import ConfigError
 from growkit.eval.generate import sample_text
 from growkit.models.decoder import build
 from growkit.models.presets import PRESETS
@@ -21,9 +22,11 @@ from growkit.report.curve import draw_curves
 from growkit.schedule.plan import GrowthSchedule, growth_schedule
 from growkit.train.display import Display, clock, quantity
 from growkit.train.metrics_log import read_log
+from growkit.train.hardware import process_rank
 from growkit.train.run import Run, prepare_corpus
 
 DONE, STOPPED = 0, 3
+FOLDER_VARIABLE = "GROWKIT_RUN_FOLDER"  # tells the further processes of a distributed run where it is
 
 
 def start(name: str, overrides: Sequence[str]) -> int:
@@ -32,24 +35,28 @@ def start(name: str, overrides: Sequence[str]) -> int:
     recipe, schedule = recipes.read(name, overrides)
     _set_threads(recipe)
     corpus = prepare_corpus(recipe, schedule)
-    title = recipe.run.name or f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = _own(Path(recipe.run.folder) / title)
-    if folder.recipe.parent.is_dir() and not folder.recipe.exists():
-        folder.recipe.write_text(to_yaml(recipe))
+    folder = _joined_folder()
+    if folder is None:
+        title = recipe.run.name or f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = RunFolder.create(Path(recipe.run.folder) / title, to_yaml(recipe))
+        os.environ[FOLDER_VARIABLE] = str(folder.path)
     return _run(Run(recipe, schedule, folder, corpus), schedule)
 
 
 def go_on(path: Path, from_step: int | None, as_new: Path | None) -> int:
     """Resumes the run at ``path``; returns the exit code."""
-    folder = RunFolder.open(path)
-    if as_new is not None:
-        step = from_step if from_step is not None else (folder.steps() or [0])[-1]
-        target = as_new if as_new.parent != Path() else path.parent / as_new
-        folder = folder.branch(step, target)
-        from_step = None
-    elif not _joined():
-        folder.lock()
-    checkpoint = folder.load(from_step)
+    folder = _joined_folder()
+    if folder is None:
+        folder = RunFolder.open(path)
+        if as_new is not None:
+            step = from_step if from_step is not None else (folder.steps() or [0])[-1]
+            folder = folder.branch(step, as_new if as_new.parent != Path() else path.parent / as_new)
+            from_step = None
+        else:
+            folder.lock()
+        os.environ[FOLDER_VARIABLE] = str(folder.path)
+    # A run that died before its first save has lost nothing: it starts again, in its own folder.
+    checkpoint = folder.load(from_step) if from_step is not None or folder.steps() else None
     if from_step is not None:
         folder.set_aside_after(from_step)
     recipe = parse_recipe(folder.recipe.read_text(), [], PRESETS, name=str(folder.recipe))
@@ -58,13 +65,14 @@ def go_on(path: Path, from_step: int | None, as_new: Path | None) -> int:
     return _run(Run(recipe, schedule, folder, prepare_corpus(recipe, schedule), checkpoint), schedule)
 
 
-def _own(path: Path) -> RunFolder:
-    """A new run folder; further processes of a distributed run join the first one's."""
-    return RunFolder(path) if _joined() else RunFolder.create(path)
-
-
-def _joined() -> bool:
-    return int(os.environ.get("LOCAL_RANK", "0")) > 0 or int(os.environ.get("RANK", "0")) > 0
+def _joined_folder() -> RunFolder | None:
+    """For a further process of a distributed run, the folder its first process made; None in the first one."""
+    if process_rank() == 0:
+        return None
+    if FOLDER_VARIABLE not in os.environ:
+        mend = f"start with `growkit train` and trainer.devices, or set {FOLDER_VARIABLE} for every process"
+        raise ConfigError("no-run-folder", "is not set in a further process", key=FOLDER_VARIABLE, mend=mend)
+    return RunFolder(Path(os.environ[FOLDER_VARIABLE]))
 
 
 def _set_threads(recipe: Recipe) -> None:
@@ -74,7 +82,7 @@ def _set_threads(recipe: Recipe) -> None:
 
 def _run(run: Run, schedule: GrowthSchedule) -> int:
     began = time.monotonic()
-    with Display(schedule, run.recipe.monitor.progress if run.rank == 0 and not _joined() else "off") as display:
+    with Display(schedule, run.recipe.monitor.progress if run.rank == 0 else "off") as display:
         run.log.listeners.append(display)
         display.print(f"run folder: [bold]{run.folder.path}[/bold]  corpus: {run.corpus.name}, "
                       f"{quantity(len(run.corpus.train))} bytes of training text, {quantity(len(run.corpus.validation))} held out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
 import sys
@@ -14,6 +15,11 @@ import torch
 from growkit import __version__
 from growkit.config.recipe import TrainerConfig
 from growkit.errors import ConfigError
+
+
+def process_rank() -> int:
+    """This process's number in a distributed run, as launchers tell it; 0 alone."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
 
 
 def accelerator(trainer: TrainerConfig) -> str:

@@ -20,7 +20,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, *, rewind_to: int | None = None) -> None:
         self._file = open(path, "ab")
-        if rewind_to is not None:
+        if rewind_to is not None and self._file.seekable():
             self._file.truncate(rewind_to)
             self._file.seek(0, os.SEEK_END)
         self.listeners: list[Callable[[Record], None]] = []

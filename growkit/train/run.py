@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import os
 import time
 import warnings
 from dataclasses import asdict
@@ -59,7 +60,7 @@ class Run:
         self.recipe, self.schedule, self.folder, self.corpus = recipe, schedule, folder, corpus
         self.device = hardware.accelerator(recipe.trainer)
         self.dtype = hardware.training_dtype(recipe.trainer)
-        self.world_size, self.rank = recipe.trainer.devices, 0
+        self.world_size, self.rank = recipe.trainer.devices, hardware.process_rank()
         self.stop = StopRequest()
         self.started = time.monotonic()
         self.stream = TokenStream(
@@ -73,7 +74,7 @@ class Run:
         self.cuda_rng: Tensor | None = None
         if checkpoint is None:
             generator = torch.Generator().manual_seed(recipe.run.seed)
-            torch.manual_seed(recipe.run.seed)
+            torch.manual_seed(recipe.run.seed + self.rank)
             model = schedule.stages[0].model
             self.state = TrainState(model, init_params(model, generator))
             self.progress = Progress()
@@ -82,7 +83,7 @@ class Run:
         else:
             self._restore(checkpoint)
             rewind = checkpoint.manifest.log_bytes
-        self.log = MetricsLog(folder.metrics, rewind_to=rewind)
+        self.log = MetricsLog(folder.metrics if self.rank == 0 else Path(os.devnull), rewind_to=rewind)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         manifest = checkpoint.manifest
@@ -101,8 +102,10 @@ class Run:
         different = [f"{key} {manifest.environment[key]} → {now[key]}" for key in now if manifest.environment.get(key) != now[key]]
         if different and manifest.environment:
             log.warning("resuming will not be bitwise exact, since this changed: %s", ", ".join(different))
-        state = next(iter(manifest.rng), None)
-        self.rng = store.rng_from_hex(state) if state else torch.get_rng_state()
+        if self.rank < len(manifest.rng):
+            self.rng = store.rng_from_hex(manifest.rng[self.rank])
+        else:  # more processes than before, or a grown checkpoint: what dropout draws starts anew
+            self.rng = torch.Generator().manual_seed(self.recipe.run.seed + self.rank + self.progress.step).get_state()
 
     def train(self) -> bool:
         """Runs what is left of the schedule. True when it is done, False when it was asked to stop (and saved)."""
@@ -214,7 +217,6 @@ class Run:
             use_distributed_sampler=False,
             gradient_clip_val=self.recipe.optim.clip_norm or None,
         )
-        self.rank = trainer.global_rank
         batches = Batches(
             self.stream,
             self.progress.cursor,
@@ -291,7 +293,7 @@ class Run:
             progress=at,
             recipe=to_yaml(self.recipe),
             lineage=tuple(self.lineage),
-            rng=(store.rng_to_hex(self.rng),),
+            rng=tuple(store.rng_to_hex(state) for state in self._all_rng()),
             corpus={"name": self.corpus.name, "sha256": self.corpus.sha256},
             log_bytes=self.log.sync(),
             environment=hardware.environment(self.device, self.dtype, self.world_size),
@@ -304,6 +306,15 @@ class Run:
             ends = {entry["step"] for entry in self.lineage if entry["kind"] == "stage"}
             self.folder.prune(self.recipe.trainer.keep_last, ends)
         return folder
+
+
+    def _all_rng(self) -> list[Tensor]:
+        """The random state of every process, by rank."""
+        if self.world_size == 1:
+            return [self.rng]
+        states = [torch.empty_like(self.rng, device=self.device) for _ in range(self.world_size)]
+        torch.distributed.all_gather(states, self.rng.to(self.device))
+        return [state.cpu() for state in states]
 
 
 def prepare_corpus(recipe: Recipe, schedule: GrowthSchedule) -> Corpus:
