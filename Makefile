@@ -12,23 +12,24 @@ help:
 	@echo "make bench        throughput against a bare loop, quality against a nanoGPT-style peer (about half an hour)"
 	@echo "make clean        remove the virtual environment, caches and build outputs; runs/ stays"
 
-# The stamp comes last, so that an interrupted installation is taken up again.
+# The stamp comes last, so that an interrupted installation is taken up again. Tools are started through the
+# environment's own python: a copied environment's scripts would call, and install into, the one it was copied from.
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "growkit needs Python 3.11 or newer, and '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)." \
 			"Install one and name it: make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	@touch $@
 
 quickstart: .venv/.installed
 	$(BIN)/growkit train recipes/quickstart.yaml
 
 test: .venv/.installed
-	$(BIN)/pytest
+	$(BIN)/python -m pytest
 
 lint: .venv/.installed
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check . && $(BIN)/python -m mypy
 
 soak: .venv/.installed
 	$(BIN)/python scripts/soak.py

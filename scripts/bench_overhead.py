@@ -27,7 +27,7 @@ import yaml
 from rich.console import Console
 
 from growkit.checkpoint.run_folder import RunFolder
-from growkit.config.load import parse_recipe
+from growkit.config.load import parse_recipe, to_yaml
 from growkit.config.recipe import Recipe
 from growkit.data.corpus import Corpus
 from growkit.data.stream import Batches, TokenStream
@@ -187,7 +187,7 @@ def growkit(recipe: Recipe, schedule: GrowthSchedule, corpus: Corpus) -> Timing:
             taken.append(watch.stop((stage.steps - LOG_EVERY) * stage.global_batch_tokens))
 
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(recipe, schedule, RunFolder.create(Path(folder) / "run"), corpus)
+        run = Run(recipe, schedule, RunFolder.create(Path(folder) / "run", to_yaml(recipe)), corpus)
         with Display(schedule, "plain", Console(file=io.StringIO())) as display:
             run.log.listeners += [display, listener]
             run.train()

@@ -31,7 +31,7 @@ os.chdir(ROOT)  # the fork server starts here and finds tests/ by it
 
 from growkit import faults  # noqa: E402
 from growkit.checkpoint import manifest as manifests  # noqa: E402
-from growkit.checkpoint import store  # noqa: E402
+from growkit.checkpoint import run_folder, store  # noqa: E402
 from growkit.checkpoint.run_folder import RunFolder  # noqa: E402
 from growkit.checkpoint.store import Checkpoint  # noqa: E402
 from growkit.train import hardware  # noqa: E402
@@ -118,9 +118,10 @@ def soak(folder: Path, seed: int, rng: random.Random, tally: Tally) -> None:
 def attempt(run: RunFolder, recipe: Path, rng: random.Random, seconds: float, tally: Tally) -> bool:
     """Starts or resumes the run and perhaps kills it. True once it has completed."""
     step = newest(run)
-    if step is None and run.path.exists():
-        start_over(run, tally)
-    words = ("train", recipe) if step is None else ("resume", run.path)
+    if run.path.exists() and not (run.path / run_folder.MARK).exists():
+        clear_away(run)
+    words = ("resume", run.path) if run.path.exists() else ("train", recipe)
+    tally.restarts += step is None and run.path.exists()
     base = manifests.read(run.checkpoint(step)).log_bytes if step is not None else 0
     before = unfinished(run)
 
@@ -153,14 +154,13 @@ def attempt(run: RunFolder, recipe: Path, rng: random.Random, seconds: float, ta
     return False
 
 
-def start_over(run: RunFolder, tally: Tally) -> None:
-    """A run killed before its first checkpoint cannot be resumed: growkit must say so, and its folder must go."""
+def clear_away(run: RunFolder) -> None:
+    """Killed before its folder got its mark, a run is none yet: growkit must say so, and the folder must go. Marked but
+    without a checkpoint, it starts again where it is when it is resumed."""
     code, _, errors = support.cli("resume", run.path)
-    # Killed between the folder and its mark, it is not a run yet.
-    if code != 2 or not any(f"[{reason}]" in errors for reason in ("no-checkpoint", "not-a-run")):
-        raise Difference(f"resuming without a checkpoint ended with exit code {code}: {errors}")
+    if code != 2 or "[not-a-run]" not in errors:
+        raise Difference(f"resuming a folder without a mark ended with exit code {code}: {errors}")
     shutil.rmtree(run.path)
-    tally.restarts += 1
 
 
 def newest(run: RunFolder) -> int | None:
@@ -253,13 +253,13 @@ def report(tally: Tally, seconds: float, seed: int, output: Path) -> None:
     table("fault point", tally.fault_kills, list(faults.POINTS))
     worst, mean = max(tally.recomputed, default=0), sum(tally.recomputed) / max(1, len(tally.recomputed))
     print(f"\nsteps recomputed after a kill: {worst} at most, {mean:.1f} on average; save interval {SAVE_EVERY}")
-    print(f"runs started over, killed before their first checkpoint: {tally.restarts}")
+    print(f"times a run started again, killed before its first checkpoint: {tally.restarts}")
     result = {
         "identical": True,
         "kills": tally.killed,
         "runs": tally.runs,
         "processes": tally.attempts,
-        "started_over": tally.restarts,
+        "started_again": tally.restarts,
         "seed": seed,
         "seconds": round(seconds, 1),
         "kills_by_phase": dict(sorted(tally.kills.items())),
