@@ -28,15 +28,13 @@ class PattentionProjection(nn.Module):
 
     def __init__(self, spec: Pattention, inp: int, out: int, backend: str) -> None:
         super().__init__()
-        self.spec, self.backend = spec, backend
+        self.spec, self.op = spec, pattention(backend)
         self.keys = nn.ParameterList(nn.Parameter(torch.empty(n, inp)) for n in spec.banks)
         self.values = nn.ParameterList(nn.Parameter(torch.empty(n, out)) for n in spec.banks)
 
     def forward(self, x: Tensor) -> Tensor:
         spec = self.spec
-        return pattention(
-            x, list(self.keys), list(self.values), list(spec.taus), spec.theta, spec.scope, self.backend
-        )
+        return self.op(x, list(self.keys), list(self.values), list(spec.taus), spec.theta, spec.scope)
 
 
 def projection(spec: Projection, inp: int, out: int, backend: str) -> nn.Module:
