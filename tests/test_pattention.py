@@ -1,0 +1,196 @@
+"""Pattention: the compiled path against the reference, output and every input's gradient; the reference against the
+paper's formula in plain Python; what banks mean; and that nothing in it breaks a traced graph."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from growkit.errors import ConfigError
+from growkit.models.config import THETAS
+from growkit.ops.dispatch import resolve_backend
+from growkit.ops.pattention import PATHS, compiled, pattention, reference
+
+# 7 × 9 = 63 tokens, input width 17, output width 31: nothing divides a tile.
+LEADING, WIDTH, OUT = (7, 9), 17, 31
+BANKS = [(1000,), (1000, 13, 3)]
+SCOPES = ("bank", "shared")
+# Norm-wise relative error ‖a − b‖/‖b‖ of the two paths.
+TOLERANCE = {
+    torch.float64: 5e-15,  # unit roundoff 1.1e-16; the order of ten operations differs, and a BLAS may sum in any order
+    torch.float32: 2e-6,  # the same with 6e-8
+    # Unit roundoff 2e-3. The reference keeps float32 between its steps; the compiled path rounds after each of five
+    # (scores, scale, product, activation, output), and as often again on the way back: 2e-3 · √10 at the least.
+    torch.bfloat16: 1.5e-2,
+}
+AUTOCAST = 3e-2  # bfloat16's, doubled: float32 inputs, which the reference keeps, are rounded before every product too
+FORMULA = 1e-14  # relative; float64 against Python's own floats: some ten roundings
+CASES = list(itertools.product(THETAS, SCOPES))
+
+
+def inputs(
+    banks: tuple[int, ...], dtype: torch.dtype = torch.float64, leading: tuple[int, ...] = LEADING
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """x (not contiguous), keys and values as leaves; scores of standard deviation 1, as training has them."""
+    generator = torch.Generator().manual_seed(len(banks))
+
+    def leaf(*shape: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+    x = leaf(WIDTH, *leading).movedim(0, -1).requires_grad_()
+    keys = [leaf(n, WIDTH, scale=WIDTH**-0.5).requires_grad_() for n in banks]
+    return x, keys, [leaf(n, OUT).requires_grad_() for n in banks]
+
+
+def taus(banks: tuple[int, ...], scope: str) -> list[float]:
+    """All different, none 1."""
+    return [3.5] if scope == "shared" else [2.5 + i for i in range(len(banks))]
+
+
+def output_and_gradients(path: Any, *given: Any, autocast: bool = False) -> dict[str, Tensor]:
+    """``given``: x, keys, values and the rest of the op's arguments."""
+    x, keys, values = given[:3]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = path(*given)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(out.dtype)
+    names = ["x", *(f"keys.{i}" for i in range(len(keys))), *(f"values.{i}" for i in range(len(values)))]
+    gradients = torch.autograd.grad(out, [x, *keys, *values], upstream)
+    return {"output": out.detach(), **dict(zip(names, gradients, strict=True))}
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("banks", BANKS, ids=str)
+@pytest.mark.parametrize(("theta", "scope"), CASES)
+def test_compiled_path_is_the_reference(theta: str, scope: str, banks: tuple[int, ...], dtype: torch.dtype) -> None:
+    given = (*inputs(banks, dtype), taus(banks, scope), theta, scope)
+    ours, theirs = (output_and_gradients(PATHS[name], *given) for name in ("compiled", "reference"))
+    assert len(ours) == 2 + 2 * len(banks)
+    for name, tensor in ours.items():
+        assert tensor.dtype == dtype and tensor.shape == theirs[name].shape, name
+        assert float(theirs[name].double().norm()) > 0, f"{name}: nothing to compare"
+        assert relative(tensor, theirs[name]) <= TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize(("theta", "scope"), CASES)
+def test_under_autocast_the_reference_stays_float32(theta: str, scope: str) -> None:
+    banks = BANKS[1]
+    given = (*inputs(banks, torch.float32), taus(banks, scope), theta, scope)
+    wanted = output_and_gradients(reference.pattention, *given)
+    same = output_and_gradients(reference.pattention, *given, autocast=True)
+    narrow = output_and_gradients(compiled.pattention, *given, autocast=True)
+    assert narrow["output"].dtype == torch.bfloat16
+    for name, tensor in wanted.items():
+        assert torch.equal(same[name], tensor), name
+        assert relative(narrow[name], tensor) <= AUTOCAST, name
+
+
+@pytest.mark.parametrize("theta", THETAS)
+@pytest.mark.parametrize("path", PATHS)
+def test_one_bank_is_the_published_formula(path: str, theta: str) -> None:
+    x, (k,), (v,) = inputs((11,), leading=(5,))
+    out = PATHS[path](x, [k], [v], [2.5], theta, "bank")
+    wanted = torch.tensor(published(x.tolist(), k.tolist(), v.tolist(), 2.5, theta), dtype=torch.float64)
+    assert relative(out, wanted) <= FORMULA
+    shared = PATHS[path](x, [k], [v], [2.5], theta, "shared")
+    assert torch.equal(out, shared), "with one bank the scopes are one"
+
+
+def published(
+    x: list[list[float]], keys: list[list[float]], values: list[list[float]], tau: float, theta: str
+) -> list[list[float]]:
+    """TokenFormer, equations 4 to 6, number by number."""
+    result = []
+    for row in x:
+        scores = [sum(a * b for a, b in zip(row, key)) for key in keys]
+        if theta == "l2_norm_gelu":
+            root = math.sqrt(sum(s * s for s in scores))
+            weights = [gelu(s * tau / root) for s in scores]
+        elif theta == "gelu_l2_norm":
+            raised = [gelu(s) for s in scores]
+            root = math.sqrt(sum(g * g for g in raised))
+            weights = [g * tau / root for g in raised]
+        else:
+            powers = [math.exp(s) for s in scores]
+            weights = [tau * p / sum(powers) for p in powers]
+        result.append([sum(w * value[j] for w, value in zip(weights, values)) for j in range(len(values[0]))])
+    return result
+
+
+def gelu(x: float) -> float:
+    return x / 2 * (1 + math.erf(x / math.sqrt(2)))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("theta", "scope"), CASES)
+def test_a_row_of_zeros_is_finite(path: str, theta: str, scope: str) -> None:
+    """Scores that are all zero have no direction: the output is finite, and so is every gradient."""
+    banks = (12, 5)
+    x, keys, values = inputs(banks, torch.float32)
+    with torch.no_grad():
+        x[3, 4] = 0
+    found = output_and_gradients(PATHS[path], x, keys, values, taus(banks, scope), theta, scope)
+    for name, tensor in found.items():
+        assert tensor.isfinite().all(), name
+    assert theta == "softmax" or not found["output"][3, 4].any()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("theta", "scope"), CASES)
+def test_banks_are_sets_that_add_up(path: str, theta: str, scope: str) -> None:
+    """Permuting tokens inside a bank changes nothing. Per bank: the sum over single banks. Shared: the one bank that
+    holds all tokens. A new bank with zero values changes nothing per bank, whatever its keys, and does when shared."""
+    op, banks = PATHS[path], (12, 5, 1)
+    x, keys, values = inputs(banks)
+    scales = taus(banks, scope)
+    out = op(x, keys, values, scales, theta, scope)
+    orders = [torch.randperm(n, generator=torch.Generator().manual_seed(n)) for n in banks]
+    permuted = op(x, [k[o] for k, o in zip(keys, orders)], [v[o] for v, o in zip(values, orders)], scales, theta, scope)
+    assert relative(permuted, out) <= TOLERANCE[torch.float64]
+    if scope == "bank":
+        parts = [op(x, [k], [v], [tau], theta, scope) for k, v, tau in zip(keys, values, scales)]
+        whole = torch.stack(parts).sum(0)
+    else:
+        whole = op(x, [torch.cat(keys)], [torch.cat(values)], scales, theta, "bank")
+    assert relative(whole, out) <= TOLERANCE[torch.float64]
+    new_key, new_value = torch.full((4, WIDTH), 0.3, dtype=torch.float64), torch.zeros(4, OUT, dtype=torch.float64)
+    new_scales = scales if scope == "shared" else [*scales, 9.0]
+    grown = op(x, [*keys, new_key], [*values, new_value], new_scales, theta, scope)
+    assert torch.equal(grown, out) == (scope == "bank")
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_tau_too_few_is_refused(path: str, scope: str) -> None:
+    x, keys, values = inputs((4, 3))
+    wrong = [1.0] if scope == "bank" else [1.0, 2.0]
+    with pytest.raises(ValueError, match="zip"):
+        PATHS[path](x, keys, values, wrong, "softmax", scope)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("theta", "scope"), CASES)
+def test_traced_whole(path: str, theta: str, scope: str) -> None:
+    """``fullgraph`` raises at the first graph break; what was traced gives the same bits."""
+    torch.compiler.reset()
+    banks = (12, 5)
+    given = (*inputs(banks), taus(banks, scope), theta, scope)
+    traced = torch.compile(PATHS[path], fullgraph=True, backend="eager")
+    plain, compiled_ = output_and_gradients(PATHS[path], *given), output_and_gradients(traced, *given)
+    assert all(torch.equal(compiled_[name], tensor) for name, tensor in plain.items())
+
+
+def test_backends_are_names() -> None:
+    assert pattention("auto") is pattention("compiled") is compiled.pattention
+    assert pattention("reference") is reference.pattention
+    assert {resolve_backend("pattention", name) for name in ("auto", "compiled", "reference")} == set(PATHS)
+    with pytest.raises(ConfigError, match=r"trainer\.backend.*triton_v2.*allowed: auto, compiled, reference"):
+        pattention("triton_v2")
