@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+_LONGEST = 300  # characters of a value that are shown
+
 
 class GrowkitError(Exception):
     """Base of all errors meant for a user.
@@ -21,7 +23,9 @@ class GrowkitError(Exception):
     def __init__(self, code: str, problem: str, *, key: str = "", value: Any = None, mend: str = "") -> None:
         self.code, self.key, self.value, self.problem, self.mend = code, key, value, problem, mend
         where = f"{key}: " if key else ""
-        got = f"got {value!r}; " if value is not None else ""
+        shown = repr(value)
+        shown = shown if len(shown) <= _LONGEST else shown[:_LONGEST] + "…"
+        got = f"got {shown}; " if value is not None else ""
         then = f"; {mend}" if mend else ""
         super().__init__(f"{where}{got}{problem}{then} [{code}]")
 

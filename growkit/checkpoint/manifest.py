@@ -91,7 +91,7 @@ def read(folder: Path, *, verify: bool = True) -> Manifest:
     path = folder / NAME
     try:
         data = path.read_bytes()
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         mend = "name a checkpoint (…/checkpoints/step-…) or a run folder"
         raise CheckpointError("not-a-checkpoint", f"has no {NAME}", key=str(folder), mend=mend) from error
     except OSError as error:

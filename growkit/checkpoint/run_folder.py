@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from growkit.checkpoint import manifest as manifests
 from growkit.checkpoint import store
 from growkit.errors import CheckpointError, ConfigError
 
+_STEP = re.compile(r"step-(\d{8,})", re.ASCII)
 MARK = "run.json"  # says that the folder is a run of growkit, and where it came from
 
 
@@ -37,26 +39,31 @@ class RunFolder:
         return self.path / "recipe.yaml"
 
     @classmethod
-    def create(cls, path: Path, recipe: str, *, parent: dict[str, Any] | None = None) -> RunFolder:
-        """Makes and locks a new run folder for ``recipe``. Raises ConfigError if something is there already."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            mend = f"choose another run.name, or go on with `growkit resume {path}`"
-            raise ConfigError("run-exists", "is already there", key="run.name", value=str(path), mend=mend)
+    def create(
+        cls, path: Path, recipe: str, *, parent: dict[str, Any] | None = None, key: str = "run.name"
+    ) -> RunFolder:
+        """Makes and locks a new run folder for ``recipe``; ``key`` is what said ``path``. Raises ConfigError if
+        something is there already, and CheckpointError, leaving nothing, if it cannot be written."""
+        if os.path.exists(path) and (not path.is_dir() or any(path.iterdir())):
+            mend = f"choose another {key}, or go on with `growkit resume {path}`"
+            raise ConfigError("run-exists", "is already there", key=key, value=str(path), mend=mend)
+        run = cls(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            run = cls(path)
             run.lock()
-            run.recipe.write_text(recipe)
+            run.recipe.write_text(recipe, encoding="utf-8")
             (path / MARK).write_text(json.dumps({"growkit": "run", "parent": parent}))
         except OSError as error:
+            run.unlock()
+            shutil.rmtree(path, ignore_errors=True)
             raise store.cannot_write(path, error) from error
         return run
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
         """An existing run folder, not yet locked. Raises CheckpointError if it is none."""
-        if not (path / MARK).is_file():
-            problem = "does not exist" if not path.exists() else "is not a run of growkit"
+        if not os.path.isfile(path / MARK):
+            problem = "does not exist" if not os.path.exists(path) else "is not a run of growkit"
             mend = "name a folder that `growkit train` made"
             raise CheckpointError("not-a-run", problem, key=str(path), mend=mend)
         return cls(path)
@@ -91,8 +98,8 @@ class RunFolder:
         """Steps that have a checkpoint, ascending; half-written folders are not among them."""
         if not self.checkpoints.is_dir():
             return []
-        names = (child.name for child in self.checkpoints.iterdir())
-        return sorted(int(name.removeprefix("step-")) for name in names if name.startswith("step-"))
+        found = (_STEP.fullmatch(child.name) for child in self.checkpoints.iterdir())
+        return sorted(int(match[1]) for match in found if match)
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / store.step_name(step)
@@ -101,7 +108,7 @@ class RunFolder:
         """The checkpoint of ``step``, or the latest. A damaged one is refused, and the one before it offered."""
         steps = self.steps()
         if not steps:
-            mend = "start it again with `growkit train`"
+            mend = f"start it again with `growkit resume {self.path}`"
             raise CheckpointError("no-checkpoint", "has no checkpoint yet", key=str(self.path), mend=mend)
         if step is None:
             step = steps[-1]
@@ -111,7 +118,7 @@ class RunFolder:
         try:
             return store.read(self.checkpoint(step))
         except CheckpointError as error:
-            if error.code != "damaged":
+            if error.code not in ("damaged", "not-a-checkpoint", "unreadable"):
                 raise
             earlier = [s for s in steps if s < step]
             mend = (
@@ -133,10 +140,13 @@ class RunFolder:
             raise ConfigError(
                 "would-lose-work", f"the sound checkpoint of step {s} is later", key="--from", value=step, mend=mend
             )
-        for s in later:
-            aside = self.checkpoints / f"damaged-{store.step_name(s)}"
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(self.checkpoint(s), aside)
+        try:
+            for s in later:
+                aside = self.checkpoints / f"damaged-{store.step_name(s)}"
+                shutil.rmtree(aside, ignore_errors=True)
+                os.rename(self.checkpoint(s), aside)
+        except OSError as error:
+            raise store.cannot_write(self.checkpoints, error) from error
 
     def prune(self, keep_last: int, keep: set[int]) -> None:
         """Removes all checkpoints but the last ``keep_last`` and the steps in ``keep`` (ends of stages)."""
@@ -147,7 +157,8 @@ class RunFolder:
     def branch(self, step: int, path: Path) -> RunFolder:
         """A new run at ``path`` that starts from this one's checkpoint of ``step``; this one is left untouched."""
         checkpoint = self.load(step)
-        new = RunFolder.create(path, self.recipe.read_text(), parent={"run": self.path.name, "step": step})
+        parent = {"run": self.path.name, "step": step}
+        new = RunFolder.create(path, self.recipe.read_text(encoding="utf-8"), parent=parent, key="--as")
         try:
             shutil.copytree(checkpoint.folder, new.checkpoint(step))
             with open(self.metrics, "rb") as log:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def built_in() -> dict[str, Path]:
 def find_recipe(name: str) -> Path:
     """The file ``name``, or the built-in recipe of that name. Raises ConfigError."""
     path = Path(name)
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     known = built_in()
     if name in known:

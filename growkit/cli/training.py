@@ -9,20 +9,25 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
+from growkit.checkpoint import store
 from growkit.checkpoint.run_folder import RunFolder
+from growkit.checkpoint.store import Checkpoint
 from growkit.cli import recipes
-from growkit.config.load import parse_recipe, to_yaml
+from growkit.config.load import load_recipe, to_yaml
 from growkit.config.recipe import Recipe
-from growkit.errors import ConfigError
+from growkit.data.corpus import Corpus
+from growkit.errors import CheckpointError, ConfigError
 from growkit.eval.generate import sample_text
 from growkit.models.decoder import build
 from growkit.models.presets import PRESETS
 from growkit.report.curve import draw_curves
 from growkit.schedule.plan import GrowthSchedule, growth_schedule
+from growkit.train import hardware
 from growkit.train.display import Display, clock, quantity
-from growkit.train.metrics_log import read_log
 from growkit.train.hardware import process_rank
+from growkit.train.metrics_log import read_log
 from growkit.train.run import Run, prepare_corpus
 
 DONE, STOPPED = 0, 3
@@ -35,6 +40,7 @@ def start(name: str, overrides: Sequence[str]) -> int:
     recipe, schedule = recipes.read(name, overrides)
     _set_threads(recipe)
     corpus = prepare_corpus(recipe, schedule)
+    hardware.accelerator(recipe.trainer)
     folder = _joined_folder()
     if folder is None:
         title = recipe.run.name or f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -44,25 +50,42 @@ def start(name: str, overrides: Sequence[str]) -> int:
 
 
 def go_on(path: Path, from_step: int | None, as_new: Path | None) -> int:
-    """Resumes the run at ``path``; returns the exit code."""
-    folder = _joined_folder()
-    if folder is None:
-        folder = RunFolder.open(path)
-        if as_new is not None:
-            step = from_step if from_step is not None else (folder.steps() or [0])[-1]
-            folder = folder.branch(step, as_new if as_new.parent != Path() else path.parent / as_new)
-            from_step = None
-        else:
-            folder.lock()
-        os.environ[FOLDER_VARIABLE] = str(folder.path)
-    # A run that died before its first save has lost nothing: it starts again, in its own folder.
-    checkpoint = folder.load(from_step) if from_step is not None or folder.steps() else None
-    if from_step is not None:
-        folder.set_aside_after(from_step)
-    recipe = parse_recipe(folder.recipe.read_text(), [], PRESETS, name=str(folder.recipe))
+    """Resumes the run at ``path``; returns the exit code. Nothing is written before all that the run needs is known to
+    be there and to be what it was."""
+    joined = _joined_folder()
+    folder = joined or RunFolder.open(path)
+    if joined is None and as_new is None:
+        folder.lock()
+    recipe = load_recipe(folder.recipe, [], PRESETS)
     schedule = growth_schedule(recipe)
     _set_threads(recipe)
-    return _run(Run(recipe, schedule, folder, prepare_corpus(recipe, schedule), checkpoint), schedule)
+    corpus = prepare_corpus(recipe, schedule)
+    hardware.accelerator(recipe.trainer)
+    # A run that died before its first save has lost nothing: it starts again, in its own folder.
+    begun = from_step is not None or as_new is not None or bool(folder.steps())
+    checkpoint = folder.load(from_step) if begun else None
+    if checkpoint is not None:
+        _require_same(checkpoint, schedule, corpus, folder)
+    if joined is None:
+        if as_new is not None and checkpoint is not None:
+            target = as_new if as_new.parent != Path() else path.parent / as_new
+            folder = folder.branch(checkpoint.manifest.progress.step, target)
+            checkpoint = folder.load()
+        elif from_step is not None:
+            folder.set_aside_after(from_step)
+        os.environ[FOLDER_VARIABLE] = str(folder.path)
+    return _run(Run(recipe, schedule, folder, corpus, checkpoint), schedule)
+
+
+def _require_same(checkpoint: Checkpoint, schedule: GrowthSchedule, corpus: Corpus, folder: RunFolder) -> None:
+    """Raises DataError or CheckpointError when ``checkpoint`` is not one of this corpus and this schedule."""
+    manifest, stages = checkpoint.manifest, schedule.stages
+    corpus.require_same(manifest.corpus["sha256"])
+    at = manifest.progress.stage
+    if at >= len(stages) or stages[at].model != manifest.model or manifest.progress.stage_step > stages[at].steps:
+        problem = f"does not describe the model and the stage {at + 1} that {checkpoint.folder.name} holds"
+        mend = "undo the changes to its model and its past stages; later stages may change"
+        raise CheckpointError("recipe-changed", problem, key=str(folder.recipe), mend=mend)
 
 
 def _joined_folder() -> RunFolder | None:
@@ -84,7 +107,7 @@ def _run(run: Run, schedule: GrowthSchedule) -> int:
     began = time.monotonic()
     with Display(schedule, run.recipe.monitor.progress if run.rank == 0 else "off") as display:
         run.log.listeners.append(display)
-        display.print(f"run folder: [bold]{run.folder.path}[/bold]  corpus: {run.corpus.name}, "
+        display.print(f"run folder: [bold]{escape(str(run.folder.path))}[/bold]  corpus: {escape(run.corpus.name)}, "
                       f"{quantity(len(run.corpus.train))} bytes of training text, {quantity(len(run.corpus.validation))} held out")
         done = run.train()
     if run.rank != 0:
@@ -98,7 +121,10 @@ def _finish(run: Run, console: Console, began: float, done: bool) -> None:
     if recipe.monitor.progress == "off":
         return
     picture = run.folder.path / "curve.png"
-    draw_curves({run.folder.path.name: list(read_log(run.folder.metrics))}, picture)
+    try:
+        draw_curves({run.folder.path.name: list(read_log(run.folder.metrics))}, picture)
+    except OSError as error:
+        raise store.cannot_write(picture, error) from error
     if done and recipe.monitor.sample_tokens:
         model = build(run.state.config, run.state.params, backend=recipe.trainer.backend)
         text = sample_text(model, recipe.monitor.sample_prompt, recipe.monitor.sample_tokens, seed=recipe.run.seed)
@@ -110,8 +136,8 @@ def _finish(run: Run, console: Console, began: float, done: bool) -> None:
         f"{'done' if done else 'stopped early'}: {at.step} steps, {quantity(at.tokens)} tokens, "
         f"{quantity(at.flops)} FLOPs in {clock(time.monotonic() - began)}"
     )
-    console.print(f"run folder: {run.folder.path}   curve: {picture}", soft_wrap=True)
+    console.print(f"run folder: {run.folder.path}   curve: {picture}", soft_wrap=True, markup=False)
     if not done:
-        console.print(f"go on with: growkit resume {run.folder.path}", soft_wrap=True)
+        console.print(f"go on with: growkit resume {run.folder.path}", soft_wrap=True, markup=False)
 
 

@@ -59,6 +59,17 @@ class Corpus:
                     mend="use more text, a shorter context_length, or another data.validation_fraction",
                 )
 
+    def require_same(self, sha256: str) -> None:
+        """Raises DataError when these are not the bytes that a run was trained on."""
+        if sha256 != self.sha256:
+            raise DataError(
+                "corpus-changed",
+                "is not the text this run was trained on (its hash differs)",
+                key="data.source",
+                value=self.name,
+                mend="restore that text; to go on with another, start a new run",
+            )
+
 
 SOURCES: Registry[Callable[[DataConfig], Iterable[Document]]] = Registry("data source")
 

@@ -5,42 +5,61 @@ Kinds of line: ``step``, ``validation``, ``growth``, ``stage``, ``ngram``. All c
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from growkit.checkpoint.store import cannot_write
+
 Record = dict[str, Any]
+log = logging.getLogger(__name__)
 
 
 class MetricsLog:
     """Appends to ``path``, flushed line by line. ``listeners`` see every record as it is written."""
 
     def __init__(self, path: Path, *, rewind_to: int | None = None) -> None:
-        self._file = open(path, "ab")
-        if rewind_to is not None and self._file.seekable():
-            self._file.truncate(rewind_to)
-            self._file.seek(0, os.SEEK_END)
+        self._path = path
+        try:
+            self._file = open(path, "ab")
+            if rewind_to is not None and self._file.seekable():
+                if self._file.seek(0, os.SEEK_END) < rewind_to:  # truncating would fill the gap with zero bytes
+                    log.warning("%s lacks records that were there when the checkpoint was written", path)
+                else:
+                    self._file.truncate(rewind_to)
+                self._file.seek(0, os.SEEK_END)
+        except OSError as error:
+            raise cannot_write(path, error) from error
         self.listeners: list[Callable[[Record], None]] = []
 
     def write(self, record: Record) -> None:
         """Writes and passes on one record; numbers that are not finite become null."""
         line = json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False)
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()
+        try:
+            self._file.write(line.encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise cannot_write(self._path, error) from error
         for listener in self.listeners:
             listener(record)
 
     def sync(self) -> int:
         """Forces the log to disk; returns its length in bytes."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise cannot_write(self._path, error) from error
         return self._file.tell()
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what could not be written has been reported by write
+            self._file.close()
 
 
 def read_log(path: Path) -> Iterator[Record]:

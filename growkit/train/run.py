@@ -25,7 +25,6 @@ from growkit.config.load import to_yaml
 from growkit.config.recipe import Recipe
 from growkit.data.corpus import Corpus, load_corpus
 from growkit.data.stream import Batches, TokenStream, validation_windows, windows
-from growkit.errors import DataError
 from growkit.eval.ngram import bits, ngram_bits_per_byte
 from growkit.eval.validate import mean_loss, target_positions
 from growkit.growth.engine import GrowthReport, grow
@@ -87,14 +86,7 @@ class Run:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         manifest = checkpoint.manifest
-        if manifest.corpus.get("sha256") not in (None, self.corpus.sha256):
-            raise DataError(
-                "corpus-changed",
-                "is not the text this run was trained on (its hash differs)",
-                key="data.source",
-                value=self.corpus.name,
-                mend="restore that text; to go on with another, start a new run",
-            )
+        self.corpus.require_same(manifest.corpus["sha256"])
         self.state = store.materialized(checkpoint.state)
         self.progress = manifest.progress
         self.lineage = [dict(entry) for entry in manifest.lineage]
