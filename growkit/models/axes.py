@@ -72,7 +72,8 @@ def index_map(old: AnyAxis, new: AnyAxis, placement: Placement | None = None) ->
     if isinstance(old, Axis) and isinstance(new, Axis):
         assert old.name == new.name and old.size <= new.size, (old, new)
         positions = list(placement.get(old.name, range(old.size))) if old.size != new.size else list(range(old.size))
-        assert len(positions) == old.size and max(positions, default=0) < new.size, (old, new, placement)
+        assert len(positions) == len(set(positions)) == old.size, (old, new, placement)
+        assert set(positions) <= set(range(new.size)), (old, new, placement)
         return positions
     if isinstance(old, Product) and isinstance(new, Product):
         result = [0]
