@@ -6,6 +6,7 @@ Its default format pickles metadata and is not used.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -62,7 +63,9 @@ class Sharded(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         meta = self._meta[name]
         into = {name: torch.empty(meta.size, dtype=meta.properties.dtype)}
-        dcp.load(into, storage_reader=self._reader(), no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is what is meant
+            dcp.load(into, storage_reader=self._reader(), no_dist=True)
         return into[name]
 
     def shape(self, name: str) -> list[int]:

@@ -144,3 +144,7 @@ def main() -> None:
         message = Text.assemble(("error", "bold red"), f": {error}")
         Console(stderr=True, highlight=False).print(message, soft_wrap=True)
         sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

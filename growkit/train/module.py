@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from growkit.config.recipe import Recipe
@@ -103,6 +104,8 @@ class StageModule(L.LightningModule):
     def current_state(self) -> TrainState:
         """The state now; tensors are the live ones (sharded ones as they are), not copies."""
         assert self.model is not None
+        if isinstance(self.model, FSDPModule):  # a forward pass without a backward pass leaves the root gathered
+            self.model.reshard()
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, torch.optim.Optimizer)
         params = {name: p.detach() for name, p in self.model.named_parameters()}
@@ -126,8 +129,6 @@ def _full(tensor: Tensor) -> Tensor:
 
 
 def _shard(model: DecoderLM, mesh: Any) -> None:
-    from torch.distributed.fsdp import fully_shard
-
     for layer in model.layers.values():
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)

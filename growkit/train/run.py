@@ -55,7 +55,8 @@ class Run:
         corpus: Corpus,
         checkpoint: Checkpoint | None = None,
     ) -> None:
-        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # it announces itself at every stage
+        for name in ("lightning.pytorch", "lightning.fabric"):  # they announce themselves at every stage
+            logging.getLogger(name).setLevel(logging.ERROR)
         self.recipe, self.schedule, self.folder, self.corpus = recipe, schedule, folder, corpus
         self.device = hardware.accelerator(recipe.trainer)
         self.dtype = hardware.training_dtype(recipe.trainer)
@@ -82,7 +83,8 @@ class Run:
         else:
             self._restore(checkpoint)
             rewind = checkpoint.manifest.log_bytes
-        self.log = MetricsLog(folder.metrics if self.rank == 0 else Path(os.devnull), rewind_to=rewind)
+        first = self.rank == 0  # the one process that writes the log
+        self.log = MetricsLog(folder.metrics if first else Path(os.devnull), rewind_to=rewind if first else None)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         manifest = checkpoint.manifest
@@ -287,7 +289,7 @@ class Run:
             lineage=tuple(self.lineage),
             rng=tuple(store.rng_to_hex(state) for state in self._all_rng()),
             corpus={"name": self.corpus.name, "sha256": self.corpus.sha256},
-            log_bytes=self.log.sync(),
+            log_bytes=self.log.sync() if self.rank == 0 else 0,
             environment=hardware.environment(self.device, self.dtype, self.world_size),
         )
         if self.recipe.trainer.strategy == "fsdp":

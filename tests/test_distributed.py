@@ -1,0 +1,74 @@
+"""Two processes on this machine, gloo: DDP and FSDP2 train, save, grow, resume, and agree with one process."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+from growkit.checkpoint.run_folder import RunFolder
+from tests.support import in_child, records, recipe_dict, start_child, write_recipe
+
+# Sums over two processes are taken in another order than in one: float32 roundings of 6e-8, through 18 steps.
+LOSS_TOLERANCE = 1e-5
+
+
+def two_processes(*words: object, run: Path) -> list[int]:
+    """Runs ``growkit words...`` as processes 0 and 1 of one job; their exit codes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    ranks = [job | {"LOCAL_RANK": str(rank), "GROWKIT_RUN_FOLDER": str(run)} for rank in range(2)]
+    children = [start_child(*words, env=env) for env in ranks]
+    for child in children:
+        child.join()
+    return [child.exitcode for child in children if child.exitcode is not None]
+
+
+def distributed_recipe(folder: Path) -> Path:
+    recipe = recipe_dict(folder)
+    recipe["model"]["dropout"] = 0.0  # what is dropped depends on the process
+    for stage in recipe["stages"]:
+        stage["micro_batch_size"] = 2
+    return write_recipe(folder, recipe)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_agree_with_one(strategy: str, tmp_path: Path) -> None:
+    recipe = distributed_recipe(tmp_path)
+    runs = tmp_path / "runs"
+    assert in_child("train", recipe, "run.name=one") == 0
+    options = (f"trainer.strategy={strategy}", "trainer.devices=2", "run.name=two")
+    assert two_processes("train", recipe, *options, run=runs / "two") == [0, 0]
+    for kind in ("step", "validation"):
+        one, two = records(runs / "one", kind), records(runs / "two", kind)
+        assert [r["step"] for r in one] == [r["step"] for r in two]
+        for a, b in zip(one, two, strict=True):
+            assert abs(a["loss"] - b["loss"]) <= LOSS_TOLERANCE, (a["step"], a["loss"], b["loss"])
+    growths = records(runs / "two", "growth")
+    assert len(growths) == 2 and all(g["certificate"]["delta_logits_float64"] <= 1e-10 for g in growths)
+    checkpoint = RunFolder.open(runs / "two").load()
+    assert checkpoint.manifest.layout == ("sharded" if strategy == "fsdp" else "whole")
+    reference = RunFolder.open(runs / "one").load().state
+    for name in reference.params:
+        assert torch.allclose(checkpoint.state.params[name], reference.params[name], atol=1e-4), name
+
+
+def test_a_sharded_run_resumes(tmp_path: Path) -> None:
+    recipe = distributed_recipe(tmp_path)
+    runs = tmp_path / "runs"
+    options = ("trainer.strategy=fsdp", "trainer.devices=2")
+    assert two_processes("train", recipe, *options, "run.name=whole", run=runs / "whole") == [0, 0]
+    limited = (*options, "run.name=cut", "trainer.max_minutes=1e-9")
+    assert two_processes("train", recipe, *limited, run=runs / "cut") == [3, 3]
+    text = (runs / "cut" / "recipe.yaml").read_text()
+    (runs / "cut" / "recipe.yaml").write_text(text.replace("max_minutes: 1.0e-09", "max_minutes: null"))
+    assert two_processes("resume", runs / "cut", run=runs / "cut") == [0, 0]
+    whole, cut = ([r["loss"] for r in records(runs / name, "step")] for name in ("whole", "cut"))
+    assert whole == cut
+    # A sharded checkpoint is grown and read by one process like any other.
+    assert in_child("grow", runs / "cut", "num_layers=3", "-o", tmp_path / "grown") == 0
+    assert in_child("generate", tmp_path / "grown", "--tokens", "5") == 0
