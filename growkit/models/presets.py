@@ -96,8 +96,8 @@ class _Common:
             raise ConfigError("out-of-range", "must be in [0, 1)", key="model.dropout", value=self.dropout)
         if not 0 <= self.rope_fraction <= 1:
             raise ConfigError("out-of-range", "must be in [0, 1]", key="model.rope_fraction", value=self.rope_fraction)
-        rotated = self._head_dim * self.rope_fraction
-        if rotated != int(rotated) or int(rotated) % 2:
+        rotated = self._head_dim * self.rope_fraction  # 0.28 · 50 is 14.000000000000002
+        if abs(rotated - round(rotated)) > 1e-9 or round(rotated) % 2:
             raise ConfigError(
                 "odd-rotation",
                 f"rotates {rotated:g} of {self._head_dim} dimensions of a head, which must be an even number",
