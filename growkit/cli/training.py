@@ -105,14 +105,18 @@ def _set_threads(recipe: Recipe) -> None:
 
 def _run(run: Run, schedule: GrowthSchedule) -> int:
     began = time.monotonic()
-    with Display(schedule, run.recipe.monitor.progress if run.rank == 0 else "off") as display:
-        run.log.listeners.append(display)
-        display.print(f"run folder: [bold]{escape(str(run.folder.path))}[/bold]  corpus: {escape(run.corpus.name)}, "
-                      f"{quantity(len(run.corpus.train))} bytes of training text, {quantity(len(run.corpus.validation))} held out")
-        done = run.train()
-    if run.rank != 0:
-        return DONE if done else STOPPED
-    _finish(run, display.console, began, done)
+    try:
+        with Display(schedule, run.recipe.monitor.progress if run.rank == 0 else "off") as display:
+            run.log.listeners.append(display)
+            display.print(
+                f"run folder: [bold]{escape(str(run.folder.path))}[/bold]   corpus: {escape(run.corpus.name)}, "
+                f"{quantity(len(run.corpus.train))} bytes to train on, {quantity(len(run.corpus.validation))} held out"
+            )
+            done = run.train()
+        if run.rank == 0:
+            _finish(run, display.console, began, done)
+    finally:
+        run.folder.unlock()
     return DONE if done else STOPPED
 
 

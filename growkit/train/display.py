@@ -108,10 +108,12 @@ def growth_table(record: Record) -> Table:
     """What grew, parameters before → after, and what the certificate measured."""
     certificate = record["certificate"]
     title = f"growth into {escape(record['name'])}"
-    table = Table("what grew", "parameters", "Δlogits float64", title=title, caption_justify="left")
-    for header in (f"Δlogits {certificate['training_dtype']}", "Δloss"):
+    table = Table(title=title, caption_justify="left")
+    table.add_column("what grew", no_wrap=True)
+    table.add_column("parameters", no_wrap=True)
+    for header in ("Δlogits float64", f"Δlogits {certificate['training_dtype']}", "Δloss"):
         table.add_column(header)
-    what = ", ".join(f"{link['operator']} ({link['method']})" for link in record["links"])
+    what = "\n".join(f"{link['operator']} ({link['method']})" for link in record["links"])
     ratio = record["parameters_after"] / record["parameters_before"]
     sizes = f"{quantity(record['parameters_before'])} → {quantity(record['parameters_after'])} (×{ratio:.2f})"
     table.add_row(

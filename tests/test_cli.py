@@ -1,0 +1,113 @@
+"""Each command on a real, tiny run, as a user sees it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from growkit.checkpoint import store
+from growkit.checkpoint.run_folder import RunFolder
+from growkit.cli.recipes import built_in
+from growkit.models.decoder import build
+from tests.support import cli, records, recipe_dict, write_recipe
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """(run folder, what the terminal showed) of a run without a terminal."""
+    folder = tmp_path_factory.mktemp("cli")
+    recipe = recipe_dict(folder)
+    recipe["monitor"] |= {"progress": "auto", "sample_tokens": 20, "sample_prompt": "The "}
+    code, out, err = cli("train", write_recipe(folder, recipe), "run.name=shown")
+    assert code == 0, err
+    return folder / "runs" / "shown", out
+
+
+def test_train_shows_what_happens(run: tuple[Path, str]) -> None:
+    folder, out = run
+    for name in ("first", "tokens", "deeper"):
+        assert f"validation at end of stage {name}" in out
+    assert "a 2-gram: " in out and "bits per byte" in out
+    assert "growth into tokens" in out and "param_tokens (bank)" in out and "depth (identity)" in out
+    assert "Δlogits" in out and "exact: the new layers write zeros" in out
+    assert "stage 1/3 first" in out and "tokens/s" in out and "loss" in out and "ETA" in out
+    assert "a sample" in out and "\nThe " in out
+    assert str(folder) in out.replace("\n", "") and "done: 18 steps" in out
+    assert "\x1b[" not in out, "control sequences without a terminal"
+    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert "GPU available" not in out
+
+
+def test_the_log_counts_compute_and_rewinds_nothing(run: tuple[Path, str]) -> None:
+    folder, _ = run
+    steps = records(folder, "step")
+    recipe_flops = 0.0
+    for record in steps:
+        state = RunFolder.open(folder).load()
+        assert {"loss", "bits_per_byte", "lr", "grad_norm", "tokens_per_second", "utilisation", "memory_bytes"} <= set(record)
+        recipe_flops = record["flops"]
+    manifest = RunFolder.open(folder).load().manifest
+    assert manifest.progress.flops == recipe_flops == steps[-1]["flops"]
+    assert [r["tokens"] for r in steps] == [128 * (i + 1) for i in range(18)]
+    assert state.manifest.progress.cursor == 18 * 128
+
+
+def test_inspect_verifies_and_shows_the_lineage(run: tuple[Path, str]) -> None:
+    code, out, _ = cli("inspect", run[0])
+    assert code == 0
+    assert "sound" in out and "step 18 (stage 3)" in out
+    assert "growth into tokens" in out and "growth into deeper" in out and "validation loss" in out
+
+
+def test_grow_writes_a_checkpoint_that_computes_the_same(run: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = run
+    grown = tmp_path / "grown"
+    code, out, _ = cli("grow", folder, "num_layers=4", "mlp_tokens=24", "insert_at=end", "-o", grown)
+    assert code == 0 and "exact" in out
+    before, after = RunFolder.open(folder).load(), store.read(grown)
+    assert len(after.manifest.model.layers) == 4
+    assert after.manifest.model.layers[0].mlp.projection.tokens == 24  # type: ignore[union-attr]
+    tokens = torch.randint(256, (2, 16), generator=torch.Generator().manual_seed(0))
+    logits = [build(c.manifest.model, c.state.params).eval()(tokens) for c in (before, after)]
+    assert torch.allclose(logits[0], logits[1], atol=1e-5)
+    assert set(after.state.moments) == set(before.state.params)
+    assert after.manifest.lineage[-1]["certificate"]["delta_logits_float64"] <= 1e-10
+    code, out, _ = cli("generate", grown, "--prompt", "The ", "--tokens", "8", "--temperature", "0")
+    assert code == 0 and out.startswith("The ")
+    assert cli("generate", folder, "--prompt", "The ", "--tokens", "8", "--temperature", "0")[1] == out
+
+
+def test_grow_names_a_method(run: tuple[Path, str], tmp_path: Path) -> None:
+    code, out, _ = cli("grow", run[0], "num_layers=4", "methods.depth=stack", "-o", tmp_path / "stacked")
+    assert code == 0 and "not exact: copied layers act a second time" in out
+
+
+def test_validate_shows_the_schedule_and_writes_nothing(tmp_path: Path) -> None:
+    code, out, _ = cli("validate", write_recipe(tmp_path))
+    assert code == 0 and "valid: 2,304 tokens" in out and "deeper" in out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_recipes_are_listed_shown_and_copied(tmp_path: Path) -> None:
+    code, out, _ = cli("recipes", "list")
+    assert code == 0 and all(name in out for name in built_in())
+    code, shown, _ = cli("recipes", "show", "quickstart")
+    assert code == 0 and shown == built_in()["quickstart"].read_text()
+    copy = tmp_path / "mine.yaml"
+    assert cli("recipes", "copy", "quickstart", copy)[0] == 0
+    assert copy.read_text() == shown
+
+
+@pytest.mark.parametrize("command", ["train", "resume", "grow", "validate", "inspect", "generate"])
+def test_help_has_an_example(command: str) -> None:
+    code, out, _ = cli(command, "--help")
+    assert code == 0 and f"Example: growkit {command}" in out
+
+
+def test_a_finished_run_resumes_to_nothing_more(run: tuple[Path, str]) -> None:
+    folder, _ = run
+    before = records(folder)
+    assert cli("resume", folder)[0] == 0
+    assert records(folder) == before
