@@ -100,10 +100,8 @@ def inspect_checkpoint(folder: Path) -> None:
         if entry["kind"] == "growth":
             console.print(growth_table(entry))
         else:
-            console.print(
-                f"stage {entry['name']} ended at step {entry['step']}: validation loss {entry['validation_loss']:.4f} nats",
-                markup=False,
-            )
+            loss = f"validation loss {entry['validation_loss']:.4f} nats"
+            console.print(f"stage {entry['name']} ended at step {entry['step']}: {loss}", markup=False)
     console.print(", ".join(f"{key} {value}" for key, value in manifest.environment.items()), soft_wrap=True)
 
 

@@ -143,5 +143,3 @@ def _finish(run: Run, console: Console, began: float, done: bool) -> None:
     console.print(f"run folder: {run.folder.path}   curve: {picture}", soft_wrap=True, markup=False)
     if not done:
         console.print(f"go on with: growkit resume {run.folder.path}", soft_wrap=True, markup=False)
-
-

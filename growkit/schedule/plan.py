@@ -226,10 +226,10 @@ def _check_sections(recipe: Recipe) -> None:
     if not 0 < fraction <= 0.5:
         key = "data.validation_fraction"
         raise ConfigError("out-of-range", "must be above 0 and at most 0.5", key=key, value=fraction)
-    name = recipe.run.name
-    if name is not None and (not name or name in (".", "..") or "/" in name or not name.isprintable()):
+    title = recipe.run.name
+    if title is not None and (not title or title in (".", "..") or "/" in title or not title.isprintable()):
         mend = "use one folder name without /; run.folder says where"
-        raise ConfigError("bad-name", "cannot be the name of a folder", key="run.name", value=name, mend=mend)
+        raise ConfigError("bad-name", "cannot be the name of a folder", key="run.name", value=title, mend=mend)
     if recipe.run.threads is not None:
         _at_least(recipe.run.threads, 1, "run.threads")
     if not 0 <= recipe.run.seed < 2**63:
