@@ -29,6 +29,7 @@ class NGram:
             kinds = np.diff(np.append(first, len(codes)))
             self._contexts[n] = (contexts, np.add.reduceat(counts, first), kinds)
             if n > 1:  # continuation counts: distinct bytes seen before each shorter gram
+                codes = np.union1d(codes, _codes(tokens[:n], n))  # the text's start, which no longer gram ends with
                 codes, counts = np.unique(codes & np.uint64((1 << 8 * (n - 1)) - 1), return_counts=True)
 
     def bits_per_byte(self, tokens: NDArray[np.uint8], positions: NDArray[np.int64]) -> float:
