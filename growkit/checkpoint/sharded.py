@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from growkit.checkpoint import store
 from growkit.checkpoint.manifest import Manifest
@@ -31,8 +34,8 @@ def write(folder: Path, state: TrainState, manifest: Manifest) -> None:
         dist.barrier()  # the folder is there
         for group, tensors in zip(GROUPS, (state.params, store.flat_moments(state.moments)), strict=True):
             if tensors:
-                writer = dcp.HuggingFaceStorageWriter(str(beside / group), save_distributed=True)
-                dcp.save(dict(tensors), storage_writer=writer)
+                writer = HuggingFaceStorageWriter(str(beside / group), save_distributed=True)
+                save(dict(tensors), storage_writer=writer)
         dist.barrier()  # all shards are there
         if first:
             files = sorted(str(path.relative_to(beside)) for path in beside.rglob("*") if path.is_file())
@@ -49,23 +52,24 @@ def tensors(folder: Path, manifest: Manifest) -> tuple[Sharded, Sharded]:
     return Sharded(folder / "params"), Sharded(folder / "moments")
 
 
-class Sharded(Mapping[str, Tensor]):
+class Sharded(store.TensorTable):
     """Tensors of one group; a read gathers the shards of that tensor."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         has_files = folder.is_dir() and any(folder.glob("*.safetensors"))
-        self._meta = dict(self._reader().read_metadata().state_dict_metadata) if has_files else {}
+        found = self._reader().read_metadata().state_dict_metadata if has_files else {}
+        self._meta = {name: meta for name, meta in found.items() if isinstance(meta, TensorStorageMetadata)}
 
-    def _reader(self) -> dcp.HuggingFaceStorageReader:
-        return dcp.HuggingFaceStorageReader(str(self._folder))
+    def _reader(self) -> HuggingFaceStorageReader:
+        return HuggingFaceStorageReader(str(self._folder))
 
     def __getitem__(self, name: str) -> Tensor:
         meta = self._meta[name]
         into = {name: torch.empty(meta.size, dtype=meta.properties.dtype)}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is what is meant
-            dcp.load(into, storage_reader=self._reader(), no_dist=True)
+            load(into, storage_reader=self._reader(), no_dist=True)
         return into[name]
 
     def shape(self, name: str) -> list[int]:

@@ -105,8 +105,10 @@ def seal(folder: Path, manifest: Manifest, files: list[str]) -> None:
 def read(folder: Path, *, verify: bool = True) -> Checkpoint:
     """Opens the checkpoint at ``folder``. Raises CheckpointError if it is damaged, naming the file."""
     manifest = manifests.read(folder, verify=verify)
+    params: TensorTable
+    flat: TensorTable
     if manifest.layout == "sharded":
-        from growkit.checkpoint import sharded
+        from growkit.checkpoint import sharded  # it builds on this module
 
         params, flat = sharded.tensors(folder, manifest)
     else:
@@ -121,8 +123,10 @@ def read(folder: Path, *, verify: bool = True) -> Checkpoint:
             "damaged", f"does not hold the model its manifest describes (first: {odd[0]})", key=str(folder)
         )
     # Tables of names come back in the model's order, so that whatever walks them is reproducible.
-    ordered = _Ordered(params, [name for name in expected])
-    moments = _StoredMoments(flat, {name: manifest.adam_steps[name] for name in expected if name in manifest.adam_steps})
+    ordered = _Ordered(params, list(expected))
+    moments = _StoredMoments(
+        flat, {name: manifest.adam_steps[name] for name in expected if name in manifest.adam_steps}
+    )
     return Checkpoint(folder, manifest, TrainState(manifest.model, ordered, moments, dict(manifest.born)))
 
 
@@ -172,7 +176,14 @@ class _FlatMoments(Mapping[str, Tensor]):
 flat_moments = _FlatMoments
 
 
-class _Stored(Mapping[str, Tensor]):
+class TensorTable(Mapping[str, Tensor]):
+    """Tensors read from disk when asked for, their shapes known beforehand."""
+
+    def shape(self, name: str) -> list[int]:
+        raise NotImplementedError
+
+
+class _Stored(TensorTable):
     """Tensors of several safetensors files, read when asked for."""
 
     def __init__(self, folder: Path, files: list[str]) -> None:

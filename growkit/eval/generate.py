@@ -46,7 +46,9 @@ def _draw(logits: Tensor, generator: torch.Generator, temperature: float, top_k:
     return int(torch.multinomial(torch.softmax(logits / temperature, -1).cpu(), 1, generator=generator))
 
 
-def sample_text(model: DecoderLM, prompt: str, count: int, *, seed: int = 0, temperature: float = 0.8, top_k: int = 50) -> str:
+def sample_text(
+    model: DecoderLM, prompt: str, count: int, *, seed: int = 0, temperature: float = 0.8, top_k: int = 50
+) -> str:
     """``prompt`` and what the model writes after it, as text; the model's training mode is left as it was."""
     device = model.embedding.weight.device
     given = prompt.encode(errors="surrogateescape")  # bytes from a command line that are not UTF-8 stay what they are
@@ -55,9 +57,7 @@ def sample_text(model: DecoderLM, prompt: str, count: int, *, seed: int = 0, tem
     training = model.training
     model.eval()
     try:
-        new = list(
-            sample_tokens(model, start, count, generator=generator, temperature=temperature, top_k=top_k)
-        )
+        new = list(sample_tokens(model, start, count, generator=generator, temperature=temperature, top_k=top_k))
     finally:
         model.train(training)
     return (given + bytes(token for token in new if token < 256)).decode(errors="replace")

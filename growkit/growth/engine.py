@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from growkit.growth.verify import Certificate, certify
 from growkit.models.config import ModelConfig
 from growkit.models.decoder import init_tensor
 from growkit.models.spec import param_specs
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -76,19 +79,19 @@ def lazy_state(state: TrainState, links: list[Link], generator: torch.Generator,
     for number, link in enumerate(links):
         view = _Link(state, link, f"{seed}/{number}")
         born = dict(state.born) | {name: stage for name in view.specs if name not in view.old_specs}
-        params = _Lazy(list(view.specs), lambda name, view=view: view.grown(name).value)
+        params = _Lazy(list(view.specs), view.value)
         kept = [name for name in view.specs if name in view.old_specs and name in state.moments]
         state = TrainState(link.target, params, _Lazy(kept, view.moments), born)
     return state
 
 
-class _Lazy(Mapping):  # type: ignore[type-arg]
+class _Lazy(Mapping[str, T]):
     """Names in order, values computed on access."""
 
-    def __init__(self, names: list[str], compute: Callable[[str], object]) -> None:
+    def __init__(self, names: list[str], compute: Callable[[str], T]) -> None:
         self._names, self._compute = dict.fromkeys(names), compute
 
-    def __getitem__(self, name: str) -> object:
+    def __getitem__(self, name: str) -> T:
         if name not in self._names:
             raise KeyError(name)
         return self._compute(name)
@@ -115,7 +118,7 @@ class _Link:
         origin = None
         if old is None and spec.layer is not None:
             layer = self.link.target.layer(spec.layer).origin
-            if (source := self._by_place.get((layer, spec.local))) is not None:
+            if layer is not None and (source := self._by_place.get((layer, spec.local))) is not None:
                 origin = self.state.params[source]
         dtype = old.dtype if old is not None else next(iter(self.state.params.values())).dtype
 
@@ -129,6 +132,9 @@ class _Link:
         result = self.operator.grow_tensor(growth)
         assert result.value.shape == spec.shape, (name, tuple(result.value.shape), spec.shape)
         return result
+
+    def value(self, name: str) -> Tensor:
+        return self.grown(name).value
 
     def moments(self, name: str) -> Moments:
         old, spec, old_spec = self.state.moments[name], self.specs[name], self.old_specs[name]

@@ -43,7 +43,11 @@ def grown_config(config: ModelConfig, fields: Mapping[str, Any], methods: Mappin
     for field, value in fields.items():
         if field not in known:
             raise ConfigError(
-                "cannot-grow", "is not something that grows", key=f"grow.{field}", value=value, mend=closest(field, known)
+                "cannot-grow",
+                "is not something that grows",
+                key=f"grow.{field}",
+                value=value,
+                mend=closest(field, known),
             )
     for name, method in methods.items():
         OPERATORS.get(name, key=f"methods.{name}").check_method(method, f"methods.{name}")

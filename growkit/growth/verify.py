@@ -29,8 +29,8 @@ class Certificate:
     """Measured on a probe batch; relative differences are ‖Δ‖/‖logits‖ (Frobenius).
 
     ``new_grad_norms``: of the new parameters on the first PROBE_STEPS steps; ``dead``: those with none on any of them
-    (one operator's are alive by the second; in a chain, a zero inside a zero by the third). ``locked_rows``: rows of new
-    parameters that equal another row of theirs in value and in gradient, so that training cannot tell them apart.
+    (one operator's are alive by the second; in a chain, a zero inside a zero by the third). ``locked_rows``: rows of
+    new parameters that equal another row of theirs in value and in gradient, so that training cannot tell them apart.
     """
 
     exact: bool
@@ -107,9 +107,7 @@ def _hold_to(certificate: Certificate, float64_tolerance: float, dtype: torch.dt
 
 
 @torch.no_grad()
-def stream_logits(
-    config: ModelConfig, params: Mapping[str, Tensor], tokens: Tensor, dtype: torch.dtype
-) -> Tensor:
+def stream_logits(config: ModelConfig, params: Mapping[str, Tensor], tokens: Tensor, dtype: torch.dtype) -> Tensor:
     """Logits (rows, context, vocab) computed in ``dtype`` (bf16: float32 weights under autocast), with the weights of
     one layer at a time in memory."""
     work = torch.float32 if dtype == torch.bfloat16 else dtype

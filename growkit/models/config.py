@@ -170,7 +170,8 @@ def from_json(data: Any, kind: Any = ModelConfig, *, key: str = "model") -> Any:
     for field in dataclasses.fields(kind):
         if field.name not in data and field.default is dataclasses.MISSING:
             raise ConfigError("bad-model", f"lacks the field {field.name!r}", key=key)
-    return kind(**{name: from_json(value, hints[name], key=f"{key}.{name}") for name, value in data.items()})
+    build: Any = kind
+    return build(**{name: from_json(value, hints[name], key=f"{key}.{name}") for name, value in data.items()})
 
 
 def _member(data: Any, members: tuple[Any, ...], key: str) -> Any:

@@ -31,7 +31,7 @@ def chunked_cross_entropy(
     else:
         parts = [
             checkpoint(_sums, h, head_VD, t, logit_scale, z_loss > 0, use_reentrant=False)
-            for h, t in zip(h_ND.split(chunk_tokens), targets_N.split(chunk_tokens), strict=True)
+            for h, t in zip(torch.split(h_ND, chunk_tokens), torch.split(targets_N, chunk_tokens), strict=True)
         ]
         ce = torch.stack([part[0] for part in parts]).sum()
         z = torch.stack([part[1] for part in parts]).sum()

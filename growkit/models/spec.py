@@ -16,7 +16,7 @@ from growkit.models.config import Attention, DenseMLP, LayerSpec, ModelConfig, N
 
 Role = Literal["embedding", "head", "weight", "keys", "values", "gain", "bias"]
 Component = Literal["embedding", "attention", "mlp", "norm", "head"]
-INIT_STD = 0.02  # embeddings, linear maps and keys: GPT-2's and TokenFormer's choice
+INIT_STD = 0.02  # embeddings and linear maps: GPT-2's choice
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,8 @@ def _layer(layer: LayerSpec, config: ModelConfig, embed: Axis, depth: int) -> li
         wide = Axis("mlp", mlp.dim)
         inner = Concat((wide, wide)) if mlp.kind == "swiglu" else wide
         name = "gate_up" if mlp.kind == "swiglu" else "up"
-        rows.append(
-            (f"mlp.{name}.weight", _weight((inner, embed), "mlp", INIT_STD, layer.id, f"mlp.{name}.weight"))
-        )
-        std = INIT_STD / math.sqrt(2 * depth)
+        rows.append((f"mlp.{name}.weight", _weight((inner, embed), "mlp", INIT_STD, layer.id, f"mlp.{name}.weight")))
+        std = _writer_std(depth)
         rows.append(("mlp.down.weight", _weight((embed, wide), "mlp", std, layer.id, "mlp.down.weight")))
     else:
         dense("mlp.tokens.", mlp.projection, embed, embed, "mlp")
@@ -129,7 +127,14 @@ def _layer(layer: LayerSpec, config: ModelConfig, embed: Axis, depth: int) -> li
 def _head_axes(mixer: Attention) -> tuple[Product, Product]:
     """(heads × head_dim, kv_heads × head_dim)."""
     head_dim = Axis("head_dim", mixer.head_dim)
-    return Product((Axis("heads", mixer.num_heads), head_dim)), Product((Axis("kv_heads", mixer.num_kv_heads), head_dim))
+    return Product((Axis("heads", mixer.num_heads), head_dim)), Product(
+        (Axis("kv_heads", mixer.num_kv_heads), head_dim)
+    )
+
+
+def _writer_std(depth: int) -> float:
+    """What writes the residual stream starts smaller by the root of the number of writes (GPT-2, section 2.3)."""
+    return INIT_STD / math.sqrt(2 * depth)
 
 
 def _weight(axes: tuple[AnyAxis, ...], part: Component, std: float, layer: int, local: str) -> ParamSpec:
@@ -140,12 +145,14 @@ def _projection(
     prefix: str, kind: Projection, inp: AnyAxis, out: AnyAxis, part: Component, layer: int, depth: int
 ) -> list[tuple[str, ParamSpec]]:
     if not isinstance(kind, Pattention):
-        # GPT-2 (section 2.3): what writes the residual stream starts smaller by the root of the number of writes.
-        std = INIT_STD / math.sqrt(2 * depth) if out.names == {"embed"} else INIT_STD
+        std = _writer_std(depth) if out.names == {"embed"} else INIT_STD
         return [(f"{prefix}weight", _weight((out, inp), part, std, layer, f"{prefix}weight"))]
     rows = []
-    value_std = 2.0 / (depth * math.sqrt(out.size))  # TokenFormer's published start
-    for side, axis, std in (("keys", inp, INIT_STD), ("values", out, value_std)):
+    # Keys of norm 1: their scale leaves the function as it is but sets how fast Adam turns them. Values: TokenFormer's
+    # published start, except where they write the residual stream, which that start would drown at small widths.
+    key_std = 1 / math.sqrt(inp.size)
+    value_std = _writer_std(depth) if out.names == {"embed"} else 2 / (depth * math.sqrt(out.size))
+    for side, axis, std in (("keys", inp, key_std), ("values", out, value_std)):
         for bank, size in enumerate(kind.banks):
             local = f"{prefix}{side}.{bank}"
             role: Role = "keys" if side == "keys" else "values"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from functools import lru_cache
+from functools import cache
 
 from growkit.errors import ConfigError
 
@@ -11,7 +11,7 @@ BACKENDS = ("auto", "compiled", "reference")
 log = logging.getLogger(__name__)
 
 
-@lru_cache(maxsize=None)
+@cache
 def resolve_backend(op: str, backend: str) -> str:
     """The path that ``backend`` means for ``op``; ``auto`` is the fastest one present. Raises ConfigError."""
     if backend not in BACKENDS:

@@ -70,7 +70,7 @@ def param_groups(
     decay_embedding: bool,
     lr_scale: Mapping[str, float],
 ) -> list[ParamGroup]:
-    """Every parameter in exactly one group, groups in order of first appearance. Scales of several selectors multiply."""
+    """Every parameter in exactly one group, groups in order of appearance. Scales of several selectors multiply."""
     groups: dict[tuple[float, float, bool], list[str]] = {}
     for name, spec in specs.items():
         decayed = spec.role in _DECAYED or (decay_embedding and spec.role in ("embedding", "head"))

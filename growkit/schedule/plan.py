@@ -75,7 +75,9 @@ def growth_schedule(recipe: Recipe) -> GrowthSchedule:
     model: ModelConfig = recipe.model.expand()
     if model.vocab_size < 256:
         mend = "growkit trains on bytes here: use 256 or more"
-        raise ConfigError("vocab-too-small", "cannot hold a byte", key="model.vocab_size", value=model.vocab_size, mend=mend)
+        raise ConfigError(
+            "vocab-too-small", "cannot hold a byte", key="model.vocab_size", value=model.vocab_size, mend=mend
+        )
     if not recipe.stages:
         raise ConfigError("no-stages", "is empty", key="stages", mend="write at least one stage with name and duration")
     names = [stage.name for stage in recipe.stages]
@@ -102,7 +104,9 @@ def _stage(recipe: Recipe, config: StageConfig, index: int, model: ModelConfig, 
         target = grown_config(model, config.grow, config.methods)
         links = tuple(path(model, target, config.methods))
     context = _settle(config.context_length, last.context_length if last else None, f"{key}.context_length")
-    batch = _settle(config.global_batch_tokens, last.global_batch_tokens if last else None, f"{key}.global_batch_tokens")
+    batch = _settle(
+        config.global_batch_tokens, last.global_batch_tokens if last else None, f"{key}.global_batch_tokens"
+    )
     if batch % context:
         mend = f"use a multiple of {context}, such as {max(1, batch // context) * context}"
         problem = f"is not a multiple of context_length = {context}"
@@ -123,7 +127,9 @@ def _stage(recipe: Recipe, config: StageConfig, index: int, model: ModelConfig, 
         raise ConfigError("bad-duration", problem, key=f"{key}.duration", value=config.duration, mend=mend)
     if steps < 1:
         mend = f"a step is {batch} tokens and {flops:.3g} FLOPs: ask for at least one"
-        raise ConfigError("empty-stage", "is less than one step", key=f"{key}.duration", value=config.duration, mend=mend)
+        raise ConfigError(
+            "empty-stage", "is less than one step", key=f"{key}.duration", value=config.duration, mend=mend
+        )
 
     def span(text: str, name: str) -> int:
         length = Duration.parse(text, key=f"{key}.{name}", share=True)
@@ -164,7 +170,9 @@ def _lr(recipe: Recipe, config: StageConfig, index: int, steps: int, last: Stage
     key = f"stages.{index}"
     if config.schedule not in SCHEDULES:
         mend = f"allowed: {', '.join(SCHEDULES)}"
-        raise ConfigError("unknown-choice", "is not a schedule", key=f"{key}.schedule", value=config.schedule, mend=mend)
+        raise ConfigError(
+            "unknown-choice", "is not a schedule", key=f"{key}.schedule", value=config.schedule, mend=mend
+        )
     peak = config.lr if config.lr is not None else last.lr.peak if last else recipe.optim.lr
     if not peak > 0:
         raise ConfigError("not-positive", "must be above zero", key=f"{key}.lr", value=peak)

@@ -21,7 +21,7 @@ from growkit.schedule.plan import Stage
 
 
 class StageModule(L.LightningModule):
-    """Trains ``state`` through ``stage``. Built by ``configure_model`` under the strategy's device mesh, if it has one."""
+    """Trains ``state`` through ``stage``; ``configure_model`` builds it, under the strategy's device mesh if any."""
 
     def __init__(self, state: TrainState, stage: Stage, recipe: Recipe, first_step: int) -> None:
         super().__init__()

@@ -93,7 +93,11 @@ class Run:
         self.progress = manifest.progress
         self.lineage = [dict(entry) for entry in manifest.lineage]
         now = hardware.environment(self.device, self.dtype, self.world_size)
-        different = [f"{key} {manifest.environment[key]} → {now[key]}" for key in now if manifest.environment.get(key) != now[key]]
+        different = [
+            f"{key} {manifest.environment[key]} → {now[key]}"
+            for key in now
+            if manifest.environment.get(key) != now[key]
+        ]
         if different and manifest.environment:
             log.warning("resuming will not be bitwise exact, since this changed: %s", ", ".join(different))
         if self.rank < len(manifest.rng):
@@ -169,15 +173,11 @@ class Run:
         starts, _ = validation_windows(self.corpus.validation, stage.context_length, count)
         tokens, targets = windows(self.corpus.validation, starts, stage.context_length)
         probe = torch.cat((tokens, targets[:, -1:]), dim=1)
-        return grow(
-            self.state, stage.model, stage.methods, generator, probe, stage=stage.index, dtype=self.dtype
-        )
+        return grow(self.state, stage.model, stage.methods, generator, probe, stage=stage.index, dtype=self.dtype)
 
     def _record_growth(self, stage: Stage, report: GrowthReport) -> None:
         assert report.certificate is not None
-        links = [
-            {"operator": link.operator, "method": link.method, **asdict(link.exactness)} for link in report.links
-        ]
+        links = [{"operator": link.operator, "method": link.method, **asdict(link.exactness)} for link in report.links]
         event = {
             "links": links,
             "new_parameters": len(report.new),
@@ -300,7 +300,6 @@ class Run:
             ends = {entry["step"] for entry in self.lineage if entry["kind"] == "stage"}
             self.folder.prune(self.recipe.trainer.keep_last, ends)
         return folder
-
 
     def _all_rng(self) -> list[Tensor]:
         """The random state of every process, by rank."""

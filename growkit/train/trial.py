@@ -13,7 +13,7 @@ from growkit.schedule.plan import Stage
 
 def fitting_micro_batch(state: TrainState, stage: Stage, recipe: Recipe, device: str, dtype: torch.dtype) -> int:
     """The largest divisor of the planned micro-batch size, by halving, whose forward and backward pass fits beside the
-    optimizer's moments. Random state and ``state`` are left as they were. Raises TrainingError if one row does not fit."""
+    optimizer's moments. Random state and ``state`` stay as they were. Raises TrainingError if one row does not fit."""
     size = stage.micro_batch_size
     with torch.random.fork_rng():
         while True:

@@ -70,14 +70,14 @@ class Width(_Dense):
         )
 
     def advance(self, config: ModelConfig, target: ModelConfig) -> ModelConfig:
-        return dataclasses.replace(
-            config, embed_dim=target.embed_dim, norm=target.norm, final_norm=target.final_norm
-        )
+        return dataclasses.replace(config, embed_dim=target.embed_dim, norm=target.norm, final_norm=target.final_norm)
 
     def exactness(self, source: ModelConfig, target: ModelConfig, method: str) -> Exactness:
         kinds = {source.norm.kind, source.final_norm.kind}
         if kinds == {"rmsnorm"}:
-            return Exactness("exact", "padding with zeros scales the mean square by d/d′, which gain and eps undo", rescales=True)
+            return Exactness(
+                "exact", "padding with zeros scales the mean square by d/d′, which gain and eps undo", rescales=True
+            )
         return Exactness("not", "zero padding shifts a LayerNorm's mean and variance")
 
     def grow_tensor(self, growth: TensorGrowth) -> Grown:
@@ -165,8 +165,8 @@ class Heads(_Dense):
         layers = []
         for layer in config.layers:
             if (mixer := wanted.get(layer.id)) is not None:
-                counts = {"num_heads": mixer.num_heads, "num_kv_heads": mixer.num_kv_heads}
-                layer = dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, **counts))
+                grown = dataclasses.replace(layer.mixer, num_heads=mixer.num_heads, num_kv_heads=mixer.num_kv_heads)
+                layer = dataclasses.replace(layer, mixer=grown)
             layers.append(layer)
         return dataclasses.replace(config, layers=tuple(layers))
 

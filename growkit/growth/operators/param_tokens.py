@@ -99,7 +99,8 @@ def _pattentions(layer: LayerSpec) -> dict[str, Pattention]:
 
 
 def _with_pattentions(layer: LayerSpec, parts: Mapping[str, Pattention]) -> LayerSpec:
-    mixer = dataclasses.replace(layer.mixer, **{name: p for name, p in parts.items() if name in PROJECTIONS})
+    dense: dict[str, Any] = {name: p for name, p in parts.items() if name in PROJECTIONS}
+    mixer = dataclasses.replace(layer.mixer, **dense)
     mlp = PattentionMLP(parts["mlp"]) if "mlp" in parts else layer.mlp
     return dataclasses.replace(layer, mixer=mixer, mlp=mlp)
 
