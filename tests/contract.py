@@ -40,9 +40,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "rope_fraction": 0.25,
     },
     "transformer": {"preset": "transformer", "mlp_dim": 20},
-    "transformer-gqa": {"preset": "transformer", "num_heads": 4, "num_kv_heads": 2, "qk_norm": True, "tied_head": False},
+    "transformer-gqa": {
+        "preset": "transformer",
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "qk_norm": True,
+        "tied_head": False,
+    },
     "transformer-layernorm": {"preset": "transformer", "norm": "layernorm", "mlp": "gelu"},
-}  # fmt: skip
+}
 
 # A small target for each operator, as a stage's ``grow:`` would say it. A new operator must add itself here.
 TARGETS: dict[str, list[dict[str, Any]]] = {
@@ -238,7 +244,9 @@ def two_steps_keep_it_as_well(case: Case) -> None:
     if any(link.exactness.kind != "exact" for link in links):
         return
     once = grown(case, trained_like(case.source))
-    noisy = {name: t + 0.02 * torch.randn(t.shape, generator=generator(9), dtype=t.dtype) for name, t in once.params.items()}
+    noisy = {
+        name: t + 0.02 * torch.randn(t.shape, generator=generator(9), dtype=t.dtype) for name, t in once.params.items()
+    }
     moments = {n: Moments(torch.zeros_like(t), torch.ones_like(t), 3.0) for n, t in noisy.items()}
     state = TrainState(case.target, noisy, moments)
     further = _further(case)

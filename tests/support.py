@@ -111,7 +111,13 @@ def recipe_dict(folder: Path, **sections: Any) -> dict[str, Any]:
                 "validate_every": "3 steps",
             },
             {"name": "tokens", "duration": "6 steps", "grow": {"attention_tokens": 12, "mlp_tokens": 16}},
-            {"name": "deeper", "duration": "6 steps", "grow": {"num_layers": 2}, "context_length": 32, "micro_batch_size": 2},
+            {
+                "name": "deeper",
+                "duration": "6 steps",
+                "grow": {"num_layers": 2},
+                "context_length": 32,
+                "micro_batch_size": 2,
+            },
         ],
     }
     for name, section in sections.items():

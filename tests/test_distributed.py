@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from growkit.checkpoint.run_folder import RunFolder
-from tests.support import in_child, records, recipe_dict, start_child, write_recipe
+from tests.support import in_child, recipe_dict, records, start_child, write_recipe
 
 # Sums over two processes are taken in another order than in one: float32 roundings of 6e-8, through 18 steps.
 LOSS_TOLERANCE = 1e-5

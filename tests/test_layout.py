@@ -119,4 +119,6 @@ def test_nothing_loads_pickles_or_swallows_errors() -> None:
                 assert not silent, f"{path}:{node.lineno} swallows {names}"
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
-                assert called not in ("torch.load", "pickle.load", "pickle.loads", "torch.save"), f"{path}:{node.lineno}"
+                assert called not in ("torch.load", "pickle.load", "pickle.loads", "torch.save"), (
+                    f"{path}:{node.lineno}"
+                )

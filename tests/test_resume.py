@@ -16,7 +16,7 @@ import torch
 from growkit import faults
 from growkit.checkpoint import store
 from growkit.checkpoint.run_folder import RunFolder
-from tests.support import cli, in_child, records, recipe_dict, start_child, write_recipe
+from tests.support import cli, in_child, recipe_dict, records, start_child, write_recipe
 
 SAVE_EVERY = 4
 # What a record may differ in: time and memory are the machine's, not the run's.

@@ -17,7 +17,7 @@ from growkit.models.decoder import DecoderLM, init_params
 from growkit.models.presets import PRESETS
 from growkit.schedule.plan import growth_schedule
 from growkit.train.trial import fitting_micro_batch
-from tests.support import cli, records, recipe_dict, write_recipe
+from tests.support import cli, recipe_dict, records, write_recipe
 
 
 def planned(folder: Path, **stage: object):  # type: ignore[no-untyped-def]
@@ -34,7 +34,9 @@ def _limited(folder: str, queue) -> None:  # type: ignore[no-untyped-def]
     torch.set_num_threads(1)
     sizes = {"context_length": 512, "global_batch_tokens": 512 * 512, "micro_batch_size": 512}
     recipe, schedule, state = planned(Path(folder), **sizes)
-    fitting_micro_batch(state, dataclasses.replace(schedule.stages[0], micro_batch_size=1), recipe, "cpu", torch.float32)
+    fitting_micro_batch(
+        state, dataclasses.replace(schedule.stages[0], micro_batch_size=1), recipe, "cpu", torch.float32
+    )
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + 400 * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -58,7 +60,9 @@ def _short_of_memory(monkeypatch: pytest.MonkeyPatch, rows_that_fit: int) -> Non
 
     def limited(self: DecoderLM, tokens: torch.Tensor, *args: object, **kwargs: object) -> object:
         if tokens.shape[0] > rows_that_fit and self.training:
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory")
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"
+            )
         return forward(self, tokens, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(DecoderLM, "forward", limited)
@@ -73,7 +77,9 @@ def test_the_run_goes_on_at_constant_global_tokens(tmp_path: Path, monkeypatch: 
     _short_of_memory(monkeypatch, rows_that_fit=2)
     assert cli("train", path, "run.name=tight")[0] == 0
     roomy, tight = (records(tmp_path / "runs" / name, "step") for name in ("roomy", "tight"))
-    assert [(r["step"], r["tokens"], r["flops"]) for r in roomy] == [(r["step"], r["tokens"], r["flops"]) for r in tight]
+    assert [(r["step"], r["tokens"], r["flops"]) for r in roomy] == [
+        (r["step"], r["tokens"], r["flops"]) for r in tight
+    ]
     assert all(abs(a["loss"] - b["loss"]) < 1e-4 for a, b in zip(roomy, tight, strict=True))
 
 

@@ -26,7 +26,7 @@ class _Loader(yaml.SafeLoader):
     """YAML as a recipe means it: only true and false are truth values (``off`` is a word), 1e-3 is a number, 1:30 and
     2026-01-01 are text, and no key is written twice."""
 
-    yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012
+    yaml_implicit_resolvers: dict[Any, Any] = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
