@@ -44,8 +44,10 @@ class Duration:
         if not math.isfinite(amount) or (unit != "flops" and amount > _MOST):
             mend = "use a smaller amount"
             raise ConfigError("bad-duration", "is more than can be counted", key=key, value=text, mend=mend)
-        if unit != "flops" and amount != int(amount):
-            raise ConfigError("bad-duration", f"is not a whole number of {unit}", key=key, value=text, mend=mend)
+        if unit != "flops":
+            if not math.isclose(amount, round(amount), rel_tol=1e-15):  # 16.1 · 1e3 is 16100.000000000002
+                raise ConfigError("bad-duration", f"is not a whole number of {unit}", key=key, value=text, mend=mend)
+            amount = float(round(amount))
         return cls(amount, unit)
 
     def steps(self, *, tokens_per_step: int, flops_per_step: float, whole: int = 0) -> int:
@@ -59,4 +61,7 @@ class Duration:
         return round(self.amount * whole)
 
     def __str__(self) -> str:
-        return f"{self.amount * 100:g}%" if self.unit == "share" else f"{self.amount:g} {self.unit}"
+        """What ``parse`` reads back as the same duration."""
+        if self.unit == "share":
+            return f"{self.amount * 100:.15g}%"
+        return f"{str(self.amount).removesuffix('.0')} {self.unit}"
