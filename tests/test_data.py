@@ -196,6 +196,9 @@ def test_the_split_does_not_depend_on_the_machine(tmp_path: Path) -> None:
     corpus = load(files(tmp_path / "a", texts))
     again = load(files(tmp_path / "b", dict(reversed(texts.items()))))
     assert corpus.sha256 == again.sha256
+    order = sorted(texts, key=lambda name: hashlib.sha256(name.encode()).digest())
+    chosen = set(corpus.validation.tobytes().split(END))
+    assert chosen == {texts[name].encode() for name in order[: len(chosen)]}, "not in the order of the names' SHA-256"
     assert np.array_equal(corpus.train, again.train) and np.array_equal(corpus.validation, again.validation)
     changed = load(files(tmp_path / "c", texts | {"7.txt": "text 8\n" + "text 7\n" * 19}))
     assert changed.sha256 != corpus.sha256
