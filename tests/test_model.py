@@ -34,7 +34,8 @@ from growkit.models.config import (
     to_json,
 )
 from growkit.models.decoder import Cache, DecoderLM, build, init_params
-from growkit.models.layers import rope_table, rotate
+from growkit.models.layers import rope_table
+from growkit.ops.elementwise import rotate
 from growkit.models.loss import chunked_cross_entropy
 from growkit.models.presets import PRESETS
 from growkit.models.spec import INIT_STD, param_specs
@@ -298,7 +299,7 @@ def test_rope_turns_pairs_by_their_position(fraction: float, start: int, base: f
     rotated = int(8 * fraction)
     half = rotated // 2
     x = torch.randn(2, 6, 3, 8, generator=torch.Generator().manual_seed(start), dtype=torch.float64)
-    turned = rotate(x, rope_table(mixer, torch.arange(start, start + 6), x.dtype))
+    turned = rotate(x, *rope_table(mixer, torch.arange(start, start + 6), x.dtype))
     assert torch.equal(turned[..., rotated:], x[..., rotated:])
     for t, j in itertools.product(range(6), range(half)):
         angle = torch.tensor((start + t) * base ** (-2 * j / rotated), dtype=torch.float64)
@@ -308,7 +309,7 @@ def test_rope_turns_pairs_by_their_position(fraction: float, start: int, base: f
     q, k = x[:, :1].expand_as(x), x[:, 1:2].expand_as(x)
     near = rope_table(mixer, torch.arange(6), x.dtype)
     far = rope_table(mixer, torch.arange(start, start + 6), x.dtype)
-    scores = [torch.einsum("bthd,bshd->bhts", rotate(q, rope), rotate(k, rope)) for rope in (near, far)]
+    scores = [torch.einsum("bthd,bshd->bhts", rotate(q, *rope), rotate(k, *rope)) for rope in (near, far)]
     torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=1e-10)
 
 

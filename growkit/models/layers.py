@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from growkit.models.config import Attention, DenseMLP, LayerSpec, ModelConfig, Pattention, PattentionMLP, Projection
 from growkit.models.norm import Normalize
+from growkit.ops.elementwise import rotate
 from growkit.ops.pattention import pattention
 
 
@@ -90,7 +91,7 @@ class CausalAttention(nn.Module):
         v = self.v(x_BTD).view(B, T, spec.num_kv_heads, spec.head_dim).transpose(1, 2)
         if spec.qk_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, rope).transpose(1, 2), rotate(k, rope).transpose(1, 2)
+        q, k = rotate(q, *rope).transpose(1, 2), rotate(k, *rope).transpose(1, 2)
         causal, mask = True, None
         if cache is not None:
             past = cache.length
@@ -105,22 +106,13 @@ class CausalAttention(nn.Module):
 
 
 def rope_table(spec: Attention, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (T, rotated/2) of position · base^(−2i/rotated); angles in float32 at least (float64 for float64)."""
+    """cos and sin (1, T, 1, rotated/2) of position · base^(−2i/rotated); angles in float32 at least."""
     rotated = round(spec.head_dim * spec.rope_fraction)
     wide = torch.promote_types(dtype, torch.float32)
     exponent = torch.arange(0, rotated, 2, device=positions.device, dtype=wide) / max(rotated, 1)
     angles = positions.to(wide)[:, None] * spec.rope_base**-exponent
+    angles = angles[None, :, None, :]
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x_BTHd: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotates pair (i, i + rotated/2) of every head by its position's angle; the rest of the head passes."""
-    cos, sin = (t[None, :, None, :].to(x_BTHd.dtype) for t in rope)
-    half = cos.shape[-1]
-    if half == 0:
-        return x_BTHd
-    x1, x2, rest = x_BTHd[..., :half], x_BTHd[..., half : 2 * half], x_BTHd[..., 2 * half :]
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), dim=-1)
 
 
 class DenseFeedForward(nn.Module):

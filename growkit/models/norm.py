@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from growkit.models.config import Norm
+from growkit.ops.elementwise import rms_norm
 
 
 class Normalize(nn.Module):
@@ -22,8 +23,7 @@ class Normalize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "rmsnorm":
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            return (F.rms_norm(wide, (self.dim,), self.gain, self.eps)).to(x.dtype)
+            return rms_norm(x, self.gain, self.eps)
         gain = self.gain if self.kind == "layernorm" else None
         bias = self.bias if self.kind == "layernorm" else None
         return F.layer_norm(x, (self.dim,), gain, bias, self.eps)

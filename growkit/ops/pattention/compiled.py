@@ -1,13 +1,18 @@
 """Pattention as a few torch calls: fast in eager mode, and transparent to Inductor (nothing here breaks a graph).
 
 Banks run one after the other: their products are large, their number small, and each has a norm of its own.
-Norms are taken in float32 under bf16 autocast, as the reference does.
+Norms are taken in float32 under bf16 autocast, as the reference does. In eager mode at small widths the elementwise
+passes cost as much as the products, so the default Θ brings a backward pass of its own with fewer of them; under
+torch.compile the plain formula is left for Inductor to fuse.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from growkit.ops.pattention.reference import NORM_FLOOR
@@ -29,7 +34,9 @@ def pattention(
 
 def _activation(a: Tensor, theta: str, tau: float) -> Tensor:
     if theta == "l2_norm_gelu":
-        return F.gelu(a * _scale(a, tau))
+        if torch.compiler.is_compiling() or not a.requires_grad:
+            return F.gelu(a * _scale(a, tau))
+        return _NormGelu.apply(a, tau)  # type: ignore[no-untyped-call]
     if theta == "gelu_l2_norm":
         g = F.gelu(a)
         return g * _scale(g, tau)
@@ -41,3 +48,28 @@ def _scale(a: Tensor, tau: float) -> Tensor:
     dtype = torch.promote_types(a.dtype, torch.float32)
     norm = torch.linalg.vector_norm(a, dim=-1, keepdim=True, dtype=dtype).clamp_min(NORM_FLOOR)
     return (tau / norm).to(a.dtype)
+
+
+class _NormGelu(torch.autograd.Function):
+    """gelu(s), s = τ a / ‖a‖₂, differentiated by hand: da = τ/‖a‖ · (ds − s (s·ds)/τ²), ds = gelu′(s) ⊙ dout.
+
+    Rows whose norm is at the floor are scaled by a constant, so their projection term is dropped.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, tau: float) -> Tensor:
+        scale = _scale(a, tau)
+        s = a * scale
+        ctx.save_for_backward(s, scale)
+        ctx.tau = tau
+        return F.gelu(s)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        s, scale = ctx.saved_tensors
+        ds = torch.ops.aten.gelu_backward(grad, s)
+        wide = torch.promote_types(s.dtype, torch.float32)
+        along = torch.linalg.vecdot(s.to(wide), ds.to(wide)).unsqueeze(-1) / ctx.tau**2
+        along = along.masked_fill(scale >= ctx.tau / NORM_FLOOR, 0).to(s.dtype)
+        return ds.addcmul_(s, along, value=-1).mul_(scale), None
