@@ -143,6 +143,20 @@ def test_a_row_of_zeros_is_finite(path: str, theta: str, scope: str) -> None:
     assert theta == "softmax" or not found["output"][3, 4].any()
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("theta", THETAS)
+def test_rows_below_the_floor_of_the_norm(theta: str, dtype: torch.dtype) -> None:
+    """There the scale is a constant, and the gradient that of a constant, for any τ."""
+    x, keys, values = inputs((12,), dtype)
+    with torch.no_grad():
+        x[::2] *= 1e-8
+    for tau in (1.0, 1.37, 3.22, 8.03, 11.0):
+        given = (x, keys, values, [tau], theta, "bank")
+        ours, theirs = (output_and_gradients(PATHS[name], *given) for name in ("compiled", "reference"))
+        for name, tensor in ours.items():
+            assert relative(tensor, theirs[name]) <= TOLERANCE[dtype], (name, tau)
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("theta", "scope"), CASES)
 def test_banks_are_sets_that_add_up(path: str, theta: str, scope: str) -> None:

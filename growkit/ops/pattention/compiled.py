@@ -35,19 +35,23 @@ def pattention(
 def _activation(a: Tensor, theta: str, tau: float) -> Tensor:
     if theta == "l2_norm_gelu":
         if torch.compiler.is_compiling() or not a.requires_grad:
-            return F.gelu(a * _scale(a, tau))
+            return F.gelu(a * _scale(_norm(a), tau, a.dtype))
         return _NormGelu.apply(a, tau)  # type: ignore[no-untyped-call]
     if theta == "gelu_l2_norm":
         g = F.gelu(a)
-        return g * _scale(g, tau)
+        return g * _scale(_norm(g), tau, g.dtype)
     return torch.softmax(a, -1) * tau
 
 
-def _scale(a: Tensor, tau: float) -> Tensor:
-    """τ / ‖a‖₂ per row, accumulated in float32 at least, given back in a's dtype so that the product stays narrow."""
+def _norm(a: Tensor) -> Tensor:
+    """‖a‖₂ per row, accumulated and kept in float32 at least."""
     dtype = torch.promote_types(a.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(a, dim=-1, keepdim=True, dtype=dtype).clamp_min(NORM_FLOOR)
-    return (tau / norm).to(a.dtype)
+    return torch.linalg.vector_norm(a, dim=-1, keepdim=True, dtype=dtype)
+
+
+def _scale(norm: Tensor, tau: float, dtype: torch.dtype) -> Tensor:
+    """τ / norm, given back in the scores' dtype so that the product stays narrow."""
+    return (tau / norm.clamp_min(NORM_FLOOR)).to(dtype)
 
 
 class _NormGelu(torch.autograd.Function):
@@ -58,18 +62,19 @@ class _NormGelu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, tau: float) -> Tensor:
-        scale = _scale(a, tau)
+        norm = _norm(a)
+        scale = _scale(norm, tau, a.dtype)
         s = a * scale
-        ctx.save_for_backward(s, scale)
+        ctx.save_for_backward(s, scale, norm < NORM_FLOOR)
         ctx.tau = tau
         return F.gelu(s)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        s, scale = ctx.saved_tensors
+        s, scale, at_floor = ctx.saved_tensors
         ds = torch.ops.aten.gelu_backward(grad, s)
         wide = torch.promote_types(s.dtype, torch.float32)
         along = torch.linalg.vecdot(s.to(wide), ds.to(wide)).unsqueeze(-1) / ctx.tau**2
-        along = along.masked_fill(scale >= ctx.tau / NORM_FLOOR, 0).to(s.dtype)
+        along = along.masked_fill(at_floor, 0).to(s.dtype)
         return ds.addcmul_(s, along, value=-1).mul_(scale), None
