@@ -35,10 +35,10 @@ from growkit.models.config import (
 )
 from growkit.models.decoder import Cache, DecoderLM, build, init_params
 from growkit.models.layers import rope_table
-from growkit.ops.elementwise import rotate
 from growkit.models.loss import chunked_cross_entropy
 from growkit.models.presets import PRESETS
 from growkit.models.spec import INIT_STD, param_specs
+from growkit.ops.elementwise import rotate
 from tests.contract import FAMILIES
 from tests.support import model_config, probe, trained_like
 
