@@ -37,7 +37,9 @@ def test_recipe_builds_every_stage(name: str) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_golden_losses(name: str, tmp_path: Path) -> None:
     _, schedule = read(name, [])
-    short = [f"stages.{i}.{key}" for i in range(len(schedule.stages)) for key in ("duration=5 steps", "new_warmup=0 steps")]
+    short = [
+        f"stages.{i}.{key}" for i in range(len(schedule.stages)) for key in ("duration=5 steps", "new_warmup=0 steps")
+    ]
     options = [
         f"data.source={corpus_file(tmp_path)}",
         f"run.folder={tmp_path}",

@@ -1,0 +1,91 @@
+"""The quickstart's growth beside static sizes at the same FLOPs: which one wins, and by how much.
+
+    python scripts/quickstart_study.py [--seeds 1] [--only grown d64]
+
+Trains recipes/quickstart.yaml and, at exactly its FLOPs, several static sizes of the same model (each with its own full
+learning-rate schedule, at two peak rates), all through `growkit train`. Writes every result (JSON) and the curves of the
+grown run and of the best static one (PNG) under docs/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from growkit.cli.recipes import read
+from growkit.cli.training import start
+from growkit.report.curve import draw_curves
+from growkit.train import hardware
+from growkit.train.metrics_log import read_log
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+SIZES = {
+    "small": {"embed_dim": 64, "num_layers": 2, "num_heads": 2, "attention_tokens": 32, "mlp_tokens": 128},
+    "middle": {"embed_dim": 64, "num_layers": 3, "num_heads": 2, "attention_tokens": 48, "mlp_tokens": 192},
+    "large": {"embed_dim": 64, "num_layers": 4, "num_heads": 2, "attention_tokens": 64, "mlp_tokens": 256},
+}
+PEAK_RATES = (3e-3, 5e-3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=1, help="runs of every arm (default: 1)")
+    parser.add_argument("--only", nargs="+", choices=["grown", *SIZES], default=["grown", *SIZES], help="arms to run")
+    parser.add_argument("--rates", nargs="+", type=float, default=list(PEAK_RATES), help="peak learning rates")
+    parser.add_argument("--context", type=int, default=256, help="of the static runs, throughout (default: 256)")
+    options = parser.parse_args()
+    _, schedule = read("quickstart", [])
+    flops = schedule.flops
+    arms: dict[str, tuple[str, list[str]]] = {}
+    if "grown" in options.only:
+        for rate in options.rates:
+            arms[f"grown, lr {rate:g}"] = ("quickstart", [f"optim.lr={rate}"])
+    for size in SIZES:
+        if size in options.only:
+            for rate in options.rates:
+                model = [f"model.{key}={value}" for key, value in SIZES[size].items()]
+                stage = [f"stages.0.duration={flops:.6e} flops", f"stages.0.context_length={options.context}"]
+                arms[f"{size}, lr {rate:g}"] = ("quickstart-static", [*model, *stage, f"optim.lr={rate}"])
+    results: list[dict[str, Any]] = []
+    curves: dict[str, list[dict[str, Any]]] = {}
+    folder = Path(tempfile.mkdtemp(prefix="quickstart-study-"))
+    for name, (recipe, overrides) in arms.items():
+        for seed in range(options.seeds):
+            run = f"{name.replace(', lr ', '-')}-{seed}"
+            code = start(recipe, [*overrides, f"run.folder={folder}", f"run.name={run}", f"run.seed={seed}"])
+            assert code == 0, (name, code)
+            log = list(read_log(folder / run / "metrics.jsonl"))
+            last = [record for record in log if record["kind"] == "validation"][-1]
+            stages = [record["parameters"] for record in log if record["kind"] == "stage"]
+            row = {"arm": name, "seed": seed, "parameters": stages, "bits_per_byte": last["bits_per_byte"]}
+            results.append(row | {key: last[key] for key in ("tokens", "flops")})
+            curves[f"{name}, seed {seed}"] = log
+            print(f"{name:24} seed {seed}: {stages[-1]:>8,} parameters, {last['bits_per_byte']:.4f} bits per byte")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    report = {
+        "flops": flops,
+        "corpus": "stdlib",
+        "machine": hardware.environment("cpu", torch.float32, 1) | {"cores": os.cpu_count()},
+        "results": results,
+    }
+    (RESULTS / "quickstart.json").write_text(json.dumps(report, indent=1) + "\n")
+    shown = {}
+    for grown in (True, False):
+        mine = [row for row in results if row["arm"].startswith("grown") == grown]
+        if mine:
+            best = min(mine, key=lambda row: row["bits_per_byte"])
+            shown[f"{best['arm']}"] = curves[f"{best['arm']}, seed {best['seed']}"]
+    draw_curves(shown, RESULTS / "quickstart.png")
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
