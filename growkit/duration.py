@@ -65,3 +65,11 @@ class Duration:
         if self.unit == "share":
             return f"{self.amount * 100:.15g}%"
         return f"{str(self.amount).removesuffix('.0')} {self.unit}"
+
+
+def quantity(value: float) -> str:
+    """1234567 → ``1.23M``."""
+    for limit, suffix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:.3g}{suffix}"
+    return f"{value:.3g}"

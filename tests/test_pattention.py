@@ -18,7 +18,7 @@ from growkit.ops.pattention import PATHS, compiled, pattention, reference
 
 # 7 × 9 = 63 tokens, input width 17, output width 31: nothing divides a tile.
 LEADING, WIDTH, OUT = (7, 9), 17, 31
-BANKS = [(1000,), (1000, 13, 3)]
+BANKS = [(1000,), (1000, 13, 3), (40, 40)]
 SCOPES = ("bank", "shared")
 # Norm-wise relative error ‖a − b‖/‖b‖ of the two paths.
 TOLERANCE = {

@@ -18,13 +18,14 @@ from growkit.checkpoint import store
 from growkit.checkpoint.run_folder import MARK, RunFolder
 from growkit.checkpoint.store import Checkpoint
 from growkit.config.load import apply_override
+from growkit.duration import quantity
 from growkit.errors import ConfigError
 from growkit.eval.generate import sample_text
 from growkit.growth.engine import lazy_state
 from growkit.growth.path import grown_config, path
 from growkit.growth.verify import certify
 from growkit.models.decoder import build
-from growkit.train.display import growth_table, quantity
+from growkit.train.display import growth_table
 
 console = Console(highlight=False)
 MIN_TEMPERATURE = 1e-3  # below it, logits over temperature leave the range of float32

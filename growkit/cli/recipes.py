@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import typer
+from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from growkit.config.load import load_recipe, read_text
 from growkit.config.recipe import Recipe
+from growkit.duration import quantity
 from growkit.errors import ConfigError
 from growkit.models.presets import PRESETS
 from growkit.registry import closest
@@ -83,21 +84,23 @@ def copy_recipe(name: str, target: Path | None) -> None:
 
 def show_schedule(name: str, overrides: Sequence[str]) -> None:
     _, schedule = read(name, overrides)
-    table = Table("stage", "grows", "parameters", "context", "batch tokens", "steps", "tokens", "FLOPs")
+    table = Table(box=box.SIMPLE)
+    for header in ("stage", "grows", "params", "context", "batch", "steps", "tokens", "FLOPs"):
+        table.add_column(header, no_wrap=True)
     for stage in schedule.stages:
-        grows = ", ".join(
-            f"{link.operator} ({link.method}, {'exact' if link.exactness.kind == 'exact' else 'not exact'})"
+        grows = "\n".join(
+            f"{link.operator} ({link.method}): {'exact' if link.exactness.kind == 'exact' else 'not exact'}"
             for link in stage.links
         )
         table.add_row(
-            escape(stage.name),
+            stage.name,
             grows or "–",
-            f"{stage.model.num_params():,}",
-            f"{stage.context_length}",
-            f"{stage.global_batch_tokens:,}",
-            f"{stage.steps:,}",
-            f"{stage.tokens:,}",
-            f"{stage.steps * stage.flops_per_step:.3g}",
+            quantity(stage.model.num_params()),
+            str(stage.context_length),
+            str(stage.global_batch_tokens),
+            str(stage.steps),
+            quantity(stage.tokens),
+            quantity(stage.steps * stage.flops_per_step),
         )
     console = Console()
     console.print(table)

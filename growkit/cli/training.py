@@ -18,6 +18,7 @@ from growkit.cli import recipes
 from growkit.config.load import load_recipe, to_yaml
 from growkit.config.recipe import Recipe
 from growkit.data.corpus import Corpus
+from growkit.duration import quantity
 from growkit.errors import CheckpointError, ConfigError
 from growkit.eval.generate import sample_text
 from growkit.models.decoder import build
@@ -25,7 +26,7 @@ from growkit.models.presets import PRESETS
 from growkit.report.curve import draw_curves
 from growkit.schedule.plan import GrowthSchedule, growth_schedule
 from growkit.train import hardware
-from growkit.train.display import Display, clock, quantity
+from growkit.train.display import Display, clock
 from growkit.train.hardware import process_rank
 from growkit.train.metrics_log import read_log
 from growkit.train.run import Run, prepare_corpus

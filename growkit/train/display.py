@@ -13,18 +13,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from growkit.duration import quantity
 from growkit.schedule.plan import GrowthSchedule
 from growkit.train.metrics_log import Record
 
 LINE_SECONDS = 5.0  # between plain log lines
-
-
-def quantity(value: float) -> str:
-    """1234567 → ``1.23M``."""
-    for limit, suffix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= limit:
-            return f"{value / limit:.3g}{suffix}"
-    return f"{value:.3g}"
 
 
 def clock(seconds: float) -> str:

@@ -1,6 +1,6 @@
 """Pattention as a few torch calls: fast in eager mode, and transparent to Inductor (nothing here breaks a graph).
 
-Banks run one after the other: their products are large, their number small, and each has a norm of its own.
+Banks of one size run as one product; others one after the other, since each has a norm of its own.
 Norms are taken in float32 under bf16 autocast, as the reference does. In eager mode at small widths the elementwise
 passes cost as much as the products, so the default Θ brings a backward pass of its own with fewer of them; under
 torch.compile the plain formula is left for Inductor to fuse.
@@ -24,6 +24,10 @@ def pattention(
     """Same signature and meaning as ``reference.pattention``."""
     if scope == "shared" and len(keys) > 1:
         keys, values = [torch.cat(keys)], [torch.cat(values)]
+    elif len(keys) > 1 and len({len(k) for k in keys}) == 1 and len(set(taus)) == 1 and theta != "softmax":
+        # Banks of one size are one product with the norm taken per segment: at small widths calls cost more than sums.
+        a = F.linear(x_TD, torch.cat(keys)).unflatten(-1, (len(keys), -1))
+        return F.linear(_activation(a, theta, taus[0]).flatten(-2), torch.cat(values).T)
     out: Tensor | None = None
     for k, v, tau in zip(keys, values, taus, strict=True):
         part = F.linear(_activation(F.linear(x_TD, k), theta, tau), v.T)
