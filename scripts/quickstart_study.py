@@ -2,9 +2,9 @@
 
     python scripts/quickstart_study.py [--seeds 1] [--only grown d64]
 
-Trains recipes/quickstart.yaml and, at exactly its FLOPs, several static sizes of the same model (each with its own full
-learning-rate schedule, at two peak rates), all through `growkit train`. Writes every result (JSON) and the curves of the
-grown run and of the best static one (PNG) under docs/results/.
+Trains recipes/quickstart.yaml and, at exactly its FLOPs, several static sizes of the same model (each with its own
+full learning-rate schedule, at two peak rates), all through `growkit train`. Writes every result (JSON) and the curves
+of the grown run and of the best static one (PNG) under docs/results/.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from pathlib import Path
 import typer
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from growkit.config.load import load_recipe, read_text
@@ -84,16 +85,16 @@ def copy_recipe(name: str, target: Path | None) -> None:
 
 def show_schedule(name: str, overrides: Sequence[str]) -> None:
     _, schedule = read(name, overrides)
-    table = Table(box=box.SIMPLE)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for header in ("stage", "grows", "params", "context", "batch", "steps", "tokens", "FLOPs"):
         table.add_column(header, no_wrap=True)
     for stage in schedule.stages:
         grows = "\n".join(
-            f"{link.operator} ({link.method}): {'exact' if link.exactness.kind == 'exact' else 'not exact'}"
+            f"{link.operator} {link.method}{'' if link.exactness.kind == 'exact' else ' (not exact)'}"
             for link in stage.links
         )
         table.add_row(
-            stage.name,
+            escape(stage.name),
             grows or "–",
             quantity(stage.model.num_params()),
             str(stage.context_length),
@@ -104,4 +105,6 @@ def show_schedule(name: str, overrides: Sequence[str]) -> None:
         )
     console = Console()
     console.print(table)
+    if any(stage.links for stage in schedule.stages):
+        console.print("growth is exact unless marked")
     console.print(f"valid: {schedule.tokens:,} tokens, {schedule.flops:.3g} FLOPs in all")

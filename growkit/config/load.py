@@ -229,14 +229,18 @@ def _scalar(value: Any, kind: Any, key: str) -> Any:
     """A number written as text is that number, a number where text is meant is that text; a truth value is neither."""
     allowed = {bool: bool, int: int | str, float: float | int | str, str: str | int | float}[kind]
     if isinstance(value, allowed) and isinstance(value, bool) == (kind is bool):
-        try:
-            result = kind(value)
-        except (ValueError, OverflowError):
-            pass
-        else:
-            if kind is not float or math.isfinite(result):
-                return result
+        result = _converted(value, kind)
+        if result is not None and (kind is not float or math.isfinite(result)):
+            return result
     raise ConfigError("wrong-type", f"must be {_KINDS[kind]}{_null(value)}", key=key, value=value)
+
+
+def _converted(value: Any, kind: Any) -> Any:
+    """``kind(value)``, or None where that is not possible."""
+    try:
+        return kind(value)
+    except (ValueError, OverflowError):
+        return None
 
 
 def _null(value: Any) -> str:
