@@ -26,7 +26,7 @@ def pattention(
         keys, values = [torch.cat(keys)], [torch.cat(values)]
     elif len(keys) > 1 and len({len(k) for k in keys}) == 1 and len(set(taus)) == 1 and theta != "softmax":
         # Banks of one size are one product with the norm taken per segment: at small widths calls cost more than sums.
-        a = F.linear(x_TD, torch.cat(keys)).unflatten(-1, (len(keys), -1))
+        a = torch.unflatten(F.linear(x_TD, torch.cat(keys)), -1, (len(keys), -1))
         return F.linear(_activation(a, theta, taus[0]).flatten(-2), torch.cat(values).T)
     out: Tensor | None = None
     for k, v, tau in zip(keys, values, taus, strict=True):
