@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -15,17 +19,25 @@ from tests.support import in_child, recipe_dict, records, start_child, write_rec
 LOSS_TOLERANCE = 1e-5
 
 
-def two_processes(*words: object, run: Path) -> list[int]:
-    """Runs ``growkit words...`` as processes 0 and 1 of one job; their exit codes."""
+def start_two(*words: object, run: Path) -> list[BaseProcess]:
+    """Starts ``growkit words...`` as processes 0 and 1 of one job."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
     ranks = [job | {"LOCAL_RANK": str(rank), "GROWKIT_RUN_FOLDER": str(run)} for rank in range(2)]
-    children = [start_child(*words, env=env) for env in ranks]
+    return [start_child(*words, env=env) for env in ranks]
+
+
+def finish(children: list[BaseProcess]) -> list[int]:
+    """Their exit codes."""
     for child in children:
         child.join()
     return [child.exitcode for child in children if child.exitcode is not None]
+
+
+def two_processes(*words: object, run: Path) -> list[int]:
+    return finish(start_two(*words, run=run))
 
 
 def distributed_recipe(folder: Path) -> Path:
@@ -72,3 +84,16 @@ def test_a_sharded_run_resumes(tmp_path: Path) -> None:
     # A sharded checkpoint is grown and read by one process like any other.
     assert in_child("grow", runs / "cut", "num_layers=3", "-o", tmp_path / "grown") == 0
     assert in_child("generate", tmp_path / "grown", "--tokens", "5") == 0
+
+
+def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "two"
+    options = ("trainer.strategy=ddp", "trainer.devices=2", "run.name=two", "stages.0.duration=2000 steps")
+    children = start_two("train", distributed_recipe(tmp_path), *options, run=run)
+    deadline = time.monotonic() + 60
+    while not ((run / "metrics.jsonl").exists() and records(run, "step")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert children[1].pid is not None
+    os.kill(children[1].pid, signal.SIGTERM)
+    assert finish(children) == [3, 3]
+    assert RunFolder.open(run).steps()[-1] == max(record["step"] for record in records(run)) < 2000

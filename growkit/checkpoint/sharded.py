@@ -41,6 +41,9 @@ def write(folder: Path, state: TrainState, manifest: Manifest) -> None:
             files = sorted(str(path.relative_to(beside)) for path in beside.rglob("*") if path.is_file())
             for name in files:
                 store.fsync(beside / name)
+            for group in GROUPS:
+                if (beside / group).is_dir():
+                    store.fsync(beside / group)
             steps = {name: moments.step for name, moments in state.moments.items()}
             sealed = dataclasses.replace(manifest, layout="sharded", adam_steps=steps, born=dict(state.born))
             store.seal(beside, sealed, files)

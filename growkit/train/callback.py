@@ -86,7 +86,10 @@ class AfterStep(L.Callback):
         self._losses.append((run.progress.step, torch.stack(module.losses).mean()))
         module.losses = []
         end = module.stage_step == self.last_step
-        saving = end or run.progress.step % run.schedule.save_every == 0 or run.must_stop()
+        run.stopping = run.asked_to_stop()
+        if run.world_size > 1:  # a signal may reach one process only; all must save and stop at the same step
+            run.stopping = trainer.strategy.reduce_boolean_decision(run.stopping, all=False)
+        saving = end or run.progress.step % run.schedule.save_every == 0 or run.stopping
         if end or saving or run.progress.step % run.recipe.monitor.log_every == 0:
             self._log(trainer)
         if end or (stage.validate_every and module.stage_step % stage.validate_every == 0):
@@ -95,7 +98,7 @@ class AfterStep(L.Callback):
             run.rng = torch.get_rng_state()
             run.cuda_rng = torch.cuda.get_rng_state() if run.device == "cuda" else None
             self._outside(lambda: run.save(module.current_state()))
-        if run.must_stop():
+        if run.stopping:
             trainer.should_stop = True
 
     def _log(self, trainer: L.Trainer) -> None:

@@ -15,6 +15,7 @@ import torch
 from growkit import __version__
 from growkit.config.recipe import TrainerConfig
 from growkit.errors import ConfigError
+from growkit.models.config import FLOPS_CONVENTION
 
 
 def process_rank() -> int:
@@ -67,6 +68,7 @@ def environment(device: str, dtype: torch.dtype, world_size: int) -> dict[str, A
     """What bitwise reproduction depends on, recorded in every checkpoint."""
     return {
         "growkit": __version__,
+        "flops_convention": FLOPS_CONVENTION,
         "torch": torch.__version__,
         "lightning": lightning.__version__,
         "python": platform.python_version(),

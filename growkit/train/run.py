@@ -62,6 +62,7 @@ class Run:
         self.dtype = hardware.training_dtype(recipe.trainer)
         self.world_size, self.rank = recipe.trainer.devices, hardware.process_rank()
         self.stop = StopRequest()
+        self.stopping = False  # decided after every step, by all processes together
         self.started = time.monotonic()
         self.stream = TokenStream(
             corpus.train,
@@ -116,11 +117,11 @@ class Run:
                 if self.progress.stage_step < stage.steps:
                     self._enter(stage)
                     self._fit(stage)
-                    if self.must_stop() and self.progress.stage_step < stage.steps:
+                    if self.stopping and self.progress.stage_step < stage.steps:
                         return False
                 if stage.index + 1 == len(self.schedule.stages):
                     return True
-                if self.must_stop():
+                if self.stopping:
                     return False
                 self.progress = dataclasses.replace(
                     self.progress, stage=stage.index + 1, stage_step=0, micro_batch_size=None
@@ -129,7 +130,8 @@ class Run:
             self.stop.restore()
             self.log.close()
 
-    def must_stop(self) -> bool:
+    def asked_to_stop(self) -> bool:
+        """Whether this process got a signal or ran out of its time limit."""
         limit = self.recipe.trainer.max_minutes
         return self.stop.signal is not None or (limit is not None and time.monotonic() - self.started > 60 * limit)
 
@@ -150,7 +152,7 @@ class Run:
             grown, report = self.state, None
             if self.state.config != stage.model:
                 grown, report = self._grow(stage)
-            if self.recipe.trainer.strategy != "fsdp":
+            if self.world_size == 1:  # several processes would have to agree on a size
                 size = fitting_micro_batch(grown, stage, self.recipe, self.device, self.dtype)
                 if size != stage.micro_batch_size:
                     log.warning("memory is short: micro-batches of %d instead of %d", size, stage.micro_batch_size)

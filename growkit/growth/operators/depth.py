@@ -30,7 +30,7 @@ class Depth(GrowthOperator):
         "stack": "layers 0..L-1 once more on top (G_stack)",
         "interleave": "every layer followed by its copy",
     }
-    source = "identity: LLaMA-Pro, arXiv 2401.02415; stack: G_stack, arXiv 2405.15319; interleave: arXiv 2011.13635"
+    source = "identity: LLaMA-Pro, arXiv 2401.02415; stack: G_stack, arXiv 2405.15319"
 
     def target(self, config: ModelConfig, fields: Mapping[str, Any], method: str) -> ModelConfig:
         count = whole_number(fields["num_layers"], "num_layers") if "num_layers" in fields else 0
