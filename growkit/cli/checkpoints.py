@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from growkit.config.load import apply_override
 from growkit.duration import quantity
 from growkit.errors import ConfigError
 from growkit.eval.generate import sample_text
-from growkit.growth.engine import lazy_state
+from growkit.growth.engine import GrowthReport, lazy_state
 from growkit.growth.path import grown_config, path
 from growkit.growth.verify import certify
 from growkit.models.decoder import build
@@ -60,17 +59,9 @@ def grow_checkpoint(source: Path, targets: Sequence[str], output: Path, seed: in
     new = tuple(name for name in grown.params if name not in checkpoint.state.params)
     probe = torch.randint(config.vocab_size, (1, probe_tokens + 1), generator=torch.Generator().manual_seed(seed))
     certificate = certify(checkpoint.state, grown, tuple(link.exactness for link in links), probe, new=new)
-    event = {
-        "kind": "growth",
-        "stage": stage,
-        "name": output.name,
-        "step": checkpoint.manifest.progress.step,
-        "links": [{"operator": x.operator, "method": x.method, **asdict(x.exactness)} for x in links],
-        "new_parameters": len(new),
-        "parameters_before": config.num_params(),
-        "parameters_after": wanted.num_params(),
-        "certificate": asdict(certificate),
-    }
+    report = GrowthReport(tuple(links), new, config.num_params(), wanted.num_params(), certificate)
+    step = checkpoint.manifest.progress.step
+    event = {"kind": "growth", "stage": stage, "name": output.name, "step": step} | report.record()
     manifest = dataclasses.replace(
         checkpoint.manifest, model=wanted, lineage=(*checkpoint.manifest.lineage, event), layout="whole"
     )

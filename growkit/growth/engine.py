@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,18 @@ class GrowthReport:
     parameters_before: int
     parameters_after: int
     certificate: Certificate | None
+
+    def record(self) -> dict[str, Any]:
+        """The report as plain values, for a lineage or a log."""
+        return {
+            "links": [
+                {"operator": link.operator, "method": link.method, **asdict(link.exactness)} for link in self.links
+            ],
+            "new_parameters": len(self.new),
+            "parameters_before": self.parameters_before,
+            "parameters_after": self.parameters_after,
+            "certificate": asdict(self.certificate) if self.certificate is not None else None,
+        }
 
 
 def grow(

@@ -8,7 +8,6 @@ import logging
 import os
 import time
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +94,7 @@ class Run:
         self.lineage = [dict(entry) for entry in manifest.lineage]
         now = hardware.environment(self.device, self.dtype, self.world_size)
         different = [
-            f"{key} {manifest.environment[key]} → {now[key]}"
+            f"{key} {manifest.environment.get(key)} → {now[key]}"
             for key in now
             if manifest.environment.get(key) != now[key]
         ]
@@ -103,7 +102,7 @@ class Run:
             log.warning("resuming will not be bitwise exact, since this changed: %s", ", ".join(different))
         if self.rank < len(manifest.rng):
             self.rng = store.rng_from_hex(manifest.rng[self.rank])
-        else:  # more processes than before, or a grown checkpoint: what dropout draws starts anew
+        else:  # more processes than before: what dropout draws starts anew
             self.rng = torch.Generator().manual_seed(self.recipe.run.seed + self.rank + self.progress.step).get_state()
 
     def train(self) -> bool:
@@ -178,15 +177,7 @@ class Run:
         return grow(self.state, stage.model, stage.methods, generator, probe, stage=stage.index, dtype=self.dtype)
 
     def _record_growth(self, stage: Stage, report: GrowthReport) -> None:
-        assert report.certificate is not None
-        links = [{"operator": link.operator, "method": link.method, **asdict(link.exactness)} for link in report.links]
-        event = {
-            "links": links,
-            "new_parameters": len(report.new),
-            "parameters_before": report.parameters_before,
-            "parameters_after": report.parameters_after,
-            "certificate": asdict(report.certificate),
-        }
+        event = report.record()
         self.lineage.append(
             {"kind": "growth", "stage": stage.index, "name": stage.name, "step": self.progress.step} | event
         )
