@@ -12,19 +12,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from growkit.checkpoint import store
 from growkit.checkpoint.run_folder import RunFolder
 from tests.support import in_child, recipe_dict, records, start_child, write_recipe
 
 # Sums over two processes are taken in another order than in one: float32 roundings of 6e-8, through 18 steps.
 LOSS_TOLERANCE = 1e-5
+FSDP = ("trainer.strategy=fsdp", "trainer.devices=2")
 
 
-def start_two(*words: object, run: Path) -> list[BaseProcess]:
+def start_two(*words: object, run: Path, env: dict[str, str] | None = None) -> list[BaseProcess]:
     """Starts ``growkit words...`` as processes 0 and 1 of one job."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"} | (env or {})
     ranks = [job | {"LOCAL_RANK": str(rank), "GROWKIT_RUN_FOLDER": str(run)} for rank in range(2)]
     return [start_child(*words, env=env) for env in ranks]
 
@@ -69,20 +71,39 @@ def test_two_processes_agree_with_one(strategy: str, tmp_path: Path) -> None:
         assert torch.allclose(checkpoint.state.params[name], reference.params[name], atol=1e-4), name
 
 
-def test_a_sharded_run_resumes(tmp_path: Path) -> None:
-    recipe = distributed_recipe(tmp_path)
-    runs = tmp_path / "runs"
-    options = ("trainer.strategy=fsdp", "trainer.devices=2")
-    assert two_processes("train", recipe, *options, "run.name=whole", run=runs / "whole") == [0, 0]
-    limited = (*options, "run.name=cut", "trainer.max_minutes=1e-9")
-    assert two_processes("train", recipe, *limited, run=runs / "cut") == [3, 3]
-    text = (runs / "cut" / "recipe.yaml").read_text()
-    (runs / "cut" / "recipe.yaml").write_text(text.replace("max_minutes: 1.0e-09", "max_minutes: null"))
-    assert two_processes("resume", runs / "cut", run=runs / "cut") == [0, 0]
-    whole, cut = ([r["loss"] for r in records(runs / name, "step")] for name in ("whole", "cut"))
-    assert whole == cut
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(recipe, run folder) of a sharded run that was never stopped."""
+    folder = tmp_path_factory.mktemp("sharded")
+    recipe, run = distributed_recipe(folder), folder / "runs" / "whole"
+    assert two_processes("train", recipe, *FSDP, "run.name=whole", run=run) == [0, 0]
+    return recipe, run
+
+
+# mid_shard is reached by both processes; the renames by the first alone, and the second must not wait for it for ever.
+@pytest.mark.parametrize(("point", "nth"), [("mid_shard", 2), ("before_rename", 2), ("after_rename", 1)])
+def test_a_sharded_run_killed_in_a_save_resumes(point: str, nth: int, sharded: tuple[Path, Path]) -> None:
+    recipe, whole = sharded
+    run = whole.parent / point
+    children = start_two("train", recipe, *FSDP, f"run.name={point}", run=run, env={"GROWKIT_FAULT": f"{point}:{nth}"})
+    codes = finish(children)
+    assert codes[0] == -signal.SIGKILL and codes[1] != 0, codes
+    assert two_processes("resume", run, run=run) == [0, 0]
+    assert [r["loss"] for r in records(run, "step")] == [r["loss"] for r in records(whole, "step")]
+    assert not list((run / "checkpoints").glob(f"{store.WRITING}*")), "left-overs of the killed save"
+
+
+def test_a_sharded_run_resumes(sharded: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe, whole = sharded
+    cut = whole.parent / "cut"
+    limited = (*FSDP, "run.name=cut", "trainer.max_minutes=1e-9")
+    assert two_processes("train", recipe, *limited, run=cut) == [3, 3]
+    text = (cut / "recipe.yaml").read_text()
+    (cut / "recipe.yaml").write_text(text.replace("max_minutes: 1.0e-09", "max_minutes: null"))
+    assert two_processes("resume", cut, run=cut) == [0, 0]
+    assert [r["loss"] for r in records(cut, "step")] == [r["loss"] for r in records(whole, "step")]
     # A sharded checkpoint is grown and read by one process like any other.
-    assert in_child("grow", runs / "cut", "num_layers=3", "-o", tmp_path / "grown") == 0
+    assert in_child("grow", cut, "num_layers=3", "-o", tmp_path / "grown") == 0
     assert in_child("generate", tmp_path / "grown", "--tokens", "5") == 0
 
 

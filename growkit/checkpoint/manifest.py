@@ -25,7 +25,8 @@ MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 @dataclass(frozen=True)
 class Manifest:
     """``adam_steps``: updates of each parameter that has moments. ``lineage``: the stages and growths so far, each with
-    its certificate. ``rng``: random state of each process, hex. ``log_bytes``: length of the metrics log at the save.
+    its certificate. ``rng``, ``cuda_rng``: random state of each process on the CPU, and on its GPU
+    if it has one, hex. ``log_bytes``: length of the metrics log at the save.
     ``layout``: ``whole`` (safetensors) or ``sharded`` (torch.distributed.checkpoint's safetensors).
     ``files``: name → bytes and sha256."""
 
@@ -36,6 +37,7 @@ class Manifest:
     adam_steps: Mapping[str, float] = field(default_factory=dict)
     lineage: tuple[dict[str, Any], ...] = ()
     rng: tuple[str, ...] = ()
+    cuda_rng: tuple[str, ...] = ()
     corpus: Mapping[str, Any] = field(default_factory=dict)
     log_bytes: int = 0
     environment: Mapping[str, Any] = field(default_factory=dict)
@@ -80,7 +82,7 @@ def decode(data: bytes, path: Path) -> Manifest:
         kept = {name: body[name] for name in Manifest.__dataclass_fields__ if name in body}
         kept["model"] = from_json(body["model"], ModelConfig)
         kept["progress"] = Progress(**body["progress"])
-        kept["lineage"], kept["rng"] = tuple(body["lineage"]), tuple(body["rng"])
+        kept |= {name: tuple(body.get(name, ())) for name in ("lineage", "rng", "cuda_rng")}
         return Manifest(**kept)
     except (ConfigError, KeyError, TypeError) as error:
         raise _damaged(path, f"does not say what a manifest says ({error})") from error

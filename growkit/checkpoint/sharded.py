@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from growkit import faults
 from growkit.checkpoint import store
 from growkit.checkpoint.manifest import Manifest
 from growkit.growth.state import TrainState
@@ -36,6 +37,7 @@ def write(folder: Path, state: TrainState, manifest: Manifest) -> None:
             if tensors:
                 writer = HuggingFaceStorageWriter(str(beside / group), save_distributed=True)
                 save(dict(tensors), storage_writer=writer)
+                faults.point("mid_shard")
         dist.barrier()  # all shards are there
         if first:
             files = sorted(str(path.relative_to(beside)) for path in beside.rglob("*") if path.is_file())

@@ -43,7 +43,7 @@ def step_name(step: int) -> str:
 
 
 def write(folder: Path, state: TrainState, manifest: Manifest) -> None:
-    """Writes a checkpoint at ``folder``, replacing one of that name. Raises CheckpointError when the disk will not."""
+    """Writes a checkpoint at ``folder``, where none is yet. Raises CheckpointError when the disk will not."""
     with writing(folder) as unfinished:
         files = _write_group(unfinished, "params", state.params, fault=True)
         files += _write_group(unfinished, "moments", flat_moments(state.moments))
@@ -81,13 +81,9 @@ class writing:
         try:
             fsync(self.beside)
             faults.point("before_rename")
-            old = self.final.parent / f"{WRITING}replaced-{self.final.name}"
-            if self.final.exists():
-                os.rename(self.final, old)
-            os.rename(self.beside, self.final)
+            os.rename(self.beside, self.final)  # fails if a checkpoint of that name is there
             faults.point("after_rename")
             fsync(self.final.parent)
-            shutil.rmtree(old, ignore_errors=True)
         except OSError as failure:
             raise cannot_write(self.final, failure) from failure
 

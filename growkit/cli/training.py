@@ -123,13 +123,13 @@ def _run(run: Run, schedule: GrowthSchedule) -> int:
 
 def _finish(run: Run, console: Console, began: float, done: bool) -> None:
     recipe = run.recipe
-    if recipe.monitor.progress == "off":
-        return
     picture = run.folder.path / "curve.png"
     try:
         draw_curves({run.folder.path.name: list(read_log(run.folder.metrics))}, picture)
     except OSError as error:
         raise store.cannot_write(picture, error) from error
+    if recipe.monitor.progress == "off":
+        return
     if done and recipe.monitor.sample_tokens:
         model = build(run.state.config, run.state.params, backend=recipe.trainer.backend)
         text = sample_text(model, recipe.monitor.sample_prompt, recipe.monitor.sample_tokens, seed=recipe.run.seed)

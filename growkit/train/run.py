@@ -102,6 +102,8 @@ class Run:
             log.warning("resuming will not be bitwise exact, since this changed: %s", ", ".join(different))
         if self.rank < len(manifest.rng):
             self.rng = store.rng_from_hex(manifest.rng[self.rank])
+            if self.device == "cuda" and self.rank < len(manifest.cuda_rng):
+                self.cuda_rng = store.rng_from_hex(manifest.cuda_rng[self.rank])
         else:  # more processes than before: what dropout draws starts anew
             self.rng = torch.Generator().manual_seed(self.recipe.run.seed + self.rank + self.progress.step).get_state()
 
@@ -280,7 +282,8 @@ class Run:
             progress=at,
             recipe=to_yaml(self.recipe),
             lineage=tuple(self.lineage),
-            rng=tuple(store.rng_to_hex(state) for state in self._all_rng()),
+            rng=self._of_all(self.rng),
+            cuda_rng=self._of_all(self.cuda_rng) if self.cuda_rng is not None else (),
             corpus={"name": self.corpus.name, "sha256": self.corpus.sha256},
             log_bytes=self.log.sync() if self.rank == 0 else 0,
             environment=hardware.environment(self.device, self.dtype, self.world_size),
@@ -294,13 +297,13 @@ class Run:
             self.folder.prune(self.recipe.trainer.keep_last, ends)
         return folder
 
-    def _all_rng(self) -> list[Tensor]:
-        """The random state of every process, by rank."""
-        if self.world_size == 1:
-            return [self.rng]
-        states = [torch.empty_like(self.rng, device=self.device) for _ in range(self.world_size)]
-        torch.distributed.all_gather(states, self.rng.to(self.device))
-        return [state.cpu() for state in states]
+    def _of_all(self, rng: Tensor) -> tuple[str, ...]:
+        """The random state of every process, by rank, hex."""
+        states = [rng]
+        if self.world_size > 1:
+            states = [torch.empty_like(rng, device=self.device) for _ in range(self.world_size)]
+            torch.distributed.all_gather(states, rng.to(self.device))
+        return tuple(store.rng_to_hex(state.cpu()) for state in states)
 
 
 def prepare_corpus(recipe: Recipe, schedule: GrowthSchedule) -> Corpus:
