@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from growkit.models.config import Attention, DenseMLP, LayerSpec, ModelConfig, Pattention, PattentionMLP, Projection
 from growkit.models.norm import Normalize
 from growkit.ops.elementwise import rotate
-from growkit.ops.pattention import pattention
+from growkit.ops.pattention import Tokens, pattention
 
 
 class LinearProjection(nn.Module):
@@ -33,15 +33,25 @@ class PattentionProjection(nn.Module):
         self.keys = nn.ParameterList(nn.Parameter(torch.empty(n, inp)) for n in spec.banks)
         self.values = nn.ParameterList(nn.Parameter(torch.empty(n, out)) for n in spec.banks)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def tokens(self) -> Tokens:
         spec = self.spec
-        return self.op(x, list(self.keys), list(self.values), list(spec.taus), spec.theta, spec.scope)
+        return Tokens(list(self.keys), list(self.values), list(spec.taus), spec.theta, spec.scope)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x, [self.tokens()])[0]
 
 
 def projection(spec: Projection, inp: int, out: int, backend: str) -> nn.Module:
     if isinstance(spec, Pattention):
         return PattentionProjection(spec, inp, out, backend)
     return LinearProjection(inp, out)
+
+
+def project(projections: list[nn.Module], x: Tensor) -> list[Tensor]:
+    """Each projection of one x; those made of parameter tokens go through their op together."""
+    pattentions = [p for p in projections if isinstance(p, PattentionProjection)]
+    together = iter(pattentions[0].op(x, [p.tokens() for p in pattentions]) if pattentions else [])
+    return [next(together) if isinstance(p, PattentionProjection) else p(x) for p in projections]
 
 
 class LayerCache:
@@ -86,9 +96,10 @@ class CausalAttention(nn.Module):
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
         spec = self.spec
         B, T, _ = x_BTD.shape
-        q = self.q(x_BTD).view(B, T, spec.num_heads, spec.head_dim)
-        k = self.k(x_BTD).view(B, T, spec.num_kv_heads, spec.head_dim)
-        v = self.v(x_BTD).view(B, T, spec.num_kv_heads, spec.head_dim).transpose(1, 2)
+        q, k, v = project([self.q, self.k, self.v], x_BTD)
+        q = q.view(B, T, spec.num_heads, spec.head_dim)
+        k = k.view(B, T, spec.num_kv_heads, spec.head_dim)
+        v = v.view(B, T, spec.num_kv_heads, spec.head_dim).transpose(1, 2)
         if spec.qk_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rope).transpose(1, 2), rotate(k, *rope).transpose(1, 2)

@@ -48,10 +48,9 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         normed, r, gain = ctx.saved_tensors
-        d_gain = (grad * normed).flatten(0, -2).sum(0)
-        g = grad * gain
-        along = torch.linalg.vecdot(g, normed).unsqueeze(-1) / normed.shape[-1]
-        return g.addcmul_(normed, along, value=-1).mul_(r), d_gain, None
+        turned = (grad * normed).flatten(0, -2)
+        along = torch.mv(turned, gain).view(r.shape) / normed.shape[-1]
+        return (grad * gain).addcmul_(normed, along, value=-1).mul_(r), turned.sum(0), None
 
 
 class _Rotate(torch.autograd.Function):

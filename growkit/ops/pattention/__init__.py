@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from growkit.ops.dispatch import resolve_backend
 from growkit.ops.pattention import compiled, reference
+from growkit.ops.pattention.reference import Tokens
 
-Pattention = Callable[[Tensor, list[Tensor], list[Tensor], list[float], str, str], Tensor]
+__all__ = ["PATHS", "Pattention", "Tokens", "pattention"]
+
+Pattention = Callable[[Tensor, Sequence[Tokens]], list[Tensor]]
 
 PATHS: dict[str, Pattention] = {"reference": reference.pattention, "compiled": compiled.pattention}
 
 
 def pattention(backend: str = "auto") -> Pattention:
-    """The path of (x, keys, values, taus, theta, scope) → Σ_g Θ_g(X K_gᵀ) V_g (TokenFormer, eq. 5) that ``backend``
-    means: x (…, D), keys[g] (n_g, D), values[g] (n_g, E) → (…, E). Raises ConfigError.
+    """The path of (x, projections) → Σ_g Θ_g(X K_gᵀ) V_g of each (TokenFormer, eq. 5) that ``backend`` means:
+    x (…, D), a projection's keys[g] (n_g, D) and values[g] (n_g, E) → (…, E). Raises ConfigError.
 
-    Chosen once, when a module is built: a look-up or a log line inside ``forward`` would break a compiled graph.
+    Several projections of one x (q, k and v) in one call share what they can. The path is chosen once, when a module
+    is built: a look-up or a log line inside ``forward`` would break a compiled graph.
     """
     return PATHS[resolve_backend("pattention", backend)]

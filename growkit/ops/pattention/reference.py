@@ -5,31 +5,51 @@ Legend: T tokens, D input width, E output width, n parameter tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 NORM_FLOOR = 1e-6  # ‖A‖₂ is never taken below this: a token whose scores are all zero then gives 0, not NaN
 
 
-def pattention(
-    x_TD: Tensor, keys: list[Tensor], values: list[Tensor], taus: list[float], theta: str, scope: str
-) -> Tensor:
-    """Σ_g Θ_g(X K_gᵀ) V_g. ``keys[g]``: (n_g, D), ``values[g]``: (n_g, E); returns (T, E) in X's dtype.
+class Tokens(NamedTuple):
+    """The parameter tokens of one projection: ``keys[g]`` (n_g, D) and ``values[g]`` (n_g, E) of each bank g.
 
-    Computes in float32, or float64 for float64 input, autocast or not. ``scope='shared'``: one norm over the tokens of
-    all banks.
+    ``scope='bank'``: a norm and a τ for each bank. ``scope='shared'``: one norm over the tokens of all, one τ.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    taus: list[float]
+    theta: str
+    scope: str
+
+    def groups(self) -> list[tuple[list[Tensor], list[Tensor], float]]:
+        """(keys, values, τ) of each set of banks under one norm."""
+        if self.scope == "shared":
+            (tau,) = self.taus
+            return [(self.keys, self.values, tau)]
+        return [([k], [v], tau) for k, v, tau in zip(self.keys, self.values, self.taus, strict=True)]
+
+
+def pattention(x_TD: Tensor, projections: Sequence[Tokens]) -> list[Tensor]:
+    """Of each projection Σ_g Θ_g(X K_gᵀ) V_g, (T, E) in X's dtype.
+
+    Computes in float32, or float64 for float64 input, autocast or not.
     """
     dtype = torch.promote_types(x_TD.dtype, torch.float32)
     x = x_TD.to(dtype)
-    groups = list(zip(keys, values, strict=True))
-    if scope == "shared":
-        groups = [(torch.cat(keys), torch.cat(values))]
-    out = x.new_zeros(*x.shape[:-1], values[0].shape[1])
+    outputs = []
     with torch.autocast(x.device.type, enabled=False):
-        for (k, v), tau in zip(groups, taus, strict=True):
-            a = x @ k.to(dtype).T
-            out = out + activation(a, theta, tau) @ v.to(dtype)
-    return out.to(x_TD.dtype)
+        for tokens in projections:
+            out = x.new_zeros(*x.shape[:-1], tokens.values[0].shape[1])
+            for keys, values, tau in tokens.groups():
+                a = x @ torch.cat(keys).to(dtype).T
+                out = out + activation(a, tokens.theta, tau) @ torch.cat(values).to(dtype)
+            outputs.append(out.to(x_TD.dtype))
+    return outputs
 
 
 def activation(a: Tensor, theta: str, tau: float) -> Tensor:
