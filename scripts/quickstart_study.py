@@ -1,9 +1,10 @@
 """The quickstart's growth beside static sizes at the same FLOPs: which one wins, and by how much.
 
-    python scripts/quickstart_study.py [--seeds 1] [--only grown d64]
+    python scripts/quickstart_study.py [--seeds 1] [--only grown middle] [--jobs 2]
 
 Trains recipes/quickstart.yaml and, at exactly its FLOPs, several static sizes of the same model (each with its own
-full learning-rate schedule, at two peak rates), all through `growkit train`. Writes every result (JSON) and the curves
+full learning-rate schedule), all at two peak rates and through `growkit train`. Runs are judged at equal FLOPs, so
+several may share the machine. Writes every result (JSON) and the curves
 of the grown run and of the best static one (PNG) under docs/results/.
 """
 
@@ -14,6 +15,8 @@ import json
 import os
 import shutil
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +31,11 @@ from growkit.train.metrics_log import read_log
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 SIZES = {
-    "small": {"embed_dim": 64, "num_layers": 2, "num_heads": 2, "attention_tokens": 32, "mlp_tokens": 128},
-    "middle": {"embed_dim": 64, "num_layers": 3, "num_heads": 2, "attention_tokens": 48, "mlp_tokens": 192},
-    "large": {"embed_dim": 64, "num_layers": 4, "num_heads": 2, "attention_tokens": 64, "mlp_tokens": 256},
+    "small": {"embed_dim": 64, "num_layers": 2, "num_heads": 4, "attention_tokens": 32, "mlp_tokens": 128},
+    "middle": {"embed_dim": 64, "num_layers": 3, "num_heads": 4, "attention_tokens": 48, "mlp_tokens": 192},
+    "large": {"embed_dim": 64, "num_layers": 4, "num_heads": 4, "attention_tokens": 64, "mlp_tokens": 256},
 }
-PEAK_RATES = (3e-3, 5e-3)
+PEAK_RATES = (2.5e-3, 4e-3)
 
 
 def main() -> None:
@@ -41,6 +44,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=["grown", *SIZES], default=["grown", *SIZES], help="arms to run")
     parser.add_argument("--rates", nargs="+", type=float, default=list(PEAK_RATES), help="peak learning rates")
     parser.add_argument("--context", type=int, default=256, help="of the static runs, throughout (default: 256)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, which share the cores (default: 2)")
     options = parser.parse_args()
     _, schedule = read("quickstart", [])
     flops = schedule.flops
@@ -54,21 +58,29 @@ def main() -> None:
                 model = [f"model.{key}={value}" for key, value in SIZES[size].items()]
                 stage = [f"stages.0.duration={flops:.6e} flops", f"stages.0.context_length={options.context}"]
                 arms[f"{size}, lr {rate:g}"] = ("quickstart-static", [*model, *stage, f"optim.lr={rate}"])
-    results: list[dict[str, Any]] = []
-    curves: dict[str, list[dict[str, Any]]] = {}
     folder = Path(tempfile.mkdtemp(prefix="quickstart-study-"))
+    cores = max(1, (os.cpu_count() or 1) // options.jobs)
+    jobs = []
     for name, (recipe, overrides) in arms.items():
         for seed in range(options.seeds):
             run = f"{name.replace(', lr ', '-')}-{seed}"
-            code = start(recipe, [*overrides, f"run.folder={folder}", f"run.name={run}", f"run.seed={seed}"])
+            where = [f"run.folder={folder}", f"run.name={run}", f"run.seed={seed}", f"run.threads={cores}"]
+            jobs.append((name, seed, folder / run, recipe, [*overrides, *where, "monitor.progress=off"]))
+    results: list[dict[str, Any]] = []
+    curves: dict[str, list[dict[str, Any]]] = {}
+    with ProcessPoolExecutor(options.jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
+        codes = pool.map(start, [job[3] for job in jobs], [job[4] for job in jobs])
+        for (name, seed, run_folder, *_), code in zip(jobs, codes, strict=True):
             assert code == 0, (name, code)
-            log = list(read_log(folder / run / "metrics.jsonl"))
+            log = list(read_log(run_folder / "metrics.jsonl"))
             last = [record for record in log if record["kind"] == "validation"][-1]
             stages = [record["parameters"] for record in log if record["kind"] == "stage"]
             row = {"arm": name, "seed": seed, "parameters": stages, "bits_per_byte": last["bits_per_byte"]}
             results.append(row | {key: last[key] for key in ("tokens", "flops")})
             curves[f"{name}, seed {seed}"] = log
-            print(f"{name:24} seed {seed}: {stages[-1]:>8,} parameters, {last['bits_per_byte']:.4f} bits per byte")
+            print(
+                f"{name:24} seed {seed}: {stages[-1]:>8,} parameters, {last['bits_per_byte']:.4f} bits/byte", flush=True
+            )
     RESULTS.mkdir(parents=True, exist_ok=True)
     report = {
         "flops": flops,
