@@ -3,6 +3,7 @@ was never stopped. Accumulation, shuffling and dropout are on; the run crosses t
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import signal
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from growkit import faults
+from growkit.checkpoint import manifest as manifests
 from growkit.checkpoint import store
 from growkit.checkpoint.run_folder import RunFolder
 from tests.support import cli, in_child, recipe_dict, records, start_child, write_recipe
@@ -112,6 +114,20 @@ def test_killed_twice_and_resumed_inside_a_stage_and_across_a_boundary(whole: tu
     assert in_child("resume", run, env={"GROWKIT_FAULT": "before_rename:2"}) == -signal.SIGKILL
     assert in_child("resume", run) == 0
     assert_same_run(run, reference)
+
+
+def test_a_manifest_that_lacks_a_newer_key_resumes(whole: tuple[Path, Path]) -> None:
+    """As one written before the environment recorded it; what is unknown is warned of, not fatal."""
+    recipe, reference = whole
+    run = reference.parent / "older"
+    assert in_child("train", recipe, "run.name=older", env={"GROWKIT_FAULT": "after_rename:1"}) == -signal.SIGKILL
+    folder = RunFolder.open(run).load().folder
+    manifest = manifests.read(folder)
+    kept = {key: value for key, value in manifest.environment.items() if key != "flops_convention"}
+    assert len(kept) == len(manifest.environment) - 1
+    (folder / manifests.NAME).write_bytes(manifests.encode(dataclasses.replace(manifest, environment=kept)))
+    assert in_child("resume", run) == 0
+    assert reproducible(run) == reproducible(reference)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
