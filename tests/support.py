@@ -153,9 +153,9 @@ def records(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
     return [record for record in map(json.loads, lines) if kind in (None, record["kind"])]
 
 
-_context = multiprocessing.get_context("forkserver")
+context = multiprocessing.get_context("forkserver")
 # The server imports torch once; each child is a fork of it, so a process costs milliseconds instead of seconds.
-_context.set_forkserver_preload(["growkit.cli.training", "growkit.cli.checkpoints", "tests.support"])
+context.set_forkserver_preload(["growkit.cli.training", "growkit.cli.checkpoints", "tests.support"])
 
 
 def in_child(*words: object, env: dict[str, str] | None = None) -> int:
@@ -167,7 +167,7 @@ def in_child(*words: object, env: dict[str, str] | None = None) -> int:
 
 
 def start_child(*words: object, env: dict[str, str] | None = None) -> multiprocessing.process.BaseProcess:
-    child = _context.Process(target=_child, args=([str(word) for word in words], env or {}))
+    child = context.Process(target=_child, args=([str(word) for word in words], env or {}))
     child.start()
     return child
 

@@ -438,9 +438,9 @@ RUN_CASES = [
 ]  # fmt: skip
 
 CHECKPOINT_CASES = [
-    Case("inspect nothing", "inspect nope", "not-a-checkpoint", "nope", "manifest.json", "name a checkpoint"),
+    Case("inspect nothing", "inspect nope", "not-a-checkpoint", "nope", "does not exist", "name a checkpoint"),
     Case("inspect a foreign folder", "inspect .", "not-a-checkpoint", ".", "manifest.json", "name a checkpoint"),
-    Case("generate from a file", "generate recipe.yaml", "not-a-checkpoint", "recipe.yaml", "manifest.json",
+    Case("generate from a file", "generate recipe.yaml", "not-a-checkpoint", "recipe.yaml", "is a file",
          "name a checkpoint"),
     Case("manifest cannot be read", f"inspect {LAST}", "unreadable", "manifest.json", "Is a directory", "permissions",
          _manifest_is_a_folder),

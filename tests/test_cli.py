@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,13 @@ import torch
 
 from growkit.checkpoint import store
 from growkit.checkpoint.run_folder import RunFolder
+from growkit.cli.main import main
 from growkit.cli.recipes import built_in
 from growkit.config.load import parse_recipe
 from growkit.models.decoder import build
 from growkit.models.presets import PRESETS
 from growkit.schedule.plan import growth_schedule
+from tests import support
 from tests.support import cli, recipe_dict, records, write_recipe
 
 
@@ -42,6 +46,36 @@ def test_train_shows_what_happens(run: tuple[Path, str]) -> None:
     assert "\x1b[" not in out, "control sequences without a terminal"
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert "GPU available" not in out
+
+
+def test_a_run_that_is_complete_says_so(run: tuple[Path, str]) -> None:
+    folder, _ = run
+    before = (folder / "metrics.jsonl").read_bytes()
+    code, out, err = cli("resume", folder)
+    assert code == 0 and "complete at step 18" in out and "a sample" not in out, err
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def _unread(words: list[str]) -> None:
+    """growkit with an output that nobody reads any more, as after ``| head``."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+    sys.stdout = open(1, "w", closefd=False)
+    sys.argv = ["growkit", *words]
+    main()
+
+
+def test_a_closed_output_does_not_stop_a_run(tmp_path: Path) -> None:
+    recipe = recipe_dict(tmp_path)
+    recipe["monitor"] |= {"progress": "plain"}
+    child = support.context.Process(
+        target=_unread, args=(["train", str(write_recipe(tmp_path, recipe)), "run.name=r"],)
+    )
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    assert RunFolder.open(tmp_path / "runs" / "r").load().manifest.progress.step == 18
 
 
 def test_the_log_counts_compute(run: tuple[Path, str]) -> None:

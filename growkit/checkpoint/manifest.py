@@ -95,7 +95,8 @@ def read(folder: Path, *, verify: bool = True) -> Manifest:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         mend = "name a checkpoint (…/checkpoints/step-…) or a run folder"
-        raise CheckpointError("not-a-checkpoint", f"has no {NAME}", key=str(folder), mend=mend) from error
+        problem = f"has no {NAME}" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
+        raise CheckpointError("not-a-checkpoint", problem, key=str(folder), mend=mend) from error
     except OSError as error:
         mend = "check its permissions and its disk"
         raise CheckpointError("unreadable", f"cannot be read ({error})", key=str(path), mend=mend) from error

@@ -241,7 +241,7 @@ def fsync(path: Path) -> None:
 
 
 def cannot_write(path: Path, error: BaseException) -> CheckpointError:
-    mend = "free space or choose another run.folder; earlier checkpoints are untouched"
+    mend = "free space or name another place (run.folder, --output, --as); earlier checkpoints are untouched"
     return CheckpointError("cannot-write", f"cannot be written ({error})", key=str(path), mend=mend)
 
 

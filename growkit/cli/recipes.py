@@ -43,7 +43,8 @@ def find_recipe(name: str) -> Path:
     if name in known:
         return known[name]
     mend = f"name a YAML file or a built-in recipe; {closest(name, known)}"
-    raise ConfigError("no-such-recipe", "does not exist", key="recipe", value=name, mend=mend)
+    problem = "is not a file" if os.path.exists(path) else "does not exist"
+    raise ConfigError("no-such-recipe", problem, key="recipe", value=name, mend=mend)
 
 
 def read(name: str, overrides: Sequence[str]) -> tuple[Recipe, GrowthSchedule]:

@@ -67,6 +67,12 @@ def go_on(path: Path, from_step: int | None, as_new: Path | None) -> int:
     checkpoint = folder.load(from_step) if begun else None
     if checkpoint is not None:
         _require_same(checkpoint, schedule, corpus, folder)
+        at = checkpoint.manifest.progress
+        if as_new is None and at.stage + 1 == len(schedule.stages) and at.stage_step == schedule.stages[-1].steps:
+            done = f"{folder.path} is complete at step {at.step}: nothing is left to train"
+            Console(highlight=False).print(done, soft_wrap=True, markup=False)
+            folder.unlock()
+            return DONE
     if joined is None:
         if as_new is not None and checkpoint is not None:
             target = as_new if as_new.parent != Path() else path.parent / as_new
@@ -109,6 +115,10 @@ def _run(run: Run, schedule: GrowthSchedule) -> int:
     try:
         with Display(schedule, run.recipe.monitor.progress if run.rank == 0 else "off") as display:
             run.log.listeners.append(display)
+            if run.progress.step and run.folder.metrics.is_file():  # shown beside, as before the stop
+                for record in read_log(run.folder.metrics):
+                    if record["kind"] == "ngram":
+                        display(record)
             display.print(
                 f"run folder: [bold]{escape(str(run.folder.path))}[/bold]   corpus: {escape(run.corpus.name)}, "
                 f"{quantity(len(run.corpus.train))} bytes to train on, {quantity(len(run.corpus.validation))} held out"
@@ -138,8 +148,9 @@ def _finish(run: Run, console: Console, began: float, done: bool) -> None:
         console.rule()
     at = run.progress
     console.print(
-        f"{'done' if done else 'stopped early'}: {at.step} steps, {quantity(at.tokens)} tokens, "
-        f"{quantity(at.flops)} FLOPs in {clock(time.monotonic() - began)}"
+        f"{'done' if done else f'stopped early ({run.stop_cause})'}: {at.step} steps, {quantity(at.tokens)} tokens, "
+        f"{quantity(at.flops)} FLOPs; {clock(time.monotonic() - began)} since "
+        f"{f'step {run.first_step}' if run.first_step else 'the start'}"
     )
     console.print(f"run folder: {run.folder.path}   curve: {picture}", soft_wrap=True, markup=False)
     if not done:

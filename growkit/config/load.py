@@ -123,13 +123,15 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 def _value(text: str) -> Any:
-    """The right side of an override: YAML, or the text as it stands where that is not YAML."""
+    """The right side of an override: YAML, or the text as it stands where that is not YAML, or would become a mapping
+    or a list without brackets (``ROMEO:``)."""
     if not text.strip():
         return ""
     try:
-        return yaml.load(text, _Loader)
+        value = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError):
         return text
+    return text if isinstance(value, dict | list) and text.lstrip()[0] not in "{[" else value
 
 
 def _place(error: Exception) -> str:
@@ -210,7 +212,8 @@ def _section(value: Any, kind: type, key: str) -> Any:
     for name in value:
         if name not in hints:
             full = f"{key}.{name}" if key else name
-            raise ConfigError("unknown-key", "is not a key growkit knows", key=full, mend=closest(name, hints))
+            whose = f"the preset {value['preset']!r}" if key == "model" else "growkit"
+            raise ConfigError("unknown-key", f"is not a key of {whose}", key=full, mend=closest(name, hints))
     for field in dataclasses.fields(kind):
         if field.default == MISSING and value.get(field.name) in (None, ""):
             needed = [field.name for field in dataclasses.fields(kind) if field.default == MISSING]

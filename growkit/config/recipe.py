@@ -22,7 +22,7 @@ class RunConfig:
 
 @dataclass
 class DataConfig:
-    source: str = "stdlib"  # stdlib | a file | a folder | the name of a Hugging Face data set
+    source: str = "stdlib"  # stdlib | a file | a folder | hf:NAME, a Hugging Face data set
     pattern: str = "**/*"  # which files of a folder
     split: str = "train"  # of a Hugging Face data set
     text_field: str = "text"  # of a Hugging Face data set

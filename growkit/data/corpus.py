@@ -158,7 +158,7 @@ def _kind(source: str) -> str:
         return "path"
     if source.startswith("hf:") or (_HUB_NAME.match(source) and not Path(source).suffix):
         return "hub"
-    mend = "name an existing file or folder, 'stdlib', or a Hugging Face data set"
+    mend = "name an existing file or folder, 'stdlib', or hf:NAME, a Hugging Face data set"
     raise DataError("corpus-missing", "does not exist", key="data.source", value=source, mend=mend)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import Any
@@ -26,11 +27,20 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+class QuietConsole(Console):
+    """Goes on in silence when nobody reads any more (``growkit train … | head``): a run is worth more than its
+    lines."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Display:
     """A listener of the metrics log. ``mode``: auto (a bar in a terminal, else lines) | bar | plain | off."""
 
     def __init__(self, schedule: GrowthSchedule, mode: str, console: Console | None = None) -> None:
-        self.schedule, self.console = schedule, console or Console(highlight=False)
+        self.schedule, self.console = schedule, console or QuietConsole(highlight=False)
         self.mode = ("bar" if sys.stdout.isatty() else "plain") if mode == "auto" else mode
         self._live: Live | None = None
         self._ngram: Record | None = None

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import logging
 import os
+import signal
 import time
 import warnings
 from pathlib import Path
@@ -83,6 +84,7 @@ class Run:
         else:
             self._restore(checkpoint)
             rewind = checkpoint.manifest.log_bytes
+        self.first_step = self.progress.step
         first = self.rank == 0  # the one process that writes the log
         self.log = MetricsLog(folder.metrics if first else Path(os.devnull), rewind_to=rewind if first else None)
 
@@ -135,6 +137,13 @@ class Run:
         """Whether this process got a signal or ran out of its time limit."""
         limit = self.recipe.trainer.max_minutes
         return self.stop.signal is not None or (limit is not None and time.monotonic() - self.started > 60 * limit)
+
+    @property
+    def stop_cause(self) -> str:
+        """Why ``train`` returned False."""
+        if self.stop.signal is not None:
+            return signal.Signals(self.stop.signal).name
+        return "trainer.max_minutes" if self.world_size == 1 else "trainer.max_minutes, or a signal to another process"
 
     def accumulate(self, stage: Stage) -> int:
         micro = self.progress.micro_batch_size or stage.micro_batch_size
