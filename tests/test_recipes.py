@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from growkit.cli.recipes import built_in, read
+from growkit.config.load import apply_override
 from growkit.models.decoder import DecoderLM
 from tests.support import cli, corpus_file, records
 
@@ -67,3 +68,10 @@ def test_the_quickstart_is_what_it_says() -> None:
     assert grown.stages[-1].model.num_params() >= 4 * grown.stages[0].model.num_params()
     assert [stage.context_length for stage in grown.stages] == [128, 128, 256]
     assert static.flops == pytest.approx(grown.flops, rel=1e-3) and len(static.stages) == 1
+
+
+def test_an_override_is_text_unless_it_has_brackets() -> None:
+    raw: dict[str, object] = {}
+    for override in ("prompt=ROMEO:", "dash=- a", "flow={a: 1}", "items=[1, x]", "number=2e-3"):
+        apply_override(raw, override)
+    assert raw == {"prompt": "ROMEO:", "dash": "- a", "flow": {"a": 1}, "items": [1, "x"], "number": 2e-3}

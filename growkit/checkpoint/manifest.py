@@ -82,7 +82,8 @@ def decode(data: bytes, path: Path) -> Manifest:
         kept = {name: body[name] for name in Manifest.__dataclass_fields__ if name in body}
         kept["model"] = from_json(body["model"], ModelConfig)
         kept["progress"] = Progress(**body["progress"])
-        kept |= {name: tuple(body.get(name, ())) for name in ("lineage", "rng", "cuda_rng")}
+        kept["lineage"], kept["rng"] = tuple(body["lineage"]), tuple(body["rng"])
+        kept["cuda_rng"] = tuple(body.get("cuda_rng", ()))  # not in the first manifests of this format
         return Manifest(**kept)
     except (ConfigError, KeyError, TypeError) as error:
         raise _damaged(path, f"does not say what a manifest says ({error})") from error
