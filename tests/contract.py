@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from growkit.errors import ConfigError
-from growkit.growth.engine import grow, grown_state, lazy_state
+from growkit.growth.engine import grow, grown_state, lazy_state, new_entries
 from growkit.growth.operator import EXACT_FLOAT64, OPERATORS
 from growkit.growth.path import grown_config, path
 from growkit.growth.state import Moments, TrainState
@@ -158,6 +158,8 @@ def shapes_are_those_of_the_target(case: Case) -> None:
         name: spec.shape for name, spec in param_specs(case.target).items()
     }
     assert result.config == case.target
+    marked = new_entries(trained_like(case.source), path(case.source, case.target, case.methods))
+    assert sum(int(at.sum()) for at in marked.values()) == case.target.num_params() - case.source.num_params()
     built = build(case.target, result.params)
     assert {name: p.shape for name, p in built.named_parameters()} == {n: t.shape for n, t in result.params.items()}
 
@@ -253,7 +255,7 @@ def two_steps_keep_it_as_well(case: Case) -> None:
     again = path(case.target, further, case.methods)
     twice = grown_state(state, again, generator(6), stage=2)
     claims = tuple(link.exactness for link in again)
-    certificate = certify(state, twice, claims, probe(case.source), new=(), dtype=torch.float64)
+    certificate = certify(state, twice, claims, probe(case.source), new={}, dtype=torch.float64)
     assert certificate.exact and certificate.delta_logits_float64 <= EXACT_FLOAT64
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -54,6 +55,21 @@ def test_a_run_that_is_complete_says_so(run: tuple[Path, str]) -> None:
     code, out, err = cli("resume", folder)
     assert code == 0 and "complete at step 18" in out and "a sample" not in out, err
     assert (folder / "metrics.jsonl").read_bytes() == before
+    picture = (folder / "curve.png").read_bytes()
+    (folder / "curve.png").unlink()  # as if killed between the last save and the picture
+    assert cli("resume", folder)[0] == 0
+    assert (folder / "curve.png").read_bytes() == picture
+
+
+def test_a_run_that_stops_says_why_and_goes_on_beside_its_ngram(tmp_path: Path) -> None:
+    recipe = recipe_dict(tmp_path)
+    recipe["monitor"] |= {"progress": "plain"}
+    code, out, err = cli("train", write_recipe(tmp_path, recipe), "run.name=s", "trainer.max_minutes=1e-9")
+    assert code == 3 and "stopped early (trainer.max_minutes): 1 steps" in out, err
+    saved = tmp_path / "runs" / "s" / "recipe.yaml"
+    saved.write_text(re.sub("max_minutes: .*", "max_minutes: null", saved.read_text()))
+    code, out, err = cli("resume", saved.parent)
+    assert code == 0 and out.count("(a 2-gram: ") == 3 and "since step 1" in out, err
 
 
 def _unread(words: list[str]) -> None:

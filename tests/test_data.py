@@ -124,17 +124,19 @@ def test_one_token_is_too_few() -> None:
         stream(1, 4)
 
 
-@given(st.integers(1, 40), st.integers(1, 400), st.integers(0, 500))
-def test_validation_windows(context: int, extra: int, wanted: int) -> None:
-    """Inside, apart, spread to both ends, as many as asked for or as there are; targets are the next tokens."""
+@given(st.integers(1, 40), st.integers(1, 400), st.integers(0, 500), st.data())
+def test_validation_windows(context: int, extra: int, wanted: int, data: st.DataObject) -> None:
+    """Inside, scoring no target twice, spread to both ends, as many as asked for or as there are."""
     tokens = np.arange(context + extra)
-    starts, count = validation_windows(tokens, context, wanted)
-    possible = (len(tokens) - 1) // context
-    assert len(starts) == max(1, min(possible, wanted // context)) and count == len(starts) * context
+    unscored = data.draw(st.integers(0, context - 1))
+    scored = context - unscored
+    starts, count = validation_windows(tokens, context, wanted, unscored)
+    possible = (len(tokens) - 1 - unscored) // scored
+    assert len(starts) == max(1, min(possible, wanted // scored)) and count == len(starts) * scored
     assert starts[0] == 0 and starts[-1] + context < len(tokens)
-    assert (np.diff(starts) >= context).all()
+    assert (np.diff(starts) >= scored).all()
     if len(starts) > 1:
-        assert np.diff(starts).max() - np.diff(starts).min() <= context, "not spread evenly"
+        assert np.diff(starts).max() - np.diff(starts).min() <= scored, "not spread evenly"
         assert len(tokens) - starts[-1] <= 2 * context + np.diff(starts).max(), "the end is left out"
     x, y = windows(tokens, starts, context)
     assert torch.equal(y, x + 1) and torch.equal(x[:, 0], torch.from_numpy(starts))

@@ -13,6 +13,7 @@ from growkit.growth import engine, expand
 from growkit.growth.operator import OPERATORS, Exactness, Grown, TensorGrowth
 from growkit.growth.operators import dense, param_tokens
 from growkit.growth.state import Moments
+from growkit.growth.verify import Certificate
 from growkit.models import axes
 from growkit.models.presets import initial_tau
 from tests import contract
@@ -202,3 +203,37 @@ def test_mutant_is_killed(mutant: Callable[[Patch], None], operator: str, method
     case = _first_case(operator, method)
     with pytest.raises((AssertionError, PreservationError)):
         contract.check(case)
+
+
+def _new_units(patch: Patch, change: Callable[[torch.Tensor], None]) -> None:
+    """Changes what the operator ``mlp`` appends to gate | up: for each half a view of its new units."""
+
+    def changed(growth: TensorGrowth, out: Grown) -> Grown:
+        if growth.old is not None and out.value.shape[0] > growth.old.shape[0]:
+            for half, old in zip(out.value.chunk(2), growth.old.chunk(2), strict=True):
+                change(half[len(old) :])
+        return out
+
+    _grow_tensor(patch, "mlp", changed)
+
+
+def test_the_certificate_looks_into_enlarged_parameters(monkeypatch: Patch) -> None:
+    """New units of an MLP that can never learn are dead; ones that are copies of each other are locked."""
+    case = _first_case("mlp", "zero_down")
+    added = case.target.layers[0].mlp.dim - case.source.layers[0].mlp.dim  # type: ignore[union-attr]
+    state = contract.trained_like(case.source)
+
+    def certificate() -> Certificate:
+        found = engine.grow(state, case.target, case.methods, contract.generator(), contract.probe(case.source))[1]
+        assert found.certificate is not None
+        return found.certificate
+
+    sound = certificate()
+    assert not sound.dead and sound.locked_rows == 0 and min(sound.new_grad_norms) > 0
+    with monkeypatch.context() as patch:
+        _new_units(patch, lambda units: units.zero_())
+        assert len(certificate().dead) == 2 * len(case.source.layers), "gate_up and down of every layer"
+    with monkeypatch.context() as patch:
+        _new_units(patch, lambda units: units.copy_(units[0].clone()))
+        copies = certificate()
+        assert not copies.dead and copies.locked_rows == 2 * (added - 1) * len(case.source.layers)

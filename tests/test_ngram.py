@@ -123,5 +123,11 @@ def test_positions_without_enough_context_are_left_out(order: int) -> None:
     assert found == NGram(train, order).bits_per_byte(train, targets[order - 1 :])
 
 
+def test_a_text_shorter_than_the_order() -> None:
+    """Its longest grams are taken: the score is that of the order it has bytes for."""
+    short = np.frombuffer(b"abc", dtype=np.uint8)
+    assert NGram(short, 7).bits_per_byte(short, np.array([2])) == NGram(short, 3).bits_per_byte(short, np.array([2]))
+
+
 def test_bits() -> None:
     assert bits(math.log(256)) == pytest.approx(8, rel=ROUNDING)

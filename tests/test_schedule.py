@@ -195,6 +195,8 @@ def test_what_stages_inherit(tmp_path: Path) -> None:
         ((), {}, 0, None),
     ]
     assert a.model == b.model != c.model == d.model
+    both = schedule(tmp_path, "optim.lr_scale={norm: 3.0, keys: 2.0}", stages=[first, plain])
+    assert [s.lr_scale for s in both.stages] == [{"norm": 1.5, "keys": 2.0}, {"norm": 3.0, "keys": 2.0}]
     assert [len(s.links) for s in (a, b, c, d)] == [0, 0, 1, 0]
     assert [s.index for s in (a, b, c, d)] == [0, 1, 2, 3]
 
@@ -293,6 +295,8 @@ def test_a_settled_recipe_means_the_same(
         ("stages.1.freeze=[banks]", "bad-selector", "stages.1.freeze"),
         ("stages.0.freeze=[old]", "all-frozen", "stages.0.freeze"),
         ("stages.1.lr_scale={new: -1}", "too-small", "stages.1.lr_scale.new"),
+        ("optim.lr_scale={old: -1}", "too-small", "optim.lr_scale.old"),
+        ("optim.lr_scale={heart: 2}", "bad-selector", "optim.lr_scale"),
         ("stages=[]", "no-stages", "stages"),
         ("trainer.save_every=1k tokens", "bad-duration", "trainer.save_every"),
     ],

@@ -35,6 +35,10 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def curve(self) -> Path:
+        return self.path / "curve.png"
+
+    @property
     def recipe(self) -> Path:
         return self.path / "recipe.yaml"
 

@@ -20,7 +20,7 @@ from growkit.config.load import apply_override
 from growkit.duration import quantity
 from growkit.errors import ConfigError
 from growkit.eval.generate import sample_text
-from growkit.growth.engine import GrowthReport, lazy_state
+from growkit.growth.engine import GrowthReport, lazy_state, new_entries
 from growkit.growth.path import grown_config, path
 from growkit.growth.verify import certify
 from growkit.models.decoder import build
@@ -58,7 +58,8 @@ def grow_checkpoint(source: Path, targets: Sequence[str], output: Path, seed: in
     grown = lazy_state(checkpoint.state, links, torch.Generator().manual_seed(seed), stage=stage)
     new = tuple(name for name in grown.params if name not in checkpoint.state.params)
     probe = torch.randint(config.vocab_size, (1, probe_tokens + 1), generator=torch.Generator().manual_seed(seed))
-    certificate = certify(checkpoint.state, grown, tuple(link.exactness for link in links), probe, new=new)
+    claims, entries = tuple(link.exactness for link in links), new_entries(checkpoint.state, links)
+    certificate = certify(checkpoint.state, grown, claims, probe, new=entries)
     report = GrowthReport(tuple(links), new, config.num_params(), wanted.num_params(), certificate)
     step = checkpoint.manifest.progress.step
     event = {"kind": "growth", "stage": stage, "name": output.name, "step": step} | report.record()

@@ -51,7 +51,7 @@ def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     raise typer.Exit(start(recipe, overrides or []))
 
 
-@app.command(epilog="Example: growkit resume runs/quickstart --from 400 --as runs/branch")
+@app.command(epilog="Example: growkit resume runs/NAME --from 400 --as runs/branch")
 def resume(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     from_step: Annotated[int | None, typer.Option("--from", help="Step to go on from (default: the latest).")] = None,
@@ -63,7 +63,7 @@ def resume(
     raise typer.Exit(go_on(run, from_step, as_new))
 
 
-@app.command(epilog="Example: growkit grow runs/quickstart num_layers=8 -o grown methods.depth=identity")
+@app.command(epilog="Example: growkit grow runs/NAME num_layers=8 -o grown methods.depth=identity")
 def grow(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or a run folder (its latest checkpoint).")],
     targets: Annotated[list[str], typer.Argument(help="key=value: sizes to grow to, methods.OPERATOR=METHOD.")],
@@ -85,7 +85,7 @@ def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     show_schedule(recipe, overrides or [])
 
 
-@app.command(epilog="Example: growkit inspect runs/quickstart")
+@app.command(epilog="Example: growkit inspect runs/NAME")
 def inspect(checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or a run folder.")]) -> None:
     """Show what a checkpoint holds: model, progress, lineage with certificates; every file is verified."""
     from growkit.cli.checkpoints import inspect_checkpoint
@@ -93,7 +93,7 @@ def inspect(checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or a r
     inspect_checkpoint(checkpoint)
 
 
-@app.command(epilog="Example: growkit generate runs/quickstart --prompt 'def ' --tokens 300")
+@app.command(epilog="Example: growkit generate runs/NAME --prompt 'def ' --tokens 300")
 def generate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or a run folder.")],
     prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "def ",

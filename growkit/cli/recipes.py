@@ -107,5 +107,5 @@ def show_schedule(name: str, overrides: Sequence[str]) -> None:
     console = Console()
     console.print(table)
     if any(stage.links for stage in schedule.stages):
-        console.print("growth is exact unless marked")
+        console.print("growth keeps what the model computes, but where it says (not exact)")
     console.print(f"valid: {schedule.tokens:,} tokens, {schedule.flops:.3g} FLOPs in all")

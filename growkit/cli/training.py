@@ -71,6 +71,8 @@ def go_on(path: Path, from_step: int | None, as_new: Path | None) -> int:
         if as_new is None and at.stage + 1 == len(schedule.stages) and at.stage_step == schedule.stages[-1].steps:
             done = f"{folder.path} is complete at step {at.step}: nothing is left to train"
             Console(highlight=False).print(done, soft_wrap=True, markup=False)
+            if not folder.curve.exists():  # killed between its last save and its picture
+                _draw(folder)
             folder.unlock()
             return DONE
     if joined is None:
@@ -131,13 +133,16 @@ def _run(run: Run, schedule: GrowthSchedule) -> int:
     return DONE if done else STOPPED
 
 
+def _draw(folder: RunFolder) -> None:
+    try:
+        draw_curves({folder.path.name: list(read_log(folder.metrics))}, folder.curve)
+    except OSError as error:
+        raise store.cannot_write(folder.curve, error) from error
+
+
 def _finish(run: Run, console: Console, began: float, done: bool) -> None:
     recipe = run.recipe
-    picture = run.folder.path / "curve.png"
-    try:
-        draw_curves({run.folder.path.name: list(read_log(run.folder.metrics))}, picture)
-    except OSError as error:
-        raise store.cannot_write(picture, error) from error
+    _draw(run.folder)
     if recipe.monitor.progress == "off":
         return
     if done and recipe.monitor.sample_tokens:
@@ -152,6 +157,6 @@ def _finish(run: Run, console: Console, began: float, done: bool) -> None:
         f"{quantity(at.flops)} FLOPs; {clock(time.monotonic() - began)} since "
         f"{f'step {run.first_step}' if run.first_step else 'the start'}"
     )
-    console.print(f"run folder: {run.folder.path}   curve: {picture}", soft_wrap=True, markup=False)
+    console.print(f"run folder: {run.folder.path}   curve: {run.folder.curve}", soft_wrap=True, markup=False)
     if not done:
         console.print(f"go on with: growkit resume {run.folder.path}", soft_wrap=True, markup=False)

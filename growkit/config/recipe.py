@@ -34,6 +34,7 @@ class DataConfig:
 @dataclass
 class OptimConfig:
     lr: float = 3e-3  # peak, unless a stage says otherwise
+    lr_scale: dict[str, float] = field(default_factory=dict)  # selector: factor, in every stage; a stage's multiply
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -86,7 +87,7 @@ class StageConfig:
     min_lr_ratio: float = 0.0  # where cosine and wsd end, relative to the peak
     new_warmup: str = "0 steps"  # of parameters born in this stage, on top of the schedule
     freeze: list[str] = field(default_factory=list)  # selectors: old, old_banks, embedding, attention, bank:0, ...
-    lr_scale: dict[str, float] = field(default_factory=dict)  # selector: factor
+    lr_scale: dict[str, float] = field(default_factory=dict)  # selector: factor, in this stage
     validate_every: str | None = None  # besides the end of the stage
 
 

@@ -89,13 +89,17 @@ class Batches:
 
 
 def validation_windows(
-    tokens: NDArray[np.integer], context_length: int, wanted_tokens: int
+    tokens: NDArray[np.integer], context_length: int, wanted_tokens: int, unscored: int = 0
 ) -> tuple[NDArray[np.int64], int]:
-    """Start positions of non-overlapping windows spread evenly over ``tokens``, and how many tokens they hold."""
-    possible = (len(tokens) - 1) // context_length
-    count = max(1, min(possible, wanted_tokens // context_length))
-    starts = np.floor(np.arange(count) * (possible / count)).astype(np.int64) * context_length
-    return starts, count * context_length
+    """Start positions of windows spread evenly over ``tokens``, and how many tokens they score.
+
+    The first ``unscored`` targets of a window are only context; the windows do not overlap in the others.
+    """
+    scored = context_length - unscored
+    possible = (len(tokens) - 1 - unscored) // scored
+    count = max(1, min(possible, wanted_tokens // scored))
+    starts = np.floor(np.arange(count) * (possible / count)).astype(np.int64) * scored
+    return starts, count * scored
 
 
 def windows(tokens: NDArray[np.integer], starts: NDArray[np.int64], context_length: int) -> tuple[Tensor, Tensor]:

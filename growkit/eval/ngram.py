@@ -15,11 +15,12 @@ Counts = tuple[NDArray[np.uint64], NDArray[np.int64]]  # sorted codes, counts
 
 
 class NGram:
-    """Trained on ``tokens`` (uint8). ``order``: bytes of a gram, 1..7 (a code fits 64 bits)."""
+    """Trained on ``tokens`` (uint8). ``order``: bytes of a gram, 1..7 (a code fits 64 bits); a shorter text lowers it
+    to its length."""
 
     def __init__(self, tokens: NDArray[np.uint8], order: int) -> None:
         assert 1 <= order <= 7
-        self.order = order
+        self.order = order = min(order, len(tokens))
         self._grams: dict[int, Counts] = {}
         self._contexts: dict[int, tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.int64]]] = {}
         codes, counts = np.unique(_codes(tokens, order), return_counts=True)

@@ -11,8 +11,15 @@ from torch import nn
 
 from growkit import faults
 from growkit.data.stream import validation_windows, windows
+from growkit.models.loss import IGNORED
 
 ROWS = 32  # windows per forward pass
+
+
+def unscored(context_length: int) -> int:
+    """How many first targets of a window are only context to the others: an eighth. A window starts in the middle of
+    a text, so they measure the cut, not the model; an n-gram model on the same targets has its whole context too."""
+    return context_length // 8
 
 
 def mean_loss(
@@ -27,9 +34,10 @@ def mean_loss(
 ) -> tuple[float, int]:
     """(sum of nats, tokens) over this process's share of the windows; the caller adds up processes.
 
-    Windows do not overlap and start afresh, so their first tokens are predicted from little context.
+    A window starts afresh; its first eighth is context and not scored (``unscored``).
     """
-    starts, _ = validation_windows(tokens, context_length, wanted_tokens)
+    skip = unscored(context_length)
+    starts, _ = validation_windows(tokens, context_length, wanted_tokens, skip)
     if len(starts) >= world_size:  # equal shares: sharded models must run the same number of passes everywhere
         starts = starts[: len(starts) // world_size * world_size][rank::world_size]
     device = next(model.parameters()).device
@@ -39,15 +47,17 @@ def mean_loss(
     with torch.no_grad(), autocast or nullcontext():
         for index in range(0, len(starts), ROWS):
             x, y = windows(tokens, starts[index : index + ROWS], context_length)
+            y[:, :skip] = IGNORED
             loss = model(x.to(device), y.to(device)).cross_entropy
             total += loss.double().cpu() * y.numel()
             if index == 0:
                 faults.point("mid_validation")
     model.train(training)
-    return float(total), len(starts) * context_length
+    return float(total), len(starts) * (context_length - skip)
 
 
 def target_positions(tokens: NDArray[np.integer], context_length: int, wanted_tokens: int) -> NDArray[np.int64]:
     """The positions that ``mean_loss`` scores (one process), for another model to be scored on."""
-    starts, _ = validation_windows(tokens, context_length, wanted_tokens)
-    return (starts[:, None] + np.arange(context_length) + 1).ravel()
+    skip = unscored(context_length)
+    starts, _ = validation_windows(tokens, context_length, wanted_tokens, skip)
+    return (starts[:, None] + np.arange(skip, context_length) + 1).ravel()

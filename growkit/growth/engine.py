@@ -68,7 +68,8 @@ def grow(
     new = tuple(name for name in grown.params if name not in state.params)
     certificate = None
     if probe is not None:
-        certificate = certify(state, grown, tuple(link.exactness for link in links), probe, new=new, dtype=dtype)
+        claims, entries = tuple(link.exactness for link in links), new_entries(state, links)
+        certificate = certify(state, grown, claims, probe, new=entries, dtype=dtype)
     before, after = state.config.num_params(), target.num_params()
     return grown, GrowthReport(tuple(links), new, before, after, certificate)
 
@@ -95,6 +96,19 @@ def lazy_state(state: TrainState, links: list[Link], generator: torch.Generator,
         kept = [name for name in view.specs if name in view.old_specs and name in state.moments]
         state = TrainState(link.target, params, _Lazy(kept, view.moments), born)
     return state
+
+
+def new_entries(state: TrainState, links: list[Link]) -> dict[str, Tensor]:
+    """Where the grown state holds entries that did not exist before (bool), of the parameters that have any."""
+    one = torch.ones(())  # carried along as a moment, a one marks an old entry: moments start new entries at zero
+    ones = {name: Moments(one.expand(p.shape), one.expand(p.shape), 0.0) for name, p in state.params.items()}
+    marked = lazy_state(TrainState(state.config, state.params, ones), links, torch.Generator())
+    entries = {}
+    for name, spec in param_specs(marked.config).items():
+        old = marked.moments[name].exp_avg if name in marked.moments else torch.zeros(spec.shape)
+        if not old.all():
+            entries[name] = old == 0
+    return entries
 
 
 class _Lazy(Mapping[str, T]):

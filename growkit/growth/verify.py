@@ -28,9 +28,10 @@ PROBE_SIZE = 1e-3  # sign step between them, about one Adam step at lr 1e-3
 class Certificate:
     """Measured on a probe batch; relative differences are ‖Δ‖/‖logits‖ (Frobenius).
 
-    ``new_grad_norms``: of the new parameters on the first PROBE_STEPS steps; ``dead``: those with none on any of them
-    (one operator's are alive by the second; in a chain, a zero inside a zero by the third). ``locked_rows``: rows of
-    new parameters that equal another row of theirs in value and in gradient, so that training cannot tell them apart.
+    New entries are new parameters and what was added to old ones. ``new_grad_norms``: of all of them on the first
+    PROBE_STEPS steps; ``dead``: parameters whose new entries get none on any (one operator's are alive by the second;
+    in a chain, a zero inside a zero by the third). ``locked_rows``: wholly new rows that equal another row of their
+    parameter in value and in gradient, so that training cannot tell them apart.
     """
 
     exact: bool
@@ -58,11 +59,12 @@ def certify(
     claims: tuple[Exactness, ...],
     probe: Tensor,
     *,
-    new: tuple[str, ...],
+    new: Mapping[str, Tensor],
     dtype: torch.dtype = torch.float32,
 ) -> Certificate:
     """Compares ``before`` and ``after`` on ``probe`` (rows, context + 1). Raises PreservationError if all ``claims``
-    are exact and a tolerance is missed. Layers are held in float64 one at a time."""
+    are exact and a tolerance is missed. ``new``: where the new entries are (bool), of the parameters that have any.
+    Layers are held in float64 one at a time."""
     tokens, targets = probe[:, :-1], probe[:, 1:]
     exact = all(claim.kind == "exact" for claim in claims)
     wide_before = stream_logits(before.config, before.params, tokens, torch.float64)
@@ -82,8 +84,8 @@ def certify(
         parameters_before=before.config.num_params(),
         parameters_after=after.config.num_params(),
         new_grad_norms=tuple(_norm(gradients, new) for gradients in rounds),
-        dead=tuple(name for name in new if not any(gradients[name].any() for gradients in rounds)),
-        locked_rows=sum(_locked_rows(after.params[name], rounds[-1][name]) for name in new),
+        dead=tuple(name for name, at in new.items() if not any(gradients[name][at].any() for gradients in rounds)),
+        locked_rows=sum(_locked_rows(after.params[name], rounds[-1][name], at) for name, at in new.items()),
     )
     if exact:
         stored = next(iter(after.params.values())).dtype
@@ -146,12 +148,13 @@ def _gradients(state: TrainState, tokens: Tensor, targets: Tensor) -> list[dict[
     return rounds
 
 
-def _locked_rows(value: Tensor, gradient: Tensor) -> int:
+def _locked_rows(value: Tensor, gradient: Tensor, new: Tensor) -> int:
+    """How many of the rows that are wholly ``new`` and move add none to the different rows there are."""
     if value.dim() != 2:
         return 0
-    rows = torch.cat((value.float(), gradient), dim=1)
-    moving = rows[gradient.any(dim=1)]
-    return len(moving) - len(torch.unique(moving, dim=0))
+    rows, moving, added = torch.cat((value.float(), gradient), dim=1), gradient.any(dim=1), new.all(dim=1)
+    different = [len(torch.unique(rows[of], dim=0)) for of in (moving, moving & ~added)]
+    return int((moving & added).sum()) - (different[0] - different[1])
 
 
 def _relative(new: Tensor, old: Tensor) -> float:
@@ -162,5 +165,5 @@ def _loss(logits: Tensor, targets: Tensor) -> float:
     return float(F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
 
 
-def _norm(gradients: Mapping[str, Tensor], names: tuple[str, ...]) -> float:
-    return float(torch.stack([gradients[name].norm() for name in names]).norm()) if names else 0.0
+def _norm(gradients: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> float:
+    return float(torch.stack([gradients[name][at].norm() for name, at in new.items()]).norm()) if new else 0.0

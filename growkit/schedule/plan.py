@@ -108,7 +108,7 @@ def _stage(recipe: Recipe, config: StageConfig, index: int, model: ModelConfig, 
         config.global_batch_tokens, last.global_batch_tokens if last else None, f"{key}.global_batch_tokens"
     )
     if batch % context:
-        mend = f"use a multiple of {context}, such as {max(1, batch // context) * context}"
+        mend = f"use a multiple of {context}, such as {max(1, round(batch / context)) * context}"
         problem = f"is not a multiple of context_length = {context}"
         raise ConfigError("batch-not-whole", problem, key=f"{key}.global_batch_tokens", value=batch, mend=mend)
     rows, world = batch // context, recipe.trainer.devices
@@ -135,10 +135,8 @@ def _stage(recipe: Recipe, config: StageConfig, index: int, model: ModelConfig, 
         length = Duration.parse(text, key=f"{key}.{name}", share=True)
         return length.steps(tokens_per_step=batch, flops_per_step=flops, whole=steps)
 
-    for selector in (*config.freeze, *config.lr_scale):
-        check_selector(selector, f"{key}.{'freeze' if selector in config.freeze else 'lr_scale'}")
-    for selector, factor in config.lr_scale.items():
-        _at_least(factor, 0, f"{key}.lr_scale.{selector}")
+    for selector in config.freeze:
+        check_selector(selector, f"{key}.freeze")
     if config.freeze:
         specs, old = param_specs(target), param_specs(model)
         born = {name: index for name in specs if name not in old}
@@ -160,7 +158,7 @@ def _stage(recipe: Recipe, config: StageConfig, index: int, model: ModelConfig, 
         lr=_lr(recipe, config, index, steps, last, span),
         new_warmup_steps=span(config.new_warmup, "new_warmup"),
         freeze=tuple(config.freeze),
-        lr_scale=dict(config.lr_scale),
+        lr_scale=_lr_scale(recipe, config, key),
         validate_every=None if config.validate_every is None else span(config.validate_every, "validate_every") or None,
         flops_per_step=flops,
     )
@@ -188,6 +186,17 @@ def _lr(recipe: Recipe, config: StageConfig, index: int, steps: int, last: Stage
         raise ConfigError("lr-too-long", problem, key=f"{key}.warmup", value=config.warmup, mend=mend)
     start = last.lr.last if last else 0.0
     return LRSchedule(config.schedule, start, peak, peak * config.min_lr_ratio, steps, warmup, decay)
+
+
+def _lr_scale(recipe: Recipe, config: StageConfig, key: str) -> dict[str, float]:
+    """The recipe's factors and the stage's, multiplied where they name the same."""
+    factors: dict[str, float] = {}
+    for where, scale in (("optim", recipe.optim.lr_scale), (key, config.lr_scale)):
+        for selector, factor in scale.items():
+            check_selector(selector, f"{where}.lr_scale")
+            _at_least(factor, 0, f"{where}.lr_scale.{selector}")
+            factors[selector] = factors.get(selector, 1.0) * factor
+    return factors
 
 
 def _check_sections(recipe: Recipe) -> None:

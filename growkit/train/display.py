@@ -19,6 +19,7 @@ from growkit.schedule.plan import GrowthSchedule
 from growkit.train.metrics_log import Record
 
 LINE_SECONDS = 5.0  # between plain log lines
+RATE_MEMORY = 0.9  # of the mean speed that the time left is told from, per record: one slow moment does not move it
 
 
 def clock(seconds: float) -> str:
@@ -45,6 +46,7 @@ class Display:
         self._live: Live | None = None
         self._ngram: Record | None = None
         self._last_line = 0.0
+        self._flops_per_second: float | None = None
 
     def __enter__(self) -> Display:
         if self.mode == "bar":
@@ -74,11 +76,14 @@ class Display:
     def _show_step(self, record: Record) -> None:
         stage = self.schedule.stages[record["stage"]]
         left = self.schedule.flops - record["flops"]
+        rate = record["flops_per_second"]
+        mean = rate if self._flops_per_second is None else self._flops_per_second
+        self._flops_per_second = RATE_MEMORY * mean + (1 - RATE_MEMORY) * rate
         line = (
             f"stage {stage.index + 1}/{len(self.schedule.stages)} {stage.name}  "
             f"{quantity(record['tokens'])} tokens  {quantity(record['tokens_per_second'])} tokens/s  "
             f"loss {record['loss']:.3f}  {record['bits_per_byte']:.3f} bits/byte  "
-            f"ETA {clock(left / record['flops_per_second'])}"
+            f"ETA {clock(left / self._flops_per_second)}"
         )
         if self._live is not None:
             bar = ProgressBar(total=self.schedule.flops, completed=record["flops"], width=40)
