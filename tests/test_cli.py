@@ -69,7 +69,7 @@ def test_a_run_that_stops_says_why_and_goes_on_beside_its_ngram(tmp_path: Path) 
     saved = tmp_path / "runs" / "s" / "recipe.yaml"
     saved.write_text(re.sub("max_minutes: .*", "max_minutes: null", saved.read_text()))
     code, out, err = cli("resume", saved.parent)
-    assert code == 0 and out.count("(a 2-gram: ") == 3 and "since step 1" in out, err
+    assert code == 0 and out.count("(a 2-gram: ") == 4 and "since step 1" in out, err
 
 
 def _unread(words: list[str]) -> None:
