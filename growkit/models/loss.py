@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-
 IGNORED = -100  # a target that adds nothing to the sums; means stay over all targets
 
 
