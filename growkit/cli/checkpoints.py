@@ -20,6 +20,7 @@ from growkit.config.load import apply_override
 from growkit.duration import quantity
 from growkit.errors import ConfigError
 from growkit.eval.generate import sample_text
+from growkit.eval.ngram import bits
 from growkit.growth.engine import GrowthReport, lazy_state, new_entries
 from growkit.growth.path import grown_config, path
 from growkit.growth.verify import certify
@@ -93,7 +94,7 @@ def inspect_checkpoint(folder: Path) -> None:
         if entry["kind"] == "growth":
             console.print(growth_table(entry))
         else:
-            loss = f"validation loss {entry['validation_loss']:.4f} nats"
+            loss = f"validation loss {entry['validation_loss']:.4f} nats ({bits(entry['validation_loss']):.3f} bits)"
             console.print(f"stage {entry['name']} ended at step {entry['step']}: {loss}", markup=False)
     console.print(", ".join(f"{key} {value}" for key, value in manifest.environment.items()), soft_wrap=True)
 
