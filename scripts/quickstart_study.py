@@ -3,7 +3,7 @@
     python scripts/quickstart_study.py [--seeds 1] [--only grown middle] [--jobs 2]
 
 Trains recipes/quickstart.yaml and, at exactly its FLOPs, several static sizes of the same model (each with its own
-full learning-rate schedule), all at two peak rates and through `growkit train`. Runs are judged at equal FLOPs, so
+full learning-rate schedule), all at three peak rates and through `growkit train`. Runs are judged at equal FLOPs, so
 several may share the machine. Writes every result (JSON) and the curves of the grown run and of the best static one
 (PNG) under docs/results/.
 """
@@ -30,18 +30,19 @@ from growkit.train.metrics_log import read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
-SIZES = {  # of recipes/quickstart-static.yaml
-    "small": {"num_layers": 1},
-    "middle": {"num_layers": 2},
-    "large": {"num_layers": 3},
+STATIC = {  # what each arm changes in recipes/quickstart-static.yaml
+    "small": ["model.num_layers=1"],
+    "middle": ["model.num_layers=2"],
+    "middle-1024": ["model.num_layers=2", "stages.0.global_batch_tokens=1024"],  # more, smaller steps; slower
+    "large": ["model.num_layers=3"],
 }
-PEAK_RATES = (1e-3, 1.5e-3)
+PEAK_RATES = (1e-3, 1.5e-3, 2.2e-3)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1, help="runs of every arm (default: 1)")
-    parser.add_argument("--only", nargs="+", choices=["grown", *SIZES], default=["grown", *SIZES], help="arms to run")
+    parser.add_argument("--only", nargs="+", choices=["grown", *STATIC], default=["grown", *STATIC], help="arms to run")
     parser.add_argument("--rates", nargs="+", type=float, default=list(PEAK_RATES), help="peak learning rates")
     parser.add_argument("--context", type=int, default=256, help="of the static runs, throughout (default: 256)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, which share the cores (default: 2)")
@@ -52,12 +53,11 @@ def main() -> None:
     if "grown" in options.only:
         for rate in options.rates:
             arms[f"grown, lr {rate:g}"] = ("quickstart", [f"optim.lr={rate}"])
-    for size in SIZES:
-        if size in options.only:
+    stage = [f"stages.0.duration={flops:.6e} flops", f"stages.0.context_length={options.context}"]
+    for name, changes in STATIC.items():
+        if name in options.only:
             for rate in options.rates:
-                model = [f"model.{key}={value}" for key, value in SIZES[size].items()]
-                stage = [f"stages.0.duration={flops:.6e} flops", f"stages.0.context_length={options.context}"]
-                arms[f"{size}, lr {rate:g}"] = ("quickstart-static", [*model, *stage, f"optim.lr={rate}"])
+                arms[f"{name}, lr {rate:g}"] = ("quickstart-static", [*changes, *stage, f"optim.lr={rate}"])
     folder = Path(tempfile.mkdtemp(prefix="quickstart-study-"))
     cores = max(1, (os.cpu_count() or 1) // options.jobs)
     jobs = []
