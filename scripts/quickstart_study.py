@@ -30,11 +30,12 @@ from growkit.train.metrics_log import read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
+BATCH_2048 = "stages.0.global_batch_tokens=2048"
 STATIC = {  # what each arm changes in recipes/quickstart-static.yaml
-    "small": ["model.num_layers=1"],
-    "middle": ["model.num_layers=2"],
-    "middle-1024": ["model.num_layers=2", "stages.0.global_batch_tokens=1024"],  # more, smaller steps; slower
-    "large": ["model.num_layers=3"],
+    "small": ["model.num_layers=1", BATCH_2048],
+    "middle": ["model.num_layers=2", BATCH_2048],
+    "middle-1024": ["model.num_layers=2"],  # twice as many, smaller steps
+    "large": ["model.num_layers=3", BATCH_2048],
 }
 PEAK_RATES = (1e-3, 1.5e-3, 2.2e-3)
 
