@@ -9,11 +9,14 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from growkit.eval.ngram import NGram, bits, ngram_bits_per_byte
-from tests.support import TEXT
+from growkit.eval.validate import mean_loss, target_positions
+from growkit.models.decoder import build
+from tests.support import TEXT, model_config, trained_like
 
 ROUNDING = 1e-12  # relative, float64: sums of at most 256 terms
 
@@ -131,3 +134,14 @@ def test_a_text_shorter_than_the_order() -> None:
 
 def test_bits() -> None:
     assert bits(math.log(256)) == pytest.approx(8, rel=ROUNDING)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5, 9])
+def test_processes_share_the_validation_windows(world_size: int) -> None:
+    """What all score together is what one scores, as the n-gram is, with windows left over and with too few of them."""
+    config, tokens = model_config("transformer", vocab_size=256), np.frombuffer(TEXT.encode() * 2, dtype=np.uint8)
+    model = build(config, trained_like(config, dtype=torch.float32).params)
+    alone = mean_loss(model, tokens, 16, 7 * 14)
+    shares = [mean_loss(model, tokens, 16, 7 * 14, rank=r, world_size=world_size) for r in range(world_size)]
+    assert alone[1] == 7 * 14 == len(target_positions(tokens, 16, 7 * 14)) == sum(count for _, count in shares)
+    assert sum(total for total, _ in shares) == pytest.approx(alone[0], rel=1e-6)  # float32, other batches

@@ -38,26 +38,30 @@ def mean_loss(
     """
     skip = unscored(context_length)
     starts, _ = validation_windows(tokens, context_length, wanted_tokens, skip)
-    if len(starts) >= world_size:  # equal shares: sharded models must run the same number of passes everywhere
-        starts = starts[: len(starts) // world_size * world_size][rank::world_size]
+    mine = starts[rank::world_size]
+    idle = -(-len(starts) // world_size) > len(mine)
+    if idle:  # sharded models must run the same number of passes everywhere: one window more, which does not count
+        mine = np.append(mine, starts[0])
     device = next(model.parameters()).device
     training = model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float64)
     with torch.no_grad(), autocast or nullcontext():
-        for index in range(0, len(starts), ROWS):
-            x, y = windows(tokens, starts[index : index + ROWS], context_length)
+        for index in range(0, len(mine), ROWS):
+            x, y = windows(tokens, mine[index : index + ROWS], context_length)
             y[:, :skip] = IGNORED
+            if idle and index + ROWS >= len(mine):
+                y[-1] = IGNORED
             loss = model(x.to(device), y.to(device)).cross_entropy
             total += loss.double().cpu() * y.numel()
             if index == 0:
                 faults.point("mid_validation")
     model.train(training)
-    return float(total), len(starts) * (context_length - skip)
+    return float(total), (len(mine) - idle) * (context_length - skip)
 
 
 def target_positions(tokens: NDArray[np.integer], context_length: int, wanted_tokens: int) -> NDArray[np.int64]:
-    """The positions that ``mean_loss`` scores (one process), for another model to be scored on."""
+    """The positions that ``mean_loss`` scores, for another model to be scored on."""
     skip = unscored(context_length)
     starts, _ = validation_windows(tokens, context_length, wanted_tokens, skip)
     return (starts[:, None] + np.arange(skip, context_length) + 1).ravel()
