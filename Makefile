@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: help quickstart test lint soak bench clean
 
 help:
-	@echo "make quickstart   train and grow a small model on real text (about four minutes on two cores)"
+	@echo "make quickstart   train and grow a small model on real text (three to four minutes on two cores)"
 	@echo "make test         the test suite"
 	@echo "make lint         ruff and mypy"
 	@echo "make soak         kill training 100 times, resume, compare bitwise"
