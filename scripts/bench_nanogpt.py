@@ -41,7 +41,7 @@ from growkit.train import hardware
 ROOT = Path(__file__).resolve().parent.parent
 EMBED_DIM, NUM_LAYERS, NUM_HEADS = 128, 3, 4  # about 0.64M parameters
 CONTEXT, BATCH_TOKENS = 128, 1024
-LEARNING_RATES = (1e-3, 2e-3, 4e-3)
+LEARNING_RATES = (2e-3, 4e-3, 8e-3)
 WARMUP_SHARE, FINAL_LR_SHARE = 0.05, 0.1
 WEIGHT_DECAY, BETAS, CLIP_NORM = 0.1, (0.9, 0.95), 1.0
 SIZE_TOLERANCE = 0.03

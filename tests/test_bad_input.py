@@ -611,6 +611,7 @@ def test_a_wrong_command_line_exits_with_2_and_says_what_is_wrong(words: str, pa
     code, out, err = cli(*shlex.split(words))
     assert code == 2
     assert part in err and "Traceback" not in err and "Usage" in out + err
+    assert "[bad-command-line]" in err
     assert contents(world) == before
 
 
@@ -853,7 +854,7 @@ def test_every_code_is_documented_and_every_documented_code_is_raised() -> None:
 
 
 def test_every_code_is_exercised() -> None:
-    exercised = {case.code for case in (*CASES, BUSY)} | {call[2] for call in CALLS}
+    exercised = {case.code for case in (*CASES, BUSY)} | {call[2] for call in CALLS} | {"bad-command-line"}  # USAGE
     assert exercised == set(raised_codes())
 
 

@@ -21,9 +21,8 @@ from growkit.duration import quantity
 from growkit.errors import ConfigError
 from growkit.eval.generate import sample_text
 from growkit.eval.ngram import bits
-from growkit.growth.engine import GrowthReport, lazy_state, new_entries
+from growkit.growth.engine import growth_report, lazy_state
 from growkit.growth.path import grown_config, path
-from growkit.growth.verify import certify
 from growkit.models.decoder import build
 from growkit.train.display import growth_table
 
@@ -57,11 +56,8 @@ def grow_checkpoint(source: Path, targets: Sequence[str], output: Path, seed: in
     links = path(config, wanted, methods)
     stage = checkpoint.manifest.progress.stage + 1
     grown = lazy_state(checkpoint.state, links, torch.Generator().manual_seed(seed), stage=stage)
-    new = tuple(name for name in grown.params if name not in checkpoint.state.params)
     probe = torch.randint(config.vocab_size, (1, probe_tokens + 1), generator=torch.Generator().manual_seed(seed))
-    claims, entries = tuple(link.exactness for link in links), new_entries(checkpoint.state, links)
-    certificate = certify(checkpoint.state, grown, claims, probe, new=entries)
-    report = GrowthReport(tuple(links), new, config.num_params(), wanted.num_params(), certificate)
+    report = growth_report(checkpoint.state, grown, links, probe)
     step = checkpoint.manifest.progress.step
     event = {"kind": "growth", "stage": stage, "name": output.name, "step": step} | report.record()
     manifest = dataclasses.replace(

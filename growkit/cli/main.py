@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from growkit import __version__
-from growkit.errors import GrowkitError
+from growkit.errors import ConfigError, GrowkitError
 
 app = typer.Typer(
     help="Train a language model by growing it.",
@@ -24,7 +24,7 @@ app = typer.Typer(
 recipes_app = typer.Typer(help="The recipes that come with growkit.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
 
-STOPPED = 3  # exit code of a run that stopped early and can be resumed
+UsageError: Any = typer.BadParameter.__mro__[1]  # of everything wrong with a command line; typer exports only this heir
 
 RecipeArgument = Annotated[str, typer.Argument(help="A YAML file, or the name of a built-in recipe.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value on top of the recipe.", show_default=False)]
@@ -139,11 +139,26 @@ def main() -> None:
     """Entry point: user errors end in one message and their exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
-        app()
+        code = app(standalone_mode=False)
+    except UsageError as mistake:
+        if mistake.ctx is not None:
+            typer.echo(mistake.ctx.get_usage(), err=True)
+        _fail(
+            ConfigError(
+                "bad-command-line",
+                mistake.format_message().rstrip(".") or "a command is missing",
+                mend="--help says what there is",
+            )
+        )
     except GrowkitError as error:
-        message = Text.assemble(("error", "bold red"), f": {error}")
-        Console(stderr=True, highlight=False).print(message, soft_wrap=True)
-        sys.exit(error.exit_code)
+        _fail(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(error: GrowkitError) -> NoReturn:
+    message = Text.assemble(("error", "bold red"), f": {error}")
+    Console(stderr=True, highlight=False).print(message, soft_wrap=True)
+    sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -65,13 +65,24 @@ def grow(
     """
     links = path(state.config, target, methods)
     grown = grown_state(state, links, generator, stage=stage)
+    return grown, growth_report(state, grown, links, probe, dtype=dtype)
+
+
+def growth_report(
+    state: TrainState,
+    grown: TrainState,
+    links: list[Link],
+    probe: Tensor | None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> GrowthReport:
+    """What ``links`` made of ``state``, measured on ``probe`` if there is one. Raises PreservationError as ``grow``."""
     new = tuple(name for name in grown.params if name not in state.params)
     certificate = None
     if probe is not None:
         claims, entries = tuple(link.exactness for link in links), new_entries(state, links)
         certificate = certify(state, grown, claims, probe, new=entries, dtype=dtype)
-    before, after = state.config.num_params(), target.num_params()
-    return grown, GrowthReport(tuple(links), new, before, after, certificate)
+    return GrowthReport(tuple(links), new, state.config.num_params(), grown.config.num_params(), certificate)
 
 
 def grown_state(state: TrainState, links: list[Link], generator: torch.Generator, *, stage: int = 0) -> TrainState:
