@@ -6,6 +6,7 @@ Programming errors inside growkit are plain ``assert`` or built-in exceptions.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 _LONGEST = 300  # characters of a value that are shown
@@ -50,3 +51,9 @@ class TrainingError(GrowkitError):
     """A run that had to stop (non-finite loss, no memory for one sequence); what was saved can be resumed."""
 
     exit_code = 3
+
+
+def cannot_write(path: Path, error: BaseException) -> CheckpointError:
+    """What a full or read-only disk is reported as."""
+    mend = "free space or name another place (run.folder, --output, --as); earlier checkpoints are untouched"
+    return CheckpointError("cannot-write", f"cannot be written ({error})", key=str(path), mend=mend)

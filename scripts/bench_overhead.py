@@ -26,6 +26,7 @@ import torch
 import yaml
 from rich.console import Console
 
+from growkit.checkpoint.metrics_log import Record
 from growkit.checkpoint.run_folder import RunFolder
 from growkit.config.load import parse_recipe, to_yaml
 from growkit.config.recipe import Recipe
@@ -38,7 +39,6 @@ from growkit.optim.groups import param_groups
 from growkit.schedule.plan import GrowthSchedule, growth_schedule
 from growkit.train import hardware
 from growkit.train.display import Display
-from growkit.train.metrics_log import Record
 from growkit.train.run import Run, prepare_corpus
 
 ROOT = Path(__file__).resolve().parent.parent

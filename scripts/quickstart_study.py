@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 
+from growkit.checkpoint.metrics_log import read_log
 from growkit.cli.recipes import read
 from growkit.cli.training import start
 from growkit.report.curve import draw_curves
 from growkit.train import hardware
-from growkit.train.metrics_log import read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"

@@ -32,10 +32,10 @@ os.chdir(ROOT)  # the fork server starts here and finds tests/ by it
 from growkit import faults  # noqa: E402
 from growkit.checkpoint import manifest as manifests  # noqa: E402
 from growkit.checkpoint import run_folder, store  # noqa: E402
+from growkit.checkpoint.metrics_log import Record, read_log  # noqa: E402
 from growkit.checkpoint.run_folder import RunFolder  # noqa: E402
 from growkit.checkpoint.store import Checkpoint  # noqa: E402
 from growkit.train import hardware  # noqa: E402
-from growkit.train.metrics_log import Record, read_log  # noqa: E402
 from tests import support  # noqa: E402
 
 SAVE_EVERY = 4  # steps

@@ -17,6 +17,7 @@ import yaml
 import growkit
 from growkit.checkpoint import store
 from growkit.checkpoint.manifest import Manifest
+from growkit.checkpoint.run_folder import step_name
 from growkit.config.load import parse_recipe
 from growkit.growth.operator import OPERATORS
 from growkit.growth.path import ORDER
@@ -152,7 +153,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
     model = model_config("tokenformer")
     state = trained_like(model, dtype=torch.float32)
-    place = folder / "runs" / "run" / "checkpoints" / store.step_name(18)
+    place = folder / "runs" / "run" / "checkpoints" / step_name(18)
     store.write(place, state, Manifest(model=model, progress=Progress(step=18)))
     return folder
 

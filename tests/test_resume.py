@@ -17,7 +17,7 @@ import torch
 from growkit import faults
 from growkit.checkpoint import manifest as manifests
 from growkit.checkpoint import store
-from growkit.checkpoint.run_folder import RunFolder
+from growkit.checkpoint.run_folder import RunFolder, step_name
 from tests.support import cli, in_child, recipe_dict, records, start_child, write_recipe
 
 SAVE_EVERY = 4
@@ -196,5 +196,5 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     assert code == 3
     assert "not finite since step" in err and "last good checkpoint" in err and "optim.lr" in err
     for step in RunFolder.open(tmp_path / "runs" / "run").steps():
-        state = store.read(tmp_path / "runs" / "run" / "checkpoints" / store.step_name(step)).state
+        state = store.read(tmp_path / "runs" / "run" / "checkpoints" / step_name(step)).state
         assert all(state.params[name].isfinite().all() for name in state.params), "a bad state was saved"

@@ -9,14 +9,20 @@ import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from growkit.checkpoint import manifest as manifests
-from growkit.checkpoint import store
-from growkit.errors import CheckpointError, ConfigError
+from growkit.errors import CheckpointError, ConfigError, cannot_write
+
+if TYPE_CHECKING:
+    from growkit.checkpoint import store
 
 _STEP = re.compile(r"step-(\d{8,})", re.ASCII)
 MARK = "run.json"  # says that the folder is a run of growkit, and where it came from
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 @dataclass
@@ -60,7 +66,7 @@ class RunFolder:
         except OSError as error:
             run.unlock()
             shutil.rmtree(path, ignore_errors=True)
-            raise store.cannot_write(path, error) from error
+            raise cannot_write(path, error) from error
         return run
 
     @classmethod
@@ -77,7 +83,7 @@ class RunFolder:
         try:
             handle = open(self.path / "run.lock", "a+")
         except OSError as error:
-            raise store.cannot_write(self.path, error) from error
+            raise cannot_write(self.path, error) from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -106,7 +112,7 @@ class RunFolder:
         return sorted(int(match[1]) for match in found if match)
 
     def checkpoint(self, step: int) -> Path:
-        return self.checkpoints / store.step_name(step)
+        return self.checkpoints / step_name(step)
 
     def load(self, step: int | None = None) -> store.Checkpoint:
         """The checkpoint of ``step``, or the latest. A damaged one is refused, and the one before it offered."""
@@ -119,6 +125,8 @@ class RunFolder:
         if step not in steps:
             mend = f"there are: {', '.join(map(str, steps))}"
             raise CheckpointError("no-such-step", "has no checkpoint", key="--from", value=step, mend=mend)
+        from growkit.checkpoint import store  # torch, which a reader of the log does without
+
         try:
             return store.read(self.checkpoint(step))
         except CheckpointError as error:
@@ -146,11 +154,11 @@ class RunFolder:
             )
         try:
             for s in later:
-                aside = self.checkpoints / f"damaged-{store.step_name(s)}"
+                aside = self.checkpoints / f"damaged-{step_name(s)}"
                 shutil.rmtree(aside, ignore_errors=True)
                 os.rename(self.checkpoint(s), aside)
         except OSError as error:
-            raise store.cannot_write(self.checkpoints, error) from error
+            raise cannot_write(self.checkpoints, error) from error
 
     def prune(self, keep_last: int, keep: set[int]) -> None:
         """Removes all checkpoints but the last ``keep_last`` and the steps in ``keep`` (ends of stages)."""
@@ -170,5 +178,5 @@ class RunFolder:
         except OSError as error:
             new.unlock()
             shutil.rmtree(path, ignore_errors=True)
-            raise store.cannot_write(path, error) from error
+            raise cannot_write(path, error) from error
         return new

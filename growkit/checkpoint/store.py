@@ -21,7 +21,7 @@ from torch import Tensor
 from growkit import faults
 from growkit.checkpoint import manifest as manifests
 from growkit.checkpoint.manifest import Manifest
-from growkit.errors import CheckpointError
+from growkit.errors import CheckpointError, cannot_write
 from growkit.growth.state import Moments, TrainState
 from growkit.models.spec import param_specs
 
@@ -36,10 +36,6 @@ class Checkpoint:
     folder: Path
     manifest: Manifest
     state: TrainState
-
-
-def step_name(step: int) -> str:
-    return f"step-{step:08d}"
 
 
 def write(folder: Path, state: TrainState, manifest: Manifest) -> None:
@@ -238,11 +234,6 @@ def fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def cannot_write(path: Path, error: BaseException) -> CheckpointError:
-    mend = "free space or name another place (run.folder, --output, --as); earlier checkpoints are untouched"
-    return CheckpointError("cannot-write", f"cannot be written ({error})", key=str(path), mend=mend)
 
 
 def materialized(state: TrainState) -> TrainState:

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from growkit.checkpoint import store
+from growkit.checkpoint.metrics_log import read_log
 from growkit.checkpoint.run_folder import RunFolder
 from growkit.checkpoint.store import Checkpoint
 from growkit.cli import recipes
@@ -19,7 +19,7 @@ from growkit.config.load import load_recipe, to_yaml
 from growkit.config.recipe import Recipe
 from growkit.data.corpus import Corpus
 from growkit.duration import quantity
-from growkit.errors import CheckpointError, ConfigError
+from growkit.errors import CheckpointError, ConfigError, cannot_write
 from growkit.eval.generate import sample_text
 from growkit.models.decoder import build
 from growkit.models.presets import PRESETS
@@ -28,7 +28,6 @@ from growkit.schedule.plan import GrowthSchedule, growth_schedule
 from growkit.train import hardware
 from growkit.train.display import Display, clock
 from growkit.train.hardware import process_rank
-from growkit.train.metrics_log import read_log
 from growkit.train.run import Run, prepare_corpus
 
 DONE, STOPPED = 0, 3
@@ -137,7 +136,7 @@ def _draw(folder: RunFolder) -> None:
     try:
         draw_curves({folder.path.name: list(read_log(folder.metrics))}, folder.curve)
     except OSError as error:
-        raise store.cannot_write(folder.curve, error) from error
+        raise cannot_write(folder.curve, error) from error
 
 
 def _finish(run: Run, console: Console, began: float, done: bool) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from growkit.checkpoint import sharded, store
 from growkit.checkpoint.manifest import Manifest
+from growkit.checkpoint.metrics_log import MetricsLog, Record
 from growkit.checkpoint.run_folder import RunFolder
 from growkit.checkpoint.store import Checkpoint
 from growkit.config.load import to_yaml
@@ -34,7 +35,6 @@ from growkit.schedule.plan import GrowthSchedule, Stage
 from growkit.schedule.progress import Progress
 from growkit.train import hardware
 from growkit.train.callback import AfterStep, StopRequest
-from growkit.train.metrics_log import MetricsLog, Record
 from growkit.train.module import StageModule, full_state
 from growkit.train.trial import fitting_micro_batch
 

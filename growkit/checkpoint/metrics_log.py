@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from growkit.checkpoint.store import cannot_write
+from growkit.errors import CheckpointError, cannot_write
 
 Record = dict[str, Any]
 log = logging.getLogger(__name__)
@@ -63,11 +63,28 @@ class MetricsLog:
 
 
 def read_log(path: Path) -> Iterator[Record]:
-    """The records of a log; a last line that was cut off by a crash is left out."""
-    with open(path, "rb") as file:
-        for line in file:
+    """The records of a log, which may still be written: nothing if there is none yet, and a last line that is not whole
+    is left out. Raises CheckpointError for a line in between that is not a record."""
+    try:
+        file = open(path, "rb")
+    except FileNotFoundError:
+        return
+    with file:
+        for number, line in enumerate(file, 1):
             if line.endswith(b"\n"):
-                yield json.loads(line)
+                yield _record(line, path, number)
+
+
+def _record(line: bytes, path: Path, number: int) -> Record:
+    try:
+        record = json.loads(line)
+        if not isinstance(record, dict) or not {"kind", "step", "tokens", "flops"} <= record.keys():
+            raise ValueError("it lacks kind, step, tokens or flops")
+    except ValueError as error:
+        mend = "delete that line, or restore the file; the checkpoints do not need it"
+        problem = f"line {number} is not a record ({error})"
+        raise CheckpointError("damaged-log", problem, key=str(path), mend=mend) from error
+    return record
 
 
 def _finite(value: Any) -> Any:
