@@ -43,7 +43,7 @@ LINES = {
     "optim.beta1": "AdamW's, of exp_avg; 0 or more, below 1",
     "optim.beta2": "AdamW's, of exp_avg_sq; 0 or more, below 1",
     "optim.eps": "AdamW's, added to the root of exp_avg_sq",
-    "monitor.sample_prompt": "what the sample at the end goes on from",
+    "monitor.sample_prompt": "what the samples go on from",
     "stages.N.name": "of the stage; every stage has its own",
 }
 

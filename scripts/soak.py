@@ -40,7 +40,8 @@ from tests import support  # noqa: E402
 
 SAVE_EVERY = 4  # steps
 STAGE_DURATION = "10 steps"  # so that most runs are killed several times
-MEASURED = {"tokens_per_second", "flops_per_second", "utilisation", "memory_bytes"}  # of the machine, not of the run
+# Of the machine, not of the run:
+MEASURED = {"seconds", "tokens_per_second", "flops_per_second", "utilisation", "memory_bytes"}
 AT_FAULT, AT_TIME, LEFT_ALONE = "fault point", "time", "none"
 # A share is left alone, so that every run ends however unlucky it is.
 PLANS = {AT_FAULT: 0.45, AT_TIME: 0.45, LEFT_ALONE: 0.1}

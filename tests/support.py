@@ -97,7 +97,7 @@ def recipe_dict(folder: Path, **sections: Any) -> dict[str, Any]:
             "validation_tokens": 256,
             "probe_tokens": 64,
             "ngram_order": 2,
-            "sample_tokens": 0,
+            "sample_tokens": 5,
             "progress": "off",
             "peak_flops_per_second": 1e9,
         },

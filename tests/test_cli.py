@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 import sys
@@ -16,11 +17,14 @@ from growkit.checkpoint.run_folder import RunFolder
 from growkit.cli.main import main
 from growkit.cli.recipes import built_in
 from growkit.config.load import parse_recipe
-from growkit.models.decoder import build
+from growkit.eval.generate import sample_text
+from growkit.models.decoder import DecoderLM, build
 from growkit.models.presets import PRESETS
 from growkit.schedule.plan import growth_schedule
 from tests import support
 from tests.support import cli, recipe_dict, records, write_recipe
+
+MILLISECOND = 1e-3  # what times are rounded to in the log
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +108,32 @@ def test_the_log_counts_compute(run: tuple[Path, str]) -> None:
     schedule = growth_schedule(recipe)
     per_step = [stage.flops_per_step for stage in schedule.stages for _ in range(stage.steps)]
     assert [record["flops"] for record in steps] == pytest.approx(list(itertools.accumulate(per_step)), rel=1e-12)
-    progress = RunFolder.open(folder).load().manifest.progress
+    seconds = [record["seconds"] for record in records(folder)]
+    manifest = RunFolder.open(folder).load().manifest
+    assert seconds == sorted(seconds) and seconds[0] > 0 and seconds[-1] <= manifest.seconds + MILLISECOND
+    progress = manifest.progress
     assert (progress.flops, progress.cursor, progress.tokens) == (steps[-1]["flops"], 18 * 128, 18 * 128)
+
+
+def test_the_log_says_where_the_gradient_is(run: tuple[Path, str]) -> None:
+    for record in records(run[0], "step"):
+        assert set(record["grad_norms"]) == {"embedding", "attention", "mlp", "norm"}
+        assert math.hypot(*record["grad_norms"].values()) == pytest.approx(record["grad_norm"], rel=1e-6)
+        assert record["new_grad_share"] is None if record["stage"] == 0 else 0 < record["new_grad_share"] < 1
+
+
+def test_a_sample_of_every_stage_is_logged(run: tuple[Path, str]) -> None:
+    folder, out = run
+    samples = records(folder, "sample")
+    assert [sample["name"] for sample in samples] == ["first", "tokens", "deeper"]
+    assert all(sample["text"].startswith(sample["prompt"]) and sample["prompt"] == "The " for sample in samples)
+    assert samples[-1]["text"] == sample_text(_model(folder), "The ", 20, seed=0)
+    assert out.count("a sample") == 3
+
+
+def _model(folder: Path) -> DecoderLM:
+    checkpoint = RunFolder.open(folder).load()
+    return build(checkpoint.manifest.model, checkpoint.state.params)
 
 
 def test_inspect_verifies_and_shows_the_lineage(run: tuple[Path, str]) -> None:

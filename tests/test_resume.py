@@ -22,7 +22,7 @@ from tests.support import cli, in_child, recipe_dict, records, start_child, writ
 
 SAVE_EVERY = 4
 # What a record may differ in: time and memory are the machine's, not the run's.
-TIMING = {"tokens_per_second", "flops_per_second", "utilisation", "memory_bytes"}
+TIMING = {"seconds", "tokens_per_second", "flops_per_second", "utilisation", "memory_bytes"}
 # Every named point, early and late in the run (the n-th time it is reached).
 KILLS = [
     ("mid_validation", 1),  # before the first save

@@ -28,7 +28,7 @@ class Manifest:
     its certificate. ``rng``, ``cuda_rng``: random state of each process on the CPU, and on its GPU
     if it has one, hex. ``log_bytes``: length of the metrics log at the save.
     ``layout``: ``whole`` (safetensors) or ``sharded`` (torch.distributed.checkpoint's safetensors).
-    ``files``: name → bytes and sha256."""
+    ``seconds``: wall clock of training, stops left out. ``files``: name → bytes and sha256."""
 
     model: ModelConfig
     progress: Progress
@@ -40,6 +40,7 @@ class Manifest:
     cuda_rng: tuple[str, ...] = ()
     corpus: Mapping[str, Any] = field(default_factory=dict)
     log_bytes: int = 0
+    seconds: float = 0.0
     environment: Mapping[str, Any] = field(default_factory=dict)
     layout: str = "whole"
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -20,8 +20,6 @@ from growkit.config.recipe import Recipe
 from growkit.data.corpus import Corpus
 from growkit.duration import quantity
 from growkit.errors import CheckpointError, ConfigError, cannot_write
-from growkit.eval.generate import sample_text
-from growkit.models.decoder import build
 from growkit.models.presets import PRESETS
 from growkit.report.curve import draw_curves
 from growkit.schedule.plan import GrowthSchedule, growth_schedule
@@ -140,16 +138,9 @@ def _draw(folder: RunFolder) -> None:
 
 
 def _finish(run: Run, console: Console, began: float, done: bool) -> None:
-    recipe = run.recipe
     _draw(run.folder)
-    if recipe.monitor.progress == "off":
+    if run.recipe.monitor.progress == "off":
         return
-    if done and recipe.monitor.sample_tokens:
-        model = build(run.state.config, run.state.params, backend=recipe.trainer.backend)
-        text = sample_text(model, recipe.monitor.sample_prompt, recipe.monitor.sample_tokens, seed=recipe.run.seed)
-        console.rule("a sample")
-        console.print(text, markup=False)
-        console.rule()
     at = run.progress
     console.print(
         f"{'done' if done else f'stopped early ({run.stop_cause})'}: {at.step} steps, {quantity(at.tokens)} tokens, "

@@ -66,7 +66,7 @@ class MonitorConfig:
     ngram_order: int = 5  # of the n-gram model shown beside; 0: none
     probe_tokens: int = 2048  # read by a growth certificate
     sample_prompt: str = "def "
-    sample_tokens: int = 200  # generated at the end; 0: none
+    sample_tokens: int = 200  # generated at the end of each stage; 0: none
     progress: str = "auto"  # auto: a bar in a terminal, else lines | bar | plain | off
     peak_flops_per_second: float | None = None  # what utilisation is measured against; default: a matmul timed at start
 

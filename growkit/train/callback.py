@@ -94,6 +94,8 @@ class AfterStep(L.Callback):
             self._log(trainer)
         if end or (stage.validate_every and module.stage_step % stage.validate_every == 0):
             self._outside(lambda: run.validate(module, end=end))
+        if end and run.recipe.monitor.sample_tokens:
+            self._outside(lambda: run.sample(module))
         if saving:
             run.rng = torch.get_rng_state()
             run.cuda_rng = torch.cuda.get_rng_state() if run.device == "cuda" else None
@@ -105,8 +107,8 @@ class AfterStep(L.Callback):
         run, module = self.run, self.module
         window, self._losses = self._losses, []
         loss = float(trainer.strategy.reduce(window[-1][1], reduce_op="mean"))
-        assert module.grad_norm is not None
-        norm = float(module.grad_norm)
+        norms, new_share = module.gradient_norms()
+        norm = math.hypot(*norms.values())
         if not (math.isfinite(loss) and math.isfinite(norm)):
             first = next((step for step, value in window if not value.isfinite()), run.progress.step)
             steps = run.folder.steps()
@@ -126,6 +128,8 @@ class AfterStep(L.Callback):
             bits_per_byte=bits(loss),
             lr=module.lr,
             grad_norm=norm,
+            grad_norms=norms,
+            new_grad_share=new_share,
             tokens_per_second=rate,
             flops_per_second=flops_rate,
             utilisation=flops_rate / (run.peak_flops * run.world_size),

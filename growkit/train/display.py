@@ -66,6 +66,7 @@ class Display:
                 "stage": self._show_stage,
                 "validation": self._show_validation,
                 "growth": self._show_growth,
+                "sample": self._show_sample,
             }
             show[record["kind"]](record)
 
@@ -107,6 +108,11 @@ class Display:
         beside = f" (a {ngram['order']}-gram: {ngram['bits_per_byte']:.3f})" if ngram else ""
         where = "end of stage " + escape(record["name"]) if record["end_of_stage"] else f"step {record['step']}"
         self.print(f"validation at {where}: [bold]{record['bits_per_byte']:.3f}[/bold] bits per byte{beside}")
+
+    def _show_sample(self, record: Record) -> None:
+        self.console.rule("a sample")
+        self.console.print(record["text"], markup=False)
+        self.console.rule()
 
     def _show_growth(self, record: Record) -> None:
         self.print(growth_table(record))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -28,7 +30,7 @@ class StageModule(L.LightningModule):
         self.start, self.stage, self.recipe, self.stage_step = state, stage, recipe, first_step
         self.model: DecoderLM | None = None
         self.losses: list[Tensor] = []  # cross-entropy of the micro-batches of the current step
-        self.grad_norm: Tensor | None = None
+        self._norms: dict[str, Tensor] = {}  # of each parameter's gradient at the last step, before clipping
         self.lr = 0.0
 
     def configure_model(self) -> None:
@@ -96,10 +98,24 @@ class StageModule(L.LightningModule):
             group["lr"] = self.lr * group["lr_scale"] * (new if group["new"] else 1.0)
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        limit = self.recipe.optim.clip_norm
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else float("inf"))
-        self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        assert self.model is not None
+        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        norms = torch._foreach_norm(list(gradients.values()))
+        self._norms = dict(zip(gradients, norms, strict=True))
+        if (limit := self.recipe.optim.clip_norm) > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, _total(norms))
+
+    def gradient_norms(self) -> tuple[dict[str, float], float | None]:
+        """Of the last step, before clipping: the norm over each component, and the share of the squared norm in
+        parameters born in this stage (None if none were). Every process must call this."""
+        specs, born, stage = param_specs(self.start.config), self.start.born, self.stage.index
+        parts: dict[str, list[Tensor]] = {}
+        for name, norm in self._norms.items():
+            parts.setdefault(specs[name].component, []).append(norm)
+        norms = {part: float(_full(_total(members))) for part, members in parts.items()}
+        new = [norm for name, norm in self._norms.items() if stage and born.get(name, 0) == stage]
+        total = math.hypot(*norms.values())
+        return norms, float(_full(_total(new))) ** 2 / total**2 if new and total > 0 else None
 
     def current_state(self) -> TrainState:
         """The state now; tensors are the live ones (sharded ones as they are), not copies."""
@@ -114,6 +130,11 @@ class StageModule(L.LightningModule):
             if state := optimizer.state.get(p):
                 moments[name] = Moments(state["exp_avg"], state["exp_avg_sq"], float(state["step"]))
         return TrainState(self.start.config, params, moments, self.start.born)
+
+
+def _total(norms: Sequence[Tensor]) -> Tensor:
+    """The norm of all from the norm of each."""
+    return torch.linalg.vector_norm(torch.stack(list(norms)))
 
 
 def full_state(state: TrainState) -> TrainState:

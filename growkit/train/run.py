@@ -26,11 +26,12 @@ from growkit.config.load import to_yaml
 from growkit.config.recipe import Recipe
 from growkit.data.corpus import Corpus, load_corpus
 from growkit.data.stream import Batches, TokenStream, validation_windows, windows
+from growkit.eval.generate import sample_text
 from growkit.eval.ngram import bits, ngram_bits_per_byte
 from growkit.eval.validate import mean_loss, target_positions
 from growkit.growth.engine import GrowthReport, grow
 from growkit.growth.state import TrainState
-from growkit.models.decoder import init_params
+from growkit.models.decoder import build, init_params
 from growkit.schedule.plan import GrowthSchedule, Stage
 from growkit.schedule.progress import Progress
 from growkit.train import hardware
@@ -64,6 +65,7 @@ class Run:
         self.stop = StopRequest()
         self.stopping = False  # decided after every step, by all processes together
         self.started = time.monotonic()
+        self._seconds_before = checkpoint.manifest.seconds if checkpoint is not None else 0.0
         self.stream = TokenStream(
             corpus.train,
             block_tokens=schedule.block_tokens,
@@ -145,6 +147,11 @@ class Run:
             return signal.Signals(self.stop.signal).name
         return "trainer.max_minutes" if self.world_size == 1 else "trainer.max_minutes, or a signal to another process"
 
+    @property
+    def seconds(self) -> float:
+        """Wall clock of the run's training so far; the time between a stop and a resume is not part of it."""
+        return self._seconds_before + time.monotonic() - self.started
+
     def accumulate(self, stage: Stage) -> int:
         micro = self.progress.micro_batch_size or stage.micro_batch_size
         return stage.accumulate * stage.micro_batch_size // micro
@@ -153,8 +160,8 @@ class Run:
         """One line of the metrics log, stamped with where the run is."""
         if self.rank == 0:
             at = self.progress
-            stamp: Record = {"kind": kind, "stage": at.stage, "step": at.step, "tokens": at.tokens, "flops": at.flops}
-            self.log.write(stamp | values)
+            where: Record = {"stage": at.stage, "step": at.step, "tokens": at.tokens, "flops": at.flops}
+            self.log.write({"kind": kind} | where | {"seconds": round(self.seconds, 3)} | values)
 
     def _enter(self, stage: Stage) -> None:
         """Grows into ``stage`` if the state is not there yet, after trying that the larger model fits."""
@@ -173,6 +180,7 @@ class Run:
                 name=stage.name,
                 parameters=stage.model.num_params(),
                 context_length=stage.context_length,
+                global_batch_tokens=stage.global_batch_tokens,
                 planned_steps=stage.steps,
             )
             if report is not None:
@@ -274,6 +282,16 @@ class Run:
                 }
             )
 
+    def sample(self, module: StageModule) -> None:
+        """Logs what the model writes after the prompt; what dropout and the data draw is left as it is."""
+        assert module.model is not None
+        monitor, model = self.recipe.monitor, module.model
+        if self.recipe.trainer.strategy != "fsdp":  # not the compiled one, which would be compiled for every length
+            params = {name: parameter.detach() for name, parameter in model.named_parameters()}
+            model = build(model.config, params, copy=False, backend=self.recipe.trainer.backend)
+        text = sample_text(model, monitor.sample_prompt, monitor.sample_tokens, seed=self.recipe.run.seed)
+        self.record("sample", name=module.stage.name, prompt=monitor.sample_prompt, text=text)
+
     def _score_ngram(self) -> None:
         order = self.recipe.monitor.ngram_order
         last = self.schedule.stages[-1]
@@ -295,6 +313,7 @@ class Run:
             cuda_rng=self._of_all(self.cuda_rng) if self.cuda_rng is not None else (),
             corpus={"name": self.corpus.name, "sha256": self.corpus.sha256},
             log_bytes=self.log.sync() if self.rank == 0 else 0,
+            seconds=self.seconds,
             environment=hardware.environment(self.device, self.dtype, self.world_size),
         )
         if self.recipe.trainer.strategy == "fsdp":
