@@ -7,12 +7,14 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from growkit.checkpoint import manifest as manifests
-from growkit.errors import CheckpointError, ConfigError, cannot_write
+from growkit.errors import CheckpointError, ConfigError, GrowkitError, cannot_write
 
 if TYPE_CHECKING:
     from growkit.checkpoint import store
@@ -58,16 +60,24 @@ class RunFolder:
             mend = f"choose another {key}, or go on with `growkit resume {path}`"
             raise ConfigError("run-exists", "is already there", key=key, value=str(path), mend=mend)
         run = cls(path)
-        try:
+        with run.beginning():
             path.mkdir(parents=True, exist_ok=True)
             run.lock()
             run.recipe.write_text(recipe, encoding="utf-8")
             (path / MARK).write_text(json.dumps({"growkit": "run", "parent": parent}))
-        except OSError as error:
-            run.unlock()
-            shutil.rmtree(path, ignore_errors=True)
-            raise cannot_write(path, error) from error
         return run
+
+    @contextmanager
+    def beginning(self) -> Iterator[None]:
+        """What puts a first checkpoint into a new run; if it fails, the folder is removed. Raises CheckpointError."""
+        try:
+            yield
+        except (GrowkitError, OSError) as error:
+            self.unlock()
+            shutil.rmtree(self.path, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise cannot_write(self.path, error) from error
+            raise
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -171,12 +181,12 @@ class RunFolder:
         checkpoint = self.load(step)
         parent = {"run": self.path.name, "step": step}
         new = RunFolder.create(path, self.recipe.read_text(encoding="utf-8"), parent=parent, key="--as")
-        try:
+        with new.beginning():
             shutil.copytree(checkpoint.folder, new.checkpoint(step))
-            with open(self.metrics, "rb") as log:
-                new.metrics.write_bytes(log.read(checkpoint.manifest.log_bytes))
-        except OSError as error:
-            new.unlock()
-            shutil.rmtree(path, ignore_errors=True)
-            raise cannot_write(path, error) from error
+            new.copy_log(self, checkpoint.manifest.log_bytes)
         return new
+
+    def copy_log(self, other: RunFolder, size: int) -> None:
+        """Takes over the first ``size`` bytes of another run's log."""
+        with open(other.metrics, "rb") as log:
+            self.metrics.write_bytes(log.read(size))

@@ -30,11 +30,20 @@ console = Console(highlight=False)
 MIN_TEMPERATURE = 1e-3  # below it, logits over temperature leave the range of float32
 
 
-def open_any(folder: Path) -> Checkpoint:
-    """A checkpoint folder, or the latest checkpoint of a run folder. Raises CheckpointError."""
+def open_any(folder: Path, step: int | None = None) -> Checkpoint:
+    """A checkpoint folder, or the latest checkpoint (or that of ``step``) of a run folder. Raises CheckpointError."""
     if (folder / MARK).is_file():
-        return RunFolder.open(folder).load()
+        return RunFolder.open(folder).load(step)
+    if step is not None:
+        mend = "name a run folder, or leave --from out"
+        raise ConfigError("no-such-step", "is for a run, and this is not one", key="--from", value=step, mend=mend)
     return store.read(folder)
+
+
+def run_of(checkpoint: Path) -> RunFolder | None:
+    """The run that a checkpoint folder lies in, if it does."""
+    run = checkpoint.parent.parent
+    return RunFolder(run) if (run / MARK).is_file() else None
 
 
 def grow_checkpoint(source: Path, targets: Sequence[str], output: Path, seed: int, probe_tokens: int) -> None:

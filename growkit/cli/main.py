@@ -63,6 +63,19 @@ def resume(
     raise typer.Exit(go_on(run, from_step, as_new))
 
 
+@app.command(epilog="Example: growkit extend runs/NAME more.yaml run.name=longer")
+def extend(
+    source: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="What to go on from.")],
+    recipe: Annotated[str, typer.Argument(help="A YAML file with further stages, and what shall differ; no model.")],
+    overrides: Overrides = None,
+    from_step: Annotated[int | None, typer.Option("--from", help="Step of the run (default: the latest).")] = None,
+) -> None:
+    """Train further stages on a run or a checkpoint, in a new run folder; lineage, moments and counts go on."""
+    from growkit.cli.training import extend as extend_checkpoint
+
+    raise typer.Exit(extend_checkpoint(source, recipe, overrides or [], from_step))
+
+
 @app.command(epilog="Example: growkit grow runs/NAME num_layers=8 -o grown methods.depth=identity")
 def grow(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or a run folder (its latest checkpoint).")],

@@ -1,7 +1,8 @@
-"""``growkit train`` and ``growkit resume``."""
+"""``growkit train``, ``resume`` and ``extend``."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Sequence
@@ -11,18 +12,21 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+from growkit.checkpoint import store
+from growkit.checkpoint.extension import extended_recipe, first_progress
 from growkit.checkpoint.metrics_log import read_log
 from growkit.checkpoint.run_folder import RunFolder
 from growkit.checkpoint.store import Checkpoint
 from growkit.cli import recipes
-from growkit.config.load import load_recipe, to_yaml
+from growkit.cli.checkpoints import open_any, run_of
+from growkit.config.load import load_recipe, read_text, to_yaml
 from growkit.config.recipe import Recipe
 from growkit.data.corpus import Corpus
 from growkit.duration import quantity
 from growkit.errors import CheckpointError, ConfigError, cannot_write
 from growkit.models.presets import PRESETS
 from growkit.report.curve import draw_curves
-from growkit.schedule.plan import GrowthSchedule, growth_schedule
+from growkit.schedule.plan import GrowthSchedule, growth_schedule, settled
 from growkit.train import hardware
 from growkit.train.display import Display, clock
 from growkit.train.hardware import process_rank
@@ -36,13 +40,15 @@ def start(name: str, overrides: Sequence[str]) -> int:
     """Trains a recipe from the start; returns the exit code. Nothing is written before the recipe and the corpus
     are known to be sound."""
     recipe, schedule = recipes.read(name, overrides)
+    if recipe.start is not None:
+        mend = "go on with `growkit resume RUN`, or write new stages and `growkit extend CHECKPOINT RECIPE`"
+        raise ConfigError("needs-a-checkpoint", "the recipe is of an extended run", key="start", mend=mend)
     _set_threads(recipe)
     corpus = prepare_corpus(recipe, schedule)
     hardware.accelerator(recipe.trainer)
     folder = _joined_folder()
     if folder is None:
-        title = recipe.run.name or f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-        folder = RunFolder.create(Path(recipe.run.folder) / title, to_yaml(recipe))
+        folder = RunFolder.create(_new_folder(recipe, Path(name)), to_yaml(recipe))
         os.environ[FOLDER_VARIABLE] = str(folder.path)
     return _run(Run(recipe, schedule, folder, corpus), schedule)
 
@@ -65,7 +71,7 @@ def go_on(path: Path, from_step: int | None, as_new: Path | None) -> int:
     if checkpoint is not None:
         _require_same(checkpoint, schedule, corpus, folder)
         at = checkpoint.manifest.progress
-        if as_new is None and at.stage + 1 == len(schedule.stages) and at.stage_step == schedule.stages[-1].steps:
+        if as_new is None and (at.stage, at.stage_step) == (schedule.last.index, schedule.last.steps):
             done = f"{folder.path} is complete at step {at.step}: nothing is left to train"
             Console(highlight=False).print(done, soft_wrap=True, markup=False)
             if not folder.curve.exists():  # killed between its last save and its picture
@@ -83,15 +89,52 @@ def go_on(path: Path, from_step: int | None, as_new: Path | None) -> int:
     return _run(Run(recipe, schedule, folder, corpus, checkpoint), schedule)
 
 
+def extend(source: Path, name: str, overrides: Sequence[str], from_step: int | None) -> int:
+    """Trains further stages on a checkpoint, in a new run folder; returns the exit code. Nothing is written before
+    recipe, checkpoint and corpus are known to be sound."""
+    joined = _joined_folder()
+    if joined is not None:
+        return go_on(joined.path, None, None)
+    checkpoint = open_any(source, from_step)
+    manifest, path = checkpoint.manifest, recipes.find_recipe(name)
+    recipe = extended_recipe(manifest, str(checkpoint.folder), read_text(path), overrides, name=str(path))
+    schedule = growth_schedule(recipe)
+    recipe = settled(recipe, schedule)
+    _set_threads(recipe)
+    corpus = prepare_corpus(recipe, schedule)
+    hardware.accelerator(recipe.trainer)
+    log = run_of(checkpoint.folder)
+    step = manifest.progress.step
+    parent = {"run": log.path.name if log else str(checkpoint.folder), "step": step}
+    folder = RunFolder.create(_new_folder(recipe, path), to_yaml(recipe), parent=parent)
+    first = dataclasses.replace(
+        manifest,
+        progress=first_progress(manifest, recipe, corpus.sha256),
+        recipe=to_yaml(recipe),
+        corpus={"name": corpus.name, "sha256": corpus.sha256},
+        log_bytes=manifest.log_bytes if log else 0,
+        layout="whole",
+    )
+    with folder.beginning():
+        if log is not None:
+            folder.copy_log(log, manifest.log_bytes)
+        store.write(folder.checkpoint(step), checkpoint.state, first)
+    os.environ[FOLDER_VARIABLE] = str(folder.path)
+    return _run(Run(recipe, schedule, folder, corpus, folder.load()), schedule)
+
+
 def _require_same(checkpoint: Checkpoint, schedule: GrowthSchedule, corpus: Corpus, folder: RunFolder) -> None:
     """Raises DataError or CheckpointError when ``checkpoint`` is not one of this corpus and this schedule."""
-    manifest, stages = checkpoint.manifest, schedule.stages
+    manifest, at = checkpoint.manifest, checkpoint.manifest.progress
     corpus.require_same(manifest.corpus["sha256"])
-    at = manifest.progress.stage
-    if at >= len(stages) or stages[at].model != manifest.model or manifest.progress.stage_step > stages[at].steps:
-        problem = f"does not describe the model and the stage {at + 1} that {checkpoint.folder.name} holds"
+    if schedule.model_at(at) != manifest.model:
+        problem = f"does not describe the model and the stage {at.stage + 1} that {checkpoint.folder.name} holds"
         mend = "undo the changes to its model and its past stages; later stages may change"
         raise CheckpointError("recipe-changed", problem, key=str(folder.recipe), mend=mend)
+
+
+def _new_folder(recipe: Recipe, source: Path) -> Path:
+    return Path(recipe.run.folder) / (recipe.run.name or f"{source.stem}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def _joined_folder() -> RunFolder | None:

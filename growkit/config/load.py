@@ -7,7 +7,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,33 @@ def read_text(path: Path) -> str:
         raise ConfigError("recipe-unreadable", f"cannot be read ({error})", key=str(path), mend=mend) from error
 
 
-def parse_recipe(text: str, overrides: Sequence[str], presets: Registry[type[Any]], *, name: str) -> Recipe:
+def parse_recipe(
+    text: str,
+    overrides: Sequence[str],
+    presets: Registry[type[Any]],
+    *,
+    name: str,
+    under: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """The recipe ``text`` with ``overrides`` on top; ``name`` is what an error calls it. ``under``: sections that count
+    where ``text`` does not say otherwise. Raises ConfigError."""
+    raw = read_mapping(text, name)
+    if under is not None:
+        raw = _over(under, raw)
+    for override in overrides:
+        apply_override(raw, override)
+    raw = _resolved(raw)
+    model = None if raw.get("start") is not None else _model(raw.pop("model", None), presets)
+    recipe: Recipe = _read(raw, Recipe, "")
+    if recipe.start is not None and recipe.model is not None:
+        mend = "drop model: the checkpoint's own is trained on; stages.N.grow enlarges it"
+        raise ConfigError("model-in-extension", "stands beside start", key="model", value=recipe.model, mend=mend)
+    recipe.model = model
+    return recipe
+
+
+def read_mapping(text: str, name: str) -> dict[str, Any]:
+    """A recipe's sections as plain values, not yet checked. Raises ConfigError."""
     try:
         raw = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -79,14 +105,20 @@ def parse_recipe(text: str, overrides: Sequence[str], presets: Registry[type[Any
     if not isinstance(raw, dict):
         mend = "write sections such as model, data and stages"
         raise ConfigError("recipe-not-mapping", "is not a mapping of sections", key=name, value=raw, mend=mend)
-    for override in overrides:
-        apply_override(raw, override)
-    raw = _resolved(raw)
-    preset = presets.get(_model_preset(raw.get("model")), key="model.preset")
-    model = _read(raw.pop("model"), preset, "model")
-    recipe: Recipe = _read(raw, Recipe, "")
-    recipe.model = model
-    return recipe
+    return raw
+
+
+def _over(under: Mapping[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
+    """``under`` with what ``raw`` says in its place, section by section."""
+    merged = dict(under)
+    for key, value in raw.items():
+        below = under.get(key)
+        merged[key] = _over(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _model(section: Any, presets: Registry[type[Any]]) -> Any:
+    return _read(section, presets.get(_model_preset(section), key="model.preset"), "model")
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:

@@ -92,9 +92,27 @@ class StageConfig:
 
 
 @dataclass
+class StartConfig:
+    """Where an extended run begins. ``growkit extend`` writes it; the model is the checkpoint's, so there is no
+    ``model`` section beside it."""
+
+    checkpoint: str = ""  # what the run was made from, for the reader
+    model: dict[str, Any] = field(default_factory=dict)  # its whole configuration, as its manifest has it
+    stage: int = 0  # number of the first stage here, from 0; the source had those before
+    step: int = 0  # optimizer steps behind the checkpoint
+    tokens: int = 0  # tokens behind it
+    flops: float = 0.0  # FLOPs behind it
+    lr: float = 0.0  # of its last step, from which the first warm-up goes on
+    context_length: int | None = None  # what the first stage inherits, tokens
+    global_batch_tokens: int | None = None  # what the first stage inherits, tokens
+    new: list[str] = field(default_factory=list)  # parameters grown by hand: new in the first stage
+
+
+@dataclass
 class Recipe:
     run: RunConfig = field(default_factory=RunConfig)
-    model: Any = None  # one of the presets' dataclasses
+    start: StartConfig | None = None  # of an extended run
+    model: Any = None  # one of the presets' dataclasses; None in an extended run
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

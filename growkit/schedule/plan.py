@@ -6,17 +6,18 @@ Everything that can be wrong with a recipe is found here, before a run folder ex
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from growkit.config.recipe import Recipe, StageConfig
+from growkit.config.recipe import Recipe, StageConfig, StartConfig
 from growkit.duration import Duration
 from growkit.errors import ConfigError
 from growkit.growth.path import Link, grown_config, path
-from growkit.models.config import ModelConfig
+from growkit.models.config import ModelConfig, from_json
 from growkit.models.spec import param_specs
 from growkit.optim.groups import check_selector, frozen_names
 from growkit.schedule.lr import LRSchedule
+from growkit.schedule.progress import Progress
 
 MOST_TOKENS = 2**62  # of a stage: positions in the data are 64-bit integers
 SCHEDULES = ("wsd", "cosine", "constant")
@@ -50,18 +51,40 @@ class Stage:
 
 @dataclass(frozen=True)
 class GrowthSchedule:
-    """All stages, and what they need of the data."""
+    """All stages, and what they need of the data. ``start``: what lies behind the first one, in an extended run;
+    ``start_model``: the model before the first stage grows it."""
 
     stages: tuple[Stage, ...]
     block_tokens: int
     save_every: int
+    start: StartConfig
+    start_model: ModelConfig
+
+    def stage(self, index: int) -> Stage:
+        """The stage of that number; numbers go on from the checkpoint an extended run was made from."""
+        return self.stages[index - self.start.stage]
+
+    def model_at(self, at: Progress) -> ModelConfig | None:
+        """The model that is trained at ``at``; None if the schedule has no such stage or step."""
+        position = at.stage - self.start.stage
+        if not 0 <= position < len(self.stages) or at.stage_step > self.stages[position].steps:
+            return None
+        if at.stage_step == 0:  # an extended run before its first step: not grown yet
+            return self.start_model
+        return self.stages[position].model
+
+    @property
+    def last(self) -> Stage:
+        return self.stages[-1]
 
     @property
     def tokens(self) -> int:
+        """Of these stages; what lies behind ``start`` is not in it."""
         return sum(stage.tokens for stage in self.stages)
 
     @property
     def flops(self) -> float:
+        """Of these stages; what lies behind ``start`` is not in it."""
         return sum(stage.steps * stage.flops_per_step for stage in self.stages)
 
     @property
@@ -72,7 +95,9 @@ class GrowthSchedule:
 def growth_schedule(recipe: Recipe) -> GrowthSchedule:
     """The schedule a recipe means. Raises ConfigError for whatever cannot be carried out."""
     _check_sections(recipe)
-    model: ModelConfig = recipe.model.expand()
+    start = recipe.start or StartConfig()
+    first: ModelConfig = recipe.model.expand() if recipe.start is None else from_json(start.model, key="start.model")
+    model = first
     if model.vocab_size < 256:
         mend = "growkit trains on bytes here: use 256 or more"
         raise ConfigError(
@@ -85,28 +110,35 @@ def growth_schedule(recipe: Recipe) -> GrowthSchedule:
         mend = "give every stage a name of its own"
         raise ConfigError("duplicate-name", "two stages have the same name", key="stages", value=names, mend=mend)
     stages: list[Stage] = []
-    for index, config in enumerate(recipe.stages):
-        stages.append(_stage(recipe, config, index, model, stages))
+    for position, config in enumerate(recipe.stages):
+        stages.append(_stage(recipe, config, position, start, model, stages))
         model = stages[-1].model
     own, longest = recipe.data.block_tokens, max(stage.context_length for stage in stages)
     block = own if own is not None else longest
     save_every = _whole_steps(recipe.trainer.save_every, "trainer.save_every")
-    return GrowthSchedule(tuple(stages), _at_least(block, 1, "data.block_tokens"), save_every)
+    _at_least(block, 1, "data.block_tokens")
+    return GrowthSchedule(tuple(stages), block, save_every, start, first)
 
 
-def _stage(recipe: Recipe, config: StageConfig, index: int, model: ModelConfig, before: Sequence[Stage]) -> Stage:
-    key = f"stages.{index}"
+def _stage(
+    recipe: Recipe,
+    config: StageConfig,
+    position: int,
+    start: StartConfig,
+    model: ModelConfig,
+    before: Sequence[Stage],
+) -> Stage:
+    key, index = f"stages.{position}", start.stage + position
     last = before[-1] if before else None
-    if config.grow and last is None:
+    if config.grow and last is None and recipe.start is None:
         mend = "set the sizes in model, and grow from the second stage on"
         raise ConfigError("grow-at-start", "has nothing to grow from", key=f"{key}.grow", value=config.grow, mend=mend)
     with _blame(key):
         target = grown_config(model, config.grow, config.methods)
         links = tuple(path(model, target, config.methods))
-    context = _settle(config.context_length, last.context_length if last else None, f"{key}.context_length")
-    batch = _settle(
-        config.global_batch_tokens, last.global_batch_tokens if last else None, f"{key}.global_batch_tokens"
-    )
+    inherited = last or start
+    context = _settle(config.context_length, inherited.context_length, f"{key}.context_length")
+    batch = _settle(config.global_batch_tokens, inherited.global_batch_tokens, f"{key}.global_batch_tokens")
     if batch % context:
         mend = f"use a multiple of {context}, such as {max(1, round(batch / context)) * context}"
         problem = f"is not a multiple of context_length = {context}"
@@ -139,7 +171,7 @@ def _stage(recipe: Recipe, config: StageConfig, index: int, model: ModelConfig, 
         check_selector(selector, f"{key}.freeze")
     if config.freeze:
         specs, old = param_specs(target), param_specs(model)
-        born = {name: index for name in specs if name not in old}
+        born = {name: index for name in specs if name not in old or name in start.new}
         if len(frozen_names(specs, born, index, config.freeze)) == len(specs):
             mend = "leave something to train, or leave the stage out"
             problem = "freezes every parameter"
@@ -155,7 +187,7 @@ def _stage(recipe: Recipe, config: StageConfig, index: int, model: ModelConfig, 
         micro_batch_size=micro,
         accumulate=rows // (micro * world),
         steps=steps,
-        lr=_lr(recipe, config, index, steps, last, span),
+        lr=_lr(recipe, config, position, steps, last.lr if last else None, span),
         new_warmup_steps=span(config.new_warmup, "new_warmup"),
         freeze=tuple(config.freeze),
         lr_scale=_lr_scale(recipe, config, key),
@@ -164,27 +196,34 @@ def _stage(recipe: Recipe, config: StageConfig, index: int, model: ModelConfig, 
     )
 
 
-def _lr(recipe: Recipe, config: StageConfig, index: int, steps: int, last: Stage | None, span) -> LRSchedule:  # type: ignore[no-untyped-def]
-    key = f"stages.{index}"
+def _lr(
+    recipe: Recipe,
+    config: StageConfig,
+    position: int,
+    steps: int,
+    last: LRSchedule | None,
+    span: Callable[[str, str], int],
+) -> LRSchedule:
+    key = f"stages.{position}"
     if config.schedule not in SCHEDULES:
         mend = f"allowed: {', '.join(SCHEDULES)}"
         raise ConfigError(
             "unknown-choice", "is not a schedule", key=f"{key}.schedule", value=config.schedule, mend=mend
         )
-    peak = config.lr if config.lr is not None else last.lr.peak if last else recipe.optim.lr
+    peak = config.lr if config.lr is not None else last.peak if last else recipe.optim.lr
     if not peak > 0:
         raise ConfigError("not-positive", "must be above zero", key=f"{key}.lr", value=peak)
     if not 0 <= config.min_lr_ratio <= 1:
         raise ConfigError("out-of-range", "must be in [0, 1]", key=f"{key}.min_lr_ratio", value=config.min_lr_ratio)
-    is_last = index == len(recipe.stages) - 1
-    warmup = span(config.warmup if config.warmup is not None else "2%" if index == 0 else "0%", "warmup")
+    is_last = position == len(recipe.stages) - 1
+    warmup = span(config.warmup if config.warmup is not None else "2%" if position == 0 else "0%", "warmup")
     decay = span(config.decay if config.decay is not None else "20%" if is_last else "0%", "decay")
     decay = decay if config.schedule == "wsd" else 0
     if warmup + decay > steps:
         mend = f"the stage has {steps} steps"
         problem = f"warm-up ({warmup} steps) and decay ({decay} steps) are longer than the stage"
         raise ConfigError("lr-too-long", problem, key=f"{key}.warmup", value=config.warmup, mend=mend)
-    start = last.lr.last if last else 0.0
+    start = last.last if last else recipe.start.lr if recipe.start else 0.0
     return LRSchedule(config.schedule, start, peak, peak * config.min_lr_ratio, steps, warmup, decay)
 
 

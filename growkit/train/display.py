@@ -75,19 +75,20 @@ class Display:
             self.console.print(message, soft_wrap=isinstance(message, str))
 
     def _show_step(self, record: Record) -> None:
-        stage = self.schedule.stages[record["stage"]]
-        left = self.schedule.flops - record["flops"]
+        stage = self.schedule.stage(record["stage"])
+        done = record["flops"] - self.schedule.start.flops
+        left = self.schedule.flops - done
         rate = record["flops_per_second"]
         mean = rate if self._flops_per_second is None else self._flops_per_second
         self._flops_per_second = RATE_MEMORY * mean + (1 - RATE_MEMORY) * rate
         line = (
-            f"stage {stage.index + 1}/{len(self.schedule.stages)} {stage.name}  "
+            f"stage {stage.index + 1}/{self.schedule.last.index + 1} {stage.name}  "
             f"{quantity(record['tokens'])} tokens  {quantity(record['tokens_per_second'])} tokens/s  "
             f"loss {record['loss']:.3f}  {record['bits_per_byte']:.3f} bits/byte  "
             f"ETA {clock(left / self._flops_per_second)}"
         )
         if self._live is not None:
-            bar = ProgressBar(total=self.schedule.flops, completed=record["flops"], width=40)
+            bar = ProgressBar(total=self.schedule.flops, completed=done, width=40)
             self._live.update(Group(bar, Text(line)))
         elif time.monotonic() - self._last_line >= LINE_SECONDS:
             self._last_line = time.monotonic()
@@ -98,7 +99,7 @@ class Display:
 
     def _show_stage(self, record: Record) -> None:
         self.print(
-            f"[bold]stage {record['stage'] + 1}/{len(self.schedule.stages)} {escape(record['name'])}[/bold]: "
+            f"[bold]stage {record['stage'] + 1}/{self.schedule.last.index + 1} {escape(record['name'])}[/bold]: "
             f"{quantity(record['parameters'])} parameters, context {record['context_length']}, "
             f"{record['planned_steps']} steps"
         )

@@ -78,8 +78,7 @@ class Run:
         if checkpoint is None:
             generator = torch.Generator().manual_seed(recipe.run.seed)
             torch.manual_seed(recipe.run.seed + self.rank)
-            model = schedule.stages[0].model
-            self.state = TrainState(model, init_params(model, generator))
+            self.state = TrainState(schedule.start_model, init_params(schedule.start_model, generator))
             self.progress = Progress()
             self.rng = torch.get_rng_state()
             rewind = 0
@@ -115,16 +114,16 @@ class Run:
         """Runs what is left of the schedule. True when it is done, False when it was asked to stop (and saved)."""
         self.stop.install()
         try:
-            if self.recipe.monitor.ngram_order and self.progress.step == 0:
+            if self.recipe.monitor.ngram_order and self.progress.step == self.schedule.start.step:
                 self._score_ngram()
             while True:
-                stage = self.schedule.stages[self.progress.stage]
+                stage = self.schedule.stage(self.progress.stage)
                 if self.progress.stage_step < stage.steps:
                     self._enter(stage)
                     self._fit(stage)
                     if self.stopping and self.progress.stage_step < stage.steps:
                         return False
-                if stage.index + 1 == len(self.schedule.stages):
+                if stage is self.schedule.last:
                     return True
                 if self.stopping:
                     return False
@@ -294,7 +293,7 @@ class Run:
 
     def _score_ngram(self) -> None:
         order = self.recipe.monitor.ngram_order
-        last = self.schedule.stages[-1]
+        last = self.schedule.last
         wanted = self.recipe.monitor.validation_tokens
         targets = target_positions(self.corpus.validation, last.context_length, wanted)
         score = ngram_bits_per_byte(self.corpus.train, self.corpus.validation, targets, order)

@@ -1,0 +1,68 @@
+"""More stages on a checkpoint: what an extended run takes over from it. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from growkit.checkpoint.manifest import Manifest
+from growkit.config.load import parse_recipe, read_mapping
+from growkit.config.recipe import Recipe, StartConfig
+from growkit.errors import ConfigError
+from growkit.models.config import to_json
+from growkit.models.presets import PRESETS
+from growkit.schedule.plan import growth_schedule
+from growkit.schedule.progress import Progress
+
+
+def extended_recipe(manifest: Manifest, source: str, text: str, overrides: Sequence[str], *, name: str) -> Recipe:
+    """The recipe of a run that goes on from ``manifest``'s checkpoint with the stages of ``text``.
+
+    ``source``: what to call the checkpoint. What ``text`` does not say is taken from the checkpoint's own recipe, but
+    for its model, its stages and the name of its run. Raises ConfigError.
+    """
+    if "start" in read_mapping(text, name):
+        mend = "drop start: it is filled in from the checkpoint"
+        raise ConfigError("start-given", "is not for a recipe to say", key="start", mend=mend)
+    under: dict[str, Any] = read_mapping(manifest.recipe, "the checkpoint's recipe") if manifest.recipe else {}
+    under = {key: value for key, value in under.items() if key not in ("model", "stages")}
+    under["run"] = {key: value for key, value in under.get("run", {}).items() if key != "name"}
+    under["start"] = dataclasses.asdict(_start(manifest, source))
+    return parse_recipe(text, overrides, PRESETS, name=name, under=under)
+
+
+def _start(manifest: Manifest, source: str) -> StartConfig:
+    at = manifest.progress
+    first = at.stage + 1
+    grown = [name for name, stage in manifest.born.items() if stage == first]
+    start = StartConfig(source, to_json(manifest.model), first, at.step, at.tokens, at.flops, new=grown)
+    if not manifest.recipe:
+        return start
+    stage = growth_schedule(parse_recipe(manifest.recipe, [], PRESETS, name="the checkpoint's recipe")).stage(at.stage)
+    return dataclasses.replace(
+        start,
+        lr=stage.lr.lr(max(0, at.stage_step - 1)),
+        context_length=stage.context_length,
+        global_batch_tokens=stage.global_batch_tokens,
+    )
+
+
+def first_progress(manifest: Manifest, recipe: Recipe, corpus_sha256: str) -> Progress:
+    """Where the extended run begins. The data go on where the checkpoint's stopped if they are the same in the same
+    order, and start afresh if not."""
+    assert recipe.start is not None
+    same = manifest.corpus.get("sha256") == corpus_sha256 and _order(manifest.recipe) == _order_of(recipe)
+    cursor = manifest.progress.cursor if same else 0
+    return dataclasses.replace(
+        manifest.progress, stage=recipe.start.stage, stage_step=0, cursor=cursor, micro_batch_size=None
+    )
+
+
+def _order(text: str) -> tuple[Any, ...] | None:
+    return _order_of(parse_recipe(text, [], PRESETS, name="the checkpoint's recipe")) if text else None
+
+
+def _order_of(recipe: Recipe) -> tuple[Any, ...]:
+    """What the order of the tokens depends on, besides the text itself."""
+    return recipe.run.seed, recipe.data.shuffle, recipe.data.block_tokens
