@@ -121,6 +121,21 @@ def generate(
     generate_text(checkpoint, prompt, tokens, temperature, top_k, seed)
 
 
+@app.command("eval", epilog="Example: growkit eval runs/NAME --data my.txt --context 512")
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or a run folder.")],
+    data: Annotated[str | None, typer.Option(help="Text to score, all of it (default: what the run held out).")] = None,
+    text_field: Annotated[str, typer.Option(help="Column of a Hugging Face data set.")] = "text",
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens of a window (default: as trained).")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="About how many tokens to score.")] = 131072,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, with the loss at every position.")] = False,
+) -> None:
+    """Score a checkpoint on any text: loss, bits per byte, loss by position; sampling speed and memory."""
+    from growkit.cli import evaluate as evaluation
+
+    evaluation.evaluate(checkpoint, data, text_field, context, tokens, as_json=json)
+
+
 @recipes_app.command("list")
 def recipes_list() -> None:
     """Names of the built-in recipes."""

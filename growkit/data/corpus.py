@@ -135,11 +135,8 @@ def hugging_face(data: DataConfig) -> Iterable[Document]:
 def load_corpus(data: DataConfig) -> Corpus:
     """Reads, splits and hashes ``data.source``. Raises DataError."""
     assert 0 < data.validation_fraction <= 0.5, "the schedule has checked it"
-    documents = [doc for doc in SOURCES.get(_kind(data.source), key="data.source")(data) if doc.text]
+    documents = _documents(data)
     total = sum(len(doc.text) for doc in documents)
-    if not total:
-        mend = "name a file or folder with text" + (f" matching {data.pattern!r}" if data.pattern != "**/*" else "")
-        raise DataError("corpus-empty", "has no text", key="data.source", value=data.source, mend=mend)
     train, validation = _split(documents, round(total * data.validation_fraction))
     digest = hashlib.sha256(train + b"|" + validation).hexdigest()
     return Corpus(
@@ -149,6 +146,19 @@ def load_corpus(data: DataConfig) -> Corpus:
         digest,
         len(documents),
     )
+
+
+def whole_text(data: DataConfig) -> NDArray[np.uint8]:
+    """All of ``data.source``, nothing set aside. Raises DataError."""
+    return np.frombuffer(END.join(doc.text for doc in _documents(data)), dtype=np.uint8)
+
+
+def _documents(data: DataConfig) -> list[Document]:
+    documents = [doc for doc in SOURCES.get(_kind(data.source), key="data.source")(data) if doc.text]
+    if not documents:
+        mend = "name a file or folder with text" + (f" matching {data.pattern!r}" if data.pattern != "**/*" else "")
+        raise DataError("corpus-empty", "has no text", key="data.source", value=data.source, mend=mend)
+    return documents
 
 
 def _kind(source: str) -> str:

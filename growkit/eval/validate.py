@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from growkit import faults
 from growkit.data.stream import validation_windows, windows
-from growkit.models.loss import IGNORED
 
 ROWS = 32  # windows per forward pass
 
@@ -22,7 +23,7 @@ def unscored(context_length: int) -> int:
     return context_length // 8
 
 
-def mean_loss(
+def position_losses(
     model: nn.Module,
     tokens: NDArray[np.integer],
     context_length: int,
@@ -31,33 +32,39 @@ def mean_loss(
     autocast: AbstractContextManager[object] | None = None,
     rank: int = 0,
     world_size: int = 1,
-) -> tuple[float, int]:
-    """(sum of nats, tokens) over this process's share of the windows; the caller adds up processes.
-
-    A window starts afresh; its first eighth is context and not scored (``unscored``).
-    """
-    skip = unscored(context_length)
-    starts, _ = validation_windows(tokens, context_length, wanted_tokens, skip)
+) -> tuple[Tensor, int]:
+    """(sum of nats at each position of a window, float64 (context_length,); number of windows), of this process's
+    share; the caller adds up processes. Every window starts afresh; there are as many as score ``wanted_tokens`` when
+    the first eighth of each is left out (``unscored``)."""
+    starts, _ = validation_windows(tokens, context_length, wanted_tokens, unscored(context_length))
     mine = starts[rank::world_size]
-    idle = -(-len(starts) // world_size) > len(mine)
-    if idle:  # sharded models must run the same number of passes everywhere: one window more, which does not count
+    count = len(mine)
+    if -(-len(starts) // world_size) > count:  # sharded models must run the same number of passes everywhere
         mine = np.append(mine, starts[0])
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    total = torch.zeros((), dtype=torch.float64)
+    sums = torch.zeros(context_length, dtype=torch.float64)
     with torch.no_grad(), autocast or nullcontext():
         for index in range(0, len(mine), ROWS):
             x, y = windows(tokens, mine[index : index + ROWS], context_length)
-            y[:, :skip] = IGNORED
-            if idle and index + ROWS >= len(mine):
-                y[-1] = IGNORED
-            loss = model(x.to(device), y.to(device)).cross_entropy
-            total += loss.double().cpu() * y.numel()
+            logits = model(x.to(device))
+            losses = F.cross_entropy(logits.flatten(0, 1).float(), y.to(device).flatten(), reduction="none")
+            sums += losses.view(y.shape)[: count - index].double().sum(0).cpu()
             if index == 0:
                 faults.point("mid_validation")
     model.train(training)
-    return float(total), (len(mine) - idle) * (context_length - skip)
+    return sums, count
+
+
+def mean_loss(
+    model: nn.Module, tokens: NDArray[np.integer], context_length: int, wanted_tokens: int, **options: Any
+) -> tuple[float, int]:
+    """(sum of nats, tokens) over the scored positions of this process's windows; ``options`` as of
+    ``position_losses``."""
+    skip = unscored(context_length)
+    sums, count = position_losses(model, tokens, context_length, wanted_tokens, **options)
+    return float(sums[skip:].sum()), count * (context_length - skip)
 
 
 def target_positions(tokens: NDArray[np.integer], context_length: int, wanted_tokens: int) -> NDArray[np.int64]:

@@ -12,8 +12,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-IGNORED = -100  # a target that adds nothing to the sums; means stay over all targets
-
 
 class TokenLoss(NamedTuple):
     """``total``: what is minimised. ``cross_entropy``: mean nats per token, without the z-loss."""
@@ -46,5 +44,5 @@ def _sums(h: Tensor, head: Tensor, targets: Tensor, logit_scale: float, with_z: 
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if logit_scale != 1:
         logits = logits * logit_scale
-    ce = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    ce = F.cross_entropy(logits, targets, reduction="sum")
     return ce, logits.logsumexp(-1).square().sum() if with_z else ce.new_zeros(())

@@ -1,0 +1,109 @@
+"""``growkit eval``: what a checkpoint is worth on a text, and what it costs to use."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from growkit.checkpoint.manifest import Manifest
+from growkit.cli.checkpoints import open_any
+from growkit.config.load import parse_recipe
+from growkit.config.recipe import DataConfig, Recipe, TrainerConfig
+from growkit.data.corpus import load_corpus, whole_text
+from growkit.duration import quantity
+from growkit.errors import ConfigError, DataError
+from growkit.eval.measure import cache_bytes_per_token, score, speed
+from growkit.eval.ngram import bits
+from growkit.models.decoder import build
+from growkit.models.presets import PRESETS
+from growkit.schedule.plan import growth_schedule
+from growkit.train import hardware
+
+console = Console(highlight=False)
+WRITTEN = 128  # tokens whose writing is timed
+
+
+def evaluate(
+    folder: Path, source: str | None, text_field: str, context: int | None, tokens: int, *, as_json: bool
+) -> None:
+    """Prints loss, loss by position, speed and memory of the checkpoint at ``folder``."""
+    checkpoint = open_any(folder)
+    manifest, config = checkpoint.manifest, checkpoint.manifest.model
+    recipe = parse_recipe(manifest.recipe, [], PRESETS, name="the checkpoint's recipe") if manifest.recipe else None
+    context = context or _trained_context(recipe, manifest)
+    name, text = _text(source, text_field, recipe)
+    if len(text) <= context:
+        problem = f"has {len(text)} tokens, a window needs {context + 1}"
+        raise DataError(
+            "corpus-too-short", problem, key="--data", value=name, mend="use more text or a shorter --context"
+        )
+    device = hardware.accelerator(TrainerConfig())
+    params = {key: checkpoint.state.params[key].to(device) for key in checkpoint.state.params}
+    model = build(config, params, copy=False)
+    result = score(model, text, context, tokens)
+    pace = speed(model, context, WRITTEN)
+    values: dict[str, Any] = {
+        "checkpoint": str(checkpoint.folder),
+        "step": manifest.progress.step,
+        "parameters": config.num_params(),
+        "data": name,
+        "context_length": context,
+        "scored_tokens": result.tokens,
+        "loss": result.loss,
+        "bits_per_byte": bits(result.loss),
+        "perplexity": float(np.exp(result.loss)),
+        "loss_by_position": result.by_position,
+        "device": device,
+        "reads_tokens_per_second": pace.read,
+        "writes_tokens_per_second": pace.write,
+        "weight_bytes": sum(tensor.nbytes for tensor in params.values()),
+        "cache_bytes_per_token": cache_bytes_per_token(config),
+        "peak_memory_bytes": hardware.peak_memory_bytes(device),
+    }
+    if as_json:
+        typer.echo(json.dumps(values))
+        return
+    console.print(f"{checkpoint.folder}", soft_wrap=True, markup=False)
+    console.print(
+        f"{escape(name)}: {result.loss:.4f} nats per token, [bold]{bits(result.loss):.3f} bits per byte[/bold], "
+        f"perplexity {values['perplexity']:.2f}, over {result.tokens:,} tokens in windows of {context} "
+        "(their first eighth is only context)",
+        soft_wrap=True,
+    )
+    table = Table("position", "nats", "bits per byte", title="loss by position in the window", title_justify="left")
+    for first, last, nats in result.buckets():
+        table.add_row(f"{first}" if first == last else f"{first}–{last}", f"{nats:.4f}", f"{bits(nats):.3f}")
+    console.print(table)
+    size = {key: f"{quantity(values[key])}B" for key in ("weight_bytes", "cache_bytes_per_token", "peak_memory_bytes")}
+    console.print(
+        f"on {device}, one sequence: reads {quantity(pace.read)} tokens/s, writes {quantity(pace.write)} tokens/s; "
+        f"weights {size['weight_bytes']}, cache {size['cache_bytes_per_token']} a token, peak memory of this process "
+        f"{size['peak_memory_bytes']}",
+        soft_wrap=True,
+    )
+
+
+def _trained_context(recipe: Recipe | None, manifest: Manifest) -> int:
+    if recipe is None:
+        mend = "say how long the windows are"
+        raise ConfigError("missing-key", "is missing, and the checkpoint has no recipe", key="--context", mend=mend)
+    return growth_schedule(recipe).stage(manifest.progress.stage).context_length
+
+
+def _text(source: str | None, text_field: str, recipe: Recipe | None) -> tuple[str, NDArray[np.uint8]]:
+    """(what to call it, its tokens): all of ``source``, or the part that the checkpoint's run held out."""
+    if source is not None:
+        return source, whole_text(DataConfig(source=source, text_field=text_field))
+    if recipe is None:
+        mend = "name a file, a folder or hf:NAME"
+        raise ConfigError("missing-key", "is missing, and the checkpoint has no recipe", key="--data", mend=mend)
+    corpus = load_corpus(recipe.data)
+    return f"{corpus.name}, the part held out", corpus.validation
