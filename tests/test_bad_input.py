@@ -26,6 +26,7 @@ import yaml
 import growkit
 from growkit import errors
 from growkit.checkpoint import manifest as manifests
+from growkit.checkpoint.extension import extended_recipe
 from growkit.checkpoint.run_folder import RunFolder
 from growkit.cli.training import FOLDER_VARIABLE
 from growkit.config.load import parse_recipe, to_yaml
@@ -445,6 +446,18 @@ RUN_CASES = [
          "delete that line", _break_log),
 ]  # fmt: skip
 
+
+def _further_on_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    _write("more.yaml", MORE)
+    _full_disk("params-")(monkeypatch)
+
+
+def _extended_recipe(_: pytest.MonkeyPatch) -> None:
+    """What ``growkit extend`` would save."""
+    manifest = manifests.read(Path(LAST))
+    _write("more.yaml", to_yaml(extended_recipe(manifest, "runs/run", MORE, [], name="more.yaml")))
+
+
 CHECKPOINT_CASES = [
     Case("inspect nothing", "inspect nope", "not-a-checkpoint", "nope", "does not exist", "name a checkpoint"),
     Case("inspect a foreign folder", "inspect .", "not-a-checkpoint", ".", "manifest.json", "name a checkpoint"),
@@ -495,7 +508,79 @@ def _grow_to_two_layers() -> None:
     assert cli("grow", RUN, "num_layers=2", "-o", "runs/grown")[0] == 0
 
 
-CASES = [*RECIPE_CASES, *DATA_CASES, *RUN_CASES, *CHECKPOINT_CASES]
+def _further(text: str) -> Arrange:
+    return lambda _: _write("more.yaml", text)
+
+
+def _bare_checkpoint(text: str) -> Arrange:
+    """The last checkpoint as one that no recipe of growkit made."""
+
+    def arrange(patch: pytest.MonkeyPatch) -> None:
+        _reseal(recipe="")(patch)
+        shutil.move(LAST, "bare")
+        _write("more.yaml", text)
+
+    return arrange
+
+
+MORE = "stages: [{name: more, duration: 2 steps}]\n"
+
+EXTEND_CASES = [
+    Case("extend nothing", "extend nope more.yaml", "not-a-checkpoint", "nope", "does not exist", "name a checkpoint",
+         _further(MORE)),
+    Case("extend by no recipe", "extend runs/run nope.yaml", "no-such-recipe", "recipe", "'nope.yaml'", "YAML file"),
+    Case("extend by a whole recipe", "extend runs/run recipe.yaml", "model-in-extension", "model", "'tokenformer'",
+         "drop model"),
+    Case("extend by a recipe with a start", "extend runs/run more.yaml", "start-given", "start", "not for a recipe",
+         "drop start", _further("start: {step: 3}\n" + MORE)),
+    Case("extend by no stages", "extend runs/run more.yaml", "no-stages", "stages", "is empty", "at least one stage",
+         _further("optim: {lr: 1e-3}\n")),
+    Case("extend to less", "extend runs/run more.yaml stages.0.grow.mlp_tokens=1", "shrinking-target",
+         "stages.0.grow.mlp_tokens", "got 1", "only enlarges", _further(MORE)),
+    Case("extend from no step", "extend runs/run more.yaml --from 9", "no-such-step", "--from", "got 9", "there are",
+         _further(MORE)),
+    Case("extend a checkpoint from a step", f"extend {LAST} more.yaml --from 4", "no-such-step", "--from", "got 4",
+         "name a run folder", _further(MORE)),
+    Case("extend onto a run", "extend runs/run more.yaml run.name=run", "run-exists", "run.name", "runs/run",
+         "growkit resume", _further(MORE)),
+    Case("extend on a full disk", "extend runs/run more.yaml run.name=new", "cannot-write", "step-00000004", "No space",
+         "free space", _further_on_a_full_disk),
+    Case("extend what says no context", "extend bare more.yaml", "missing-key", "stages.0.context_length", "is missing",
+         "must say it", _bare_checkpoint(MORE)),
+    Case("extend with a broken start", "validate more.yaml", "bad-model", "start.model", "lacks the field", "",
+         _further("start: {step: 3}\n" + MORE)),
+    Case("train what was extended", "train more.yaml run.name=new", "needs-a-checkpoint", "start", "extended run",
+         "growkit extend", _extended_recipe),
+]  # fmt: skip
+
+EVAL_CASES = [
+    Case("evaluate nothing", "eval nope", "not-a-checkpoint", "nope", "does not exist", "name a checkpoint"),
+    Case("evaluate a recipe", "eval recipe.yaml", "not-a-checkpoint", "recipe.yaml", "is a file", "name a checkpoint"),
+    Case("evaluate on no text", "eval runs/run --data nope.txt", "corpus-missing", "data.source", "nope.txt", "name"),
+    Case("evaluate on a short text", "eval runs/run --data one.txt", "corpus-too-short", "--data", "'one.txt'",
+         "shorter --context", lambda _: _write("one.txt", "x")),
+    Case("evaluate on an empty text", "eval runs/run --data one.txt", "corpus-empty", "data.source", "one.txt", "name",
+         lambda _: _write("one.txt", "")),
+    Case("evaluate what says no text", "eval bare --context 16", "missing-key", "--data", "no recipe", "name a file",
+         _bare_checkpoint(MORE)),
+    Case("evaluate what says no context", "eval bare --data corpus.txt", "missing-key", "--context", "no recipe", "long",
+         _bare_checkpoint(MORE)),
+    Case("evaluate when the corpus is gone", "eval runs/run", "corpus-missing", "data.source", "corpus.txt", "name",
+         _no_corpus),
+]  # fmt: skip
+
+INIT_CASES = [
+    Case("init onto a file", "init corpus.txt", "file-exists", "file", "'corpus.txt'", "another"),
+    Case("init into no folder", "init no/where.yaml", "cannot-write", "no/where.yaml", "No such file", "name a file"),
+    Case("init of no family", "init new.yaml --preset rnn", "unknown-choice", "--preset", "'rnn'", "tokenformer"),
+    Case("init of no size", "init new.yaml --size huge", "unknown-choice", "--size", "'huge'", "large"),
+    Case("init with too many stages", "init new.yaml --stages 9", "out-of-range", "--stages", "got 9", "1 to 4"),
+    Case("init without a unit", "init new.yaml --budget 20M", "bad-duration", "--budget", "'20M'", "20M tokens"),
+    Case("init with a small budget", "init new.yaml --budget '1 steps' --stages 3", "empty-stage", "stages.0.duration",
+         "less than one step", "at least one"),
+]  # fmt: skip
+
+CASES = [*RECIPE_CASES, *DATA_CASES, *RUN_CASES, *CHECKPOINT_CASES, *EXTEND_CASES, *EVAL_CASES, *INIT_CASES]
 
 
 @pytest.fixture(scope="module")

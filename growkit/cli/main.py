@@ -90,6 +90,22 @@ def grow(
     grow_checkpoint(checkpoint, targets, output, seed, probe_tokens)
 
 
+@app.command(epilog="Example: growkit init mine.yaml --data my.txt --size small --budget '20M tokens'")
+def init(
+    file: Annotated[Path, typer.Argument(help="The recipe to write.")] = Path("recipe.yaml"),
+    data: Annotated[str | None, typer.Option(help="Text: a file, a folder, hf:NAME or stdlib.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Model family: tokenformer or transformer.")] = None,
+    size: Annotated[str | None, typer.Option(help="At the end: tiny, small, medium or large.")] = None,
+    budget: Annotated[str | None, typer.Option(help="'20M tokens', '1e15 flops'; default: 20 tokens/param.")] = None,
+    stages: Annotated[int | None, typer.Option(help="How many, 1 to 4.")] = None,
+    ask: Annotated[bool | None, typer.Option("--ask/--no-ask", help="Ask what is open.")] = None,
+) -> None:
+    """Write a commented recipe from a few questions or options."""
+    from growkit.cli.init import Answers, write_recipe
+
+    write_recipe(file, Answers(data, preset, size, budget, stages), ask=ask)
+
+
 @app.command(epilog="Example: growkit validate recipes/quickstart.yaml optim.lr=1e-3")
 def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Check a recipe and show its stages, without training or importing torch."""

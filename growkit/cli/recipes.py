@@ -68,20 +68,24 @@ def show_recipe(name: str) -> None:
 
 def copy_recipe(name: str, target: Path | None) -> None:
     source = find_recipe(name)
-    text = read_text(source)
     target = target or Path(source.name)
+    write_new(target, read_text(source), key="target")
+    typer.echo(f"wrote {target}; change it, then: growkit train {target}")
+
+
+def write_new(target: Path, text: str, *, key: str) -> None:
+    """Writes a file that is not there yet, whole or not at all; ``key`` is what named it. Raises ConfigError."""
     try:
         with open(target, "x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
         mend = "name another file"
-        raise ConfigError("file-exists", "is already there", key="target", value=str(target), mend=mend) from None
+        raise ConfigError("file-exists", "is already there", key=key, value=str(target), mend=mend) from None
     except OSError as error:
         if target.is_file():
             target.unlink()
         mend = "name a file in a folder that exists and can be written to"
         raise ConfigError("cannot-write", f"cannot be written ({error})", key=str(target), mend=mend) from error
-    typer.echo(f"wrote {target}; change it, then: growkit train {target}")
 
 
 def show_schedule(name: str, overrides: Sequence[str]) -> None:
