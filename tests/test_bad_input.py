@@ -563,7 +563,7 @@ EVAL_CASES = [
          lambda _: _write("one.txt", "")),
     Case("evaluate what says no text", "eval bare --context 16", "missing-key", "--data", "no recipe", "name a file",
          _bare_checkpoint(MORE)),
-    Case("evaluate what says no context", "eval bare --data corpus.txt", "missing-key", "--context", "no recipe", "long",
+    Case("evaluate without a context", "eval bare --data corpus.txt", "missing-key", "--context", "no recipe", "long",
          _bare_checkpoint(MORE)),
     Case("evaluate when the corpus is gone", "eval runs/run", "corpus-missing", "data.source", "corpus.txt", "name",
          _no_corpus),

@@ -8,13 +8,10 @@ import logging
 import os
 import signal
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor
 
 from growkit.checkpoint import sharded, store
@@ -37,6 +34,7 @@ from growkit.schedule.progress import Progress
 from growkit.train import hardware
 from growkit.train.callback import AfterStep, StopRequest
 from growkit.train.module import StageModule, full_state
+from growkit.train.trainer import fit, stage_trainer
 from growkit.train.trial import fitting_micro_batch
 
 log = logging.getLogger(__name__)
@@ -56,8 +54,6 @@ class Run:
         corpus: Corpus,
         checkpoint: Checkpoint | None = None,
     ) -> None:
-        for name in ("lightning.pytorch", "lightning.fabric"):  # they announce themselves at every stage
-            logging.getLogger(name).setLevel(logging.ERROR)
         self.recipe, self.schedule, self.folder, self.corpus = recipe, schedule, folder, corpus
         self.device = hardware.accelerator(recipe.trainer)
         self.dtype = hardware.training_dtype(recipe.trainer)
@@ -204,24 +200,8 @@ class Run:
     def _fit(self, stage: Stage) -> None:
         remaining = stage.steps - self.progress.stage_step
         module = StageModule(self.state, stage, self.recipe, self.progress.stage_step)
-        accumulate = self.accumulate(stage)
-        trainer = L.Trainer(
-            accelerator=self.device,
-            devices=self.world_size,
-            strategy=self._strategy(),
-            precision="bf16-mixed" if self.dtype == torch.bfloat16 else "32-true",
-            max_steps=remaining,
-            max_epochs=-1,
-            limit_val_batches=0,
-            accumulate_grad_batches=accumulate,
-            callbacks=[AfterStep(self, module, last_step=stage.steps)],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            gradient_clip_val=self.recipe.optim.clip_norm or None,
-        )
+        after = AfterStep(self, module, last_step=stage.steps)
+        trainer = stage_trainer(self.recipe, remaining, self.accumulate(stage), [after])
         batches = Batches(
             self.stream,
             self.progress.cursor,
@@ -230,18 +210,9 @@ class Run:
             rank=self.rank,
             world_size=self.world_size,
         )
-        with warnings.catch_warnings():
-            # An endless iterable needs neither workers nor a length; Lightning warns about both.
-            warnings.filterwarnings("ignore", module="lightning")
-            trainer.fit(module, batches)
+        fit(trainer, module, batches)
         self.stop.install()
         self.state = full_state(module.current_state())
-
-    def _strategy(self) -> str | Strategy:
-        kind = self.recipe.trainer.strategy
-        if kind == "fsdp":
-            return ModelParallelStrategy(data_parallel_size=self.world_size, tensor_parallel_size=1)
-        return "auto" if kind == "single" else kind
 
     def validate(self, module: StageModule, *, end: bool) -> None:
         """Logs the validation loss in nats and bits per byte."""
