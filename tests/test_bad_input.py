@@ -580,7 +580,27 @@ INIT_CASES = [
          "less than one step", "at least one"),
 ]  # fmt: skip
 
-CASES = [*RECIPE_CASES, *DATA_CASES, *RUN_CASES, *CHECKPOINT_CASES, *EXTEND_CASES, *EVAL_CASES, *INIT_CASES]
+PROFILE_CASES = [
+    Case("profile no recipe", "profile nope", "no-such-recipe", "recipe", "'nope'", "recipes list"),
+    Case("profile no stage", "profile recipe.yaml --stage 9", "out-of-range", "--stage", "got 9", "2 stages"),
+    Case("profile stage zero", "profile recipe.yaml --stage 0", "out-of-range", "--stage", "got 0", "2 stages"),
+    Case("profile onto a file", "profile recipe.yaml -o corpus.txt", "file-exists", "--output", "'corpus.txt'", "another"),
+    Case("profile into no folder", "profile recipe.yaml -o no/t.json", "cannot-write", "no/t.json", "No such", "name a"),
+    Case("profile no text", "profile recipe.yaml data.source=nope.txt", "corpus-missing", "data.source", "nope.txt", "name"),
+    Case("profile several devices", "profile recipe.yaml trainer.devices=2 trainer.strategy=ddp stages.0.micro_batch_size=1",
+         "out-of-range", "trainer.devices", "got 2", "trainer.devices=1"),
+]  # fmt: skip
+
+CASES = [
+    *RECIPE_CASES,
+    *DATA_CASES,
+    *RUN_CASES,
+    *CHECKPOINT_CASES,
+    *EXTEND_CASES,
+    *EVAL_CASES,
+    *INIT_CASES,
+    *PROFILE_CASES,
+]
 
 
 @pytest.fixture(scope="module")

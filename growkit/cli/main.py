@@ -152,6 +152,20 @@ def evaluate(
     evaluation.evaluate(checkpoint, data, text_field, context, tokens, as_json=json)
 
 
+@app.command(epilog="Example: growkit profile quickstart --stage 3 -o trace.json")
+def profile(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    stage: Annotated[int | None, typer.Option(help="Which stage, from 1 (default: the last).")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to time.")] = 10,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the trace goes.")] = Path("trace.json"),
+) -> None:
+    """Show where a training step's time goes, and how much of the machine it uses; write a trace to open."""
+    from growkit.cli.profile import profile_recipe
+
+    profile_recipe(recipe, overrides or [], stage, steps, output)
+
+
 @recipes_app.command("list")
 def recipes_list() -> None:
     """Names of the built-in recipes."""

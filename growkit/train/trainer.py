@@ -17,8 +17,8 @@ from growkit.train.module import StageModule
 
 
 def stage_trainer(recipe: Recipe, steps: int, accumulate: int, callbacks: list[L.Callback]) -> L.Trainer:
-    """A trainer of ``steps`` optimizer steps, ``accumulate`` micro-batches each; logging, validation and checkpoints are
-    the callbacks' affair."""
+    """A trainer of ``steps`` optimizer steps, ``accumulate`` micro-batches each; logging, validation and checkpoints
+    are the callbacks' affair."""
     for name in ("lightning.pytorch", "lightning.fabric"):  # they announce themselves at every stage
         logging.getLogger(name).setLevel(logging.ERROR)
     return L.Trainer(
