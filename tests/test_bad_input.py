@@ -581,13 +581,14 @@ INIT_CASES = [
 ]  # fmt: skip
 
 PROFILE_CASES = [
-    Case("profile no recipe", "profile nope", "no-such-recipe", "recipe", "'nope'", "recipes list"),
+    Case("profile no recipe", "profile nope", "no-such-recipe", "recipe", "'nope'", "built-in recipe"),
     Case("profile no stage", "profile recipe.yaml --stage 9", "out-of-range", "--stage", "got 9", "2 stages"),
     Case("profile stage zero", "profile recipe.yaml --stage 0", "out-of-range", "--stage", "got 0", "2 stages"),
-    Case("profile onto a file", "profile recipe.yaml -o corpus.txt", "file-exists", "--output", "'corpus.txt'", "another"),
-    Case("profile into no folder", "profile recipe.yaml -o no/t.json", "cannot-write", "no/t.json", "No such", "name a"),
-    Case("profile no text", "profile recipe.yaml data.source=nope.txt", "corpus-missing", "data.source", "nope.txt", "name"),
-    Case("profile several devices", "profile recipe.yaml trainer.devices=2 trainer.strategy=ddp stages.0.micro_batch_size=1",
+    Case("profile onto a file", "profile recipe.yaml -o corpus.txt", "file-exists", "--output", "corpus.txt", "another"),
+    Case("profile into no folder", "profile recipe.yaml -o no/t.json", "cannot-write", "no/t.json", "No such", "name"),
+    Case("profile no text", "profile recipe.yaml data.source=x.txt", "corpus-missing", "data.source", "x.txt", "name"),
+    Case("profile several devices",
+         "profile recipe.yaml trainer.devices=2 trainer.strategy=ddp stages.0.micro_batch_size=1",
          "out-of-range", "trainer.devices", "got 2", "trainer.devices=1"),
 ]  # fmt: skip
 

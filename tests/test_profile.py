@@ -28,7 +28,7 @@ def test_phases_and_groups_account_for_the_step(tmp_path: Path) -> None:
     events = json.loads(trace.read_text())["traceEvents"]
     named = [event["name"] for event in events if event.get("name") in PHASES]
     assert named.count("backward") == 3 * stage.accumulate, "three steps are traced"
-    calls = dict((name, count) for name, _, count in result.operations)
+    calls = {name: count for name, _, count in result.operations}
     assert calls["aten::_fused_adamw_"] == pytest.approx(round(calls["aten::_fused_adamw_"]))
 
 
