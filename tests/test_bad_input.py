@@ -584,7 +584,7 @@ PROFILE_CASES = [
     Case("profile no recipe", "profile nope", "no-such-recipe", "recipe", "'nope'", "built-in recipe"),
     Case("profile no stage", "profile recipe.yaml --stage 9", "out-of-range", "--stage", "got 9", "2 stages"),
     Case("profile stage zero", "profile recipe.yaml --stage 0", "out-of-range", "--stage", "got 0", "2 stages"),
-    Case("profile onto a file", "profile recipe.yaml -o corpus.txt", "file-exists", "--output", "corpus.txt", "another"),
+    Case("profile onto a file", "profile recipe.yaml -o corpus.txt", "file-exists", "--output", "corpus.txt", "other"),
     Case("profile into no folder", "profile recipe.yaml -o no/t.json", "cannot-write", "no/t.json", "No such", "name"),
     Case("profile no text", "profile recipe.yaml data.source=x.txt", "corpus-missing", "data.source", "x.txt", "name"),
     Case("profile several devices",
@@ -716,6 +716,17 @@ USAGE = [
     ("no tokens", "generate runs/run --tokens 0", "--tokens"),
     ("not a temperature", "generate runs/run --temperature nan", "--temperature"),
     ("unknown option", "train recipe.yaml --fast", "--fast"),
+    ("extend by nothing", "extend runs/run", "recipe"),
+    ("extend from a word", "extend runs/run recipe.yaml --from x", "--from"),
+    ("no tokens to score", "eval runs/run --tokens 0", "--tokens"),
+    ("a context of none", "eval runs/run --context 0", "--context"),
+    ("stages in words", "init new.yaml --stages three", "--stages"),
+    ("profile no steps", "profile recipe.yaml --steps 0", "--steps"),
+    ("the doctor and a patient", "doctor now", "now"),
+    ("the doctor in haste", "doctor --fast", "--fast"),
+    ("the doctor in no folder", "doctor --folder", "--folder"),
+    ("the doctor with a value", "doctor --json=yes", "--json"),
+    ("the doctor misspelt", "docter", "docter"),
 ]
 
 

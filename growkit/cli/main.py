@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -161,9 +162,21 @@ def profile(
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the trace goes.")] = Path("trace.json"),
 ) -> None:
     """Show where a training step's time goes, and how much of the machine it uses; write a trace to open."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # before torch is loaded: its profiler talks to the terminal
     from growkit.cli.profile import profile_recipe
 
     profile_recipe(recipe, overrides or [], stage, steps, output)
+
+
+@app.command(epilog="Example: growkit doctor")
+def doctor(
+    folder: Annotated[Path, typer.Option(help="Where runs would go.")] = Path("runs"),
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Look at this machine: torch, kernels, GPU, memory, disk, W&B; say what to do about what is missing."""
+    from growkit.cli.doctor import examine
+
+    raise typer.Exit(examine(folder, as_json=json))
 
 
 @recipes_app.command("list")
@@ -199,8 +212,8 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except UsageError as mistake:
-        if mistake.ctx is not None:
-            typer.echo(mistake.ctx.get_usage(), err=True)
+        usage = mistake.ctx.get_usage() if mistake.ctx is not None else "Usage: growkit COMMAND [ARGUMENTS] [OPTIONS]"
+        typer.echo(usage, err=True)
         _fail(
             ConfigError(
                 "bad-command-line",
