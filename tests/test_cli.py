@@ -14,7 +14,7 @@ import torch
 
 from growkit.checkpoint import store
 from growkit.checkpoint.run_folder import RunFolder
-from growkit.cli.main import main
+from growkit.cli.main import app, main
 from growkit.cli.recipes import built_in
 from growkit.config.load import parse_recipe
 from growkit.eval.generate import sample_text
@@ -182,10 +182,31 @@ def test_recipes_are_listed_shown_and_copied(tmp_path: Path) -> None:
     assert copy.read_text() == shown
 
 
-@pytest.mark.parametrize("command", ["train", "resume", "grow", "validate", "inspect", "generate"])
+def commands() -> list[str]:
+    named = [(command.name, command.callback) for command in app.registered_commands]
+    return sorted(name or callback.__name__ for name, callback in named if callback is not None)
+
+
+@pytest.mark.parametrize("command", commands())
 def test_help_has_an_example(command: str) -> None:
     code, out, _ = cli(command, "--help")
     assert code == 0 and f"Example: growkit {command}" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("growkit prof", "profile"),
+        ("growkit train quickstart-s", "quickstart-static"),
+        ("growkit train quickstart optim.weight", "optim.weight_decay="),
+        ("growkit eval --cont", "--context"),
+    ],
+)
+def test_the_shell_completes(words: str, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_GROWKIT_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+    assert cli() == (0, f"{found}\n", "")
 
 
 def test_a_finished_run_resumes_to_nothing_more(run: tuple[Path, str]) -> None:

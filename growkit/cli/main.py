@@ -27,8 +27,26 @@ app.add_typer(recipes_app, name="recipes")
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # of everything wrong with a command line; typer exports only this heir
 
-RecipeArgument = Annotated[str, typer.Argument(help="A YAML file, or the name of a built-in recipe.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value on top of the recipe.", show_default=False)]
+
+def _recipe_names(incomplete: str) -> list[str]:
+    from growkit.cli.recipes import built_in
+
+    return [name for name in built_in() if name.startswith(incomplete)]  # files: the shell's own completion
+
+
+def _override_keys(incomplete: str) -> list[str]:
+    from growkit.config.load import keys
+
+    return [f"{key}=" for key in keys() if key.startswith(incomplete)]
+
+
+RecipeArgument = Annotated[
+    str, typer.Argument(help="A YAML file, or the name of a built-in recipe.", autocompletion=_recipe_names)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="key=value on top of the recipe.", show_default=False, autocompletion=_override_keys),
+]
 
 
 def _version(value: bool) -> None:

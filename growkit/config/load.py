@@ -149,6 +149,12 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
             node = node[place]
 
 
+def keys() -> list[str]:
+    """Every ``section.key`` that an override can set, presets and stages apart."""
+    sections = {name: kind for name, kind in typing.get_type_hints(Recipe).items() if dataclasses.is_dataclass(kind)}
+    return [f"{name}.{field.name}" for name, kind in sections.items() for field in dataclasses.fields(kind)]
+
+
 def to_yaml(recipe: Recipe) -> str:
     """The recipe with every default written out; reading it back gives the same recipe."""
     return yaml.dump(_escaped(dataclasses.asdict(recipe)), Dumper=_Dumper, sort_keys=False)
