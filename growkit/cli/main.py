@@ -228,7 +228,7 @@ def main() -> None:
     """Entry point: user errors end in one message and their exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="growkit", standalone_mode=False)
     except UsageError as mistake:
         usage = mistake.ctx.get_usage() if mistake.ctx is not None else "Usage: growkit COMMAND [ARGUMENTS] [OPTIONS]"
         typer.echo(usage, err=True)
