@@ -40,17 +40,29 @@ OTHER = "elementwise, norms and the rest"
 
 @dataclass(frozen=True)
 class StageProfile:
-    """``phases``: mean seconds a step by phase; ``step_seconds``: median of a whole step; ``groups``: share of the
+    """``steps``: seconds of each whole step; ``phases``: mean seconds a step by phase; ``groups``: share of the
     operations' own time by kind; ``operations``: (name, share, calls a step), the longest first."""
 
     stage: Stage
-    step_seconds: float
+    steps: tuple[float, ...]
     phases: dict[str, float]
     groups: dict[str, float]
     operations: list[tuple[str, float, float]]
-    flops_per_second: float
-    utilisation: float
+    peak_flops: float
     memory_bytes: int
+
+    @property
+    def step_seconds(self) -> float:
+        """The median: one slow moment of the machine does not move it."""
+        return statistics.median(self.steps)
+
+    @property
+    def flops_per_second(self) -> float:
+        return self.stage.flops_per_step / self.step_seconds
+
+    @property
+    def utilisation(self) -> float:
+        return self.flops_per_second / self.peak_flops
 
     @property
     def tokens_per_second(self) -> float:
@@ -73,7 +85,6 @@ def profile_stage(
     fit(trainer, module, Batches(stream, 0, stage.micro_batch_size, stage.context_length))
     assert clock.profiler is not None
     clock.profiler.export_chrome_trace(str(trace))
-    seconds = statistics.median(clock.steps)
     events = {e.key: e for e in clock.profiler.key_averages() if e.key not in (*PHASES, "ProfilerStep*")}
     own = {key: _own_time(event, device) for key, event in events.items()}
     total = sum(own.values())
@@ -84,12 +95,11 @@ def profile_stage(
         groups[group] = groups.get(group, 0.0) + own[key] / total
     return StageProfile(
         stage=stage,
-        step_seconds=seconds,
+        steps=tuple(clock.steps),
         phases={phase: clock.seconds[phase] / steps for phase in PHASES},
         groups=dict(sorted(groups.items(), key=lambda item: -item[1])),
         operations=[(key, own[key] / total, events[key].count / TRACED) for key in longest if own[key] > 0],
-        flops_per_second=stage.flops_per_step / seconds,
-        utilisation=stage.flops_per_step / seconds / peak,
+        peak_flops=peak,
         memory_bytes=hardware.peak_memory_bytes(device),
     )
 
