@@ -2,12 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help quickstart test lint soak bench clean
+.PHONY: help quickstart test lint docs soak bench clean
 
 help:
 	@echo "make quickstart   train and grow a small model on real text (three to four minutes on two cores)"
 	@echo "make test         the test suite"
 	@echo "make lint         ruff and mypy"
+	@echo "make docs         the documentation as a site, in site/"
 	@echo "make soak         kill training 100 times, resume, compare bitwise"
 	@echo "make bench        throughput against a bare loop, quality against a nanoGPT-style peer (about half an hour)"
 	@echo "make clean        remove the virtual environment, caches and build outputs; runs/ stays"
@@ -31,6 +32,10 @@ test: .venv/.installed
 lint: .venv/.installed
 	$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check . && $(BIN)/python -m mypy
 
+docs: .venv/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "open site/index.html"
+
 soak: .venv/.installed
 	$(BIN)/python scripts/soak.py
 
@@ -39,5 +44,5 @@ bench: .venv/.installed
 	$(BIN)/python scripts/bench_nanogpt.py
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

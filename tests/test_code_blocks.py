@@ -1,0 +1,173 @@
+"""Every code block of README and docs does what it says: commands and Python run, in the order of their page, in a
+folder with a small text and a small trained run; YAML is read as a recipe; what cannot run says why, and is counted."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from growkit.checkpoint.run_folder import RunFolder
+from growkit.cli import main as command_line
+from growkit.cli.recipes import find_recipe, recipes_folder
+from growkit.growth.operator import OPERATORS
+from tests.documents import FENCE, ROOT, Block, blocks, name, pages, schedule_of
+from tests.support import cli, corpus_file, recipe_dict, write_recipe
+
+# What is done with a block, by its language. ``text`` is for what is no code: output, formulas, folder trees.
+CLASSES = {"bash": "run", "python": "run", "yaml": "read", "json": "read", "text": "shown"}
+# Blocks that are not run, by page; each gives its reason behind its fence.
+NOT_RUN: dict[str, int] = {}
+# Lines that are parsed by the real command line and not run: a word of the line, and why.
+PARSED_ONLY = {
+    "data.source=hf:NAME": "needs the network",
+}
+# Texts that pages name; all are the same small one.
+TEXTS = ("my.txt", "tinyshakespeare.txt", "path/to/file-or-folder")
+RUNS = ("NAME",)  # runs that pages name without making them
+# Put behind every ``growkit train``: one process, few tokens; and each stage to two steps.
+SMALL = (
+    "run.threads=1",
+    "trainer.devices=1",
+    "trainer.strategy=single",
+    "monitor.validation_tokens=256",
+    "monitor.probe_tokens=64",
+    "monitor.ngram_order=2",
+    "monitor.sample_tokens=4",
+    "monitor.peak_flops_per_second=1e9",
+)
+SMALL_STAGE = ("duration=2 steps", "warmup=null", "decay=null", "new_warmup=1 steps", "validate_every=null")
+
+
+def commands(block: Block) -> list[list[str]]:
+    """The block's command lines as words, comments dropped and continued lines joined."""
+    lines = block.text.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def growkit_words(words: list[str]) -> list[str] | None:
+    """What a command line says to growkit, if that is what it starts."""
+    return words[1:] if Path(words[0]).name == "growkit" else None
+
+
+def parse(words: list[str]) -> None:
+    """Parses ``growkit words...`` as the command line does, without running it."""
+    command = typer.main.get_command(command_line.app)
+    while hasattr(command, "commands"):
+        assert words and words[0] in command.commands, f"{command.name} has no command {words[:1]}"
+        command, words = command.commands[words[0]], words[1:]
+    command.make_context(command.name, list(words))
+
+
+def require_known(words: list[str]) -> None:
+    """A command other than growkit's names what is there."""
+    program = Path(words[0]).name
+    if program == "make":
+        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert words[1] in targets, f"make has no target {words[1]}"
+    elif program == "python":
+        assert (ROOT / words[1]).is_file(), f"{words[1]} is not there"
+    else:
+        assert words in (["source", ".venv/bin/activate"], [".venv/bin/pre-commit", "install"]), f"unknown: {words}"
+
+
+def shrunk(words: list[str]) -> list[str]:
+    """The same command with little to do: a small training, a step that the small run has."""
+    if words[0] == "train":
+        count = len(yaml.safe_load(find_recipe(words[1]).read_text())["stages"])
+        stages = [f"stages.{number}.{value}" for number in range(count) for value in SMALL_STAGE]
+        source = [] if any(word.startswith("data.source=") for word in words) else ["data.source=my.txt"]
+        return [*words, *source, *SMALL, *stages]
+    if "--from" in words:
+        place = words.index("--from") + 1
+        return [*words[:place], str(RunFolder.open(Path(words[1])).steps()[0]), *words[place + 1 :]]
+    return words
+
+
+@pytest.fixture(scope="module")
+def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what pages take for granted."""
+    folder = tmp_path_factory.mktemp("furnished")
+    text = corpus_file(folder).read_text()
+    for place in TEXTS:
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (folder / place).write_text(text)
+    shutil.copytree(recipes_folder(), folder / "recipes")
+    recipe = write_recipe(folder, recipe_dict(folder, trainer={"keep_last": 10}))
+    for run in RUNS:
+        assert cli("train", recipe, f"run.name={run}")[0] == 0
+    return folder
+
+
+def run_python(block: Block) -> None:
+    code = compile("\n" * block.line + block.text, str(block.path), "exec")
+    exec(code, {"__name__": "__main__"})
+
+
+def run_bash(block: Block) -> None:
+    if block.text.startswith("#!"):
+        subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
+        return
+    for words in commands(block):
+        mine = growkit_words(words)
+        if mine is None:
+            require_known(words)
+            continue
+        parse(mine)
+        if not any(word in PARSED_ONLY for word in mine):
+            code, out, err = cli(*shrunk(mine))
+            assert code == 0, f"{block}: {shlex.join(words)}\n{out}\n{err}"
+
+
+@pytest.mark.parametrize("page", [page for page in pages() if any(blocks([page]))], ids=name)
+def test_the_blocks_of_a_page_work(
+    page: Path, furnished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(furnished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(OPERATORS, "_items", dict(OPERATORS.items()))  # a page may register one of its own
+    for block in blocks([page]):
+        if block.title is not None:
+            Path(block.title).write_text(block.text)
+        if block.not_run is not None:
+            continue
+        if block.language == "python":
+            run_python(block)
+        elif block.language == "bash":
+            run_bash(block)
+        elif block.language == "yaml":
+            schedule_of(block)
+        elif block.language == "json":
+            json.loads(block.text)
+
+
+def test_no_block_is_skipped() -> None:
+    """Each is fenced, of a known language, and run, read or, with its reason, neither."""
+    not_run: Counter[str] = Counter()
+    for block in blocks(pages()):
+        assert block.language in CLASSES, f"{block}: give the fence one of the languages {', '.join(CLASSES)}"
+        if CLASSES[block.language] == "shown":
+            assert not re.search(r"^(\$ |growkit |make |\.venv/)", block.text, re.MULTILINE), f"{block}: is code"
+        if block.not_run is not None:
+            assert block.not_run, f"{block}: say why it is not run"
+            not_run[name(block.path)] += 1
+    assert dict(not_run) == NOT_RUN
+    for page in pages():
+        indented = re.search(r"(?:^|\n)\n(?: {4,}|\t)(?![ \-*\d])", FENCE.sub("", page.read_text(encoding="utf-8")))
+        assert not indented, f"{name(page)}: fence the indented block, with its language"
+    found = Counter(CLASSES[block.language] for block in blocks(pages()))
+    assert found["run"] >= 10 and found["read"] >= 10, found
+
+
+def test_commands_that_do_not_exist_are_found() -> None:
+    for words in (["train"], ["train", "x", "--nope"], ["trian", "x"], ["recipes", "lost"], ["grow", "runs/NAME", "a=1"]):
+        with pytest.raises((AssertionError, command_line.UsageError)):
+            parse(words)
