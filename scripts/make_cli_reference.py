@@ -1,9 +1,9 @@
-"""Writes docs/cli-reference.md: every command, argument and option of ``growkit``, from the functions that declare them.
+"""Writes docs/cli-reference.md: every command of ``growkit``, from the functions that declare it.
 
     python scripts/make_cli_reference.py [--check]
 
-It says what ``--help`` says, without a terminal's width and colours. ``--check`` writes nothing and fails if the file is
-not up to date.
+It says what ``--help`` says, without a terminal's width and colours. ``--check`` writes nothing and fails if the file
+is not up to date.
 """
 
 from __future__ import annotations
@@ -35,9 +35,8 @@ HEAD = """\
 
 Every command of `growkit`. Written by `scripts/make_cli_reference.py` from the code; do not edit it by hand.
 
-`growkit --help` and `growkit COMMAND --help` (or `-h`) say the same in a terminal; `growkit --version` shows the version,
-and `growkit --install-completion` lets the shell complete commands and options. Options stand anywhere behind the
-command.
+`growkit --help` and `growkit COMMAND --help` (or `-h`) say the same in a terminal. `growkit --version` shows the version;
+`growkit --install-completion` lets the shell complete commands and options. Options stand anywhere behind the command.
 
 Exit codes: 0 done, 2 a mistake in the input ([errors](errors.md)), 3 stopped early and resumable.
 """
@@ -86,7 +85,9 @@ class Parameter:
             word = " \\| ".join(f"`{choice}`" for choice in typing.get_args(self.kind))
         else:
             word = WORDS[self.kind]
-        limits = [f"{sign} {limit}" for sign, limit in (("≥", self.info.min), ("≤", self.info.max)) if limit is not None]
+        limits = [
+            f"{sign} {limit}" for sign, limit in (("≥", self.info.min), ("≤", self.info.max)) if limit is not None
+        ]
         return ", ".join((f"{word}, several" if self.many else word, *limits))
 
     @property

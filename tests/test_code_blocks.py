@@ -168,6 +168,12 @@ def test_no_block_is_skipped() -> None:
 
 
 def test_commands_that_do_not_exist_are_found() -> None:
-    for words in (["train"], ["train", "x", "--nope"], ["trian", "x"], ["recipes", "lost"], ["grow", "runs/NAME", "a=1"]):
+    for words in (
+        ["train"],
+        ["train", "x", "--nope"],
+        ["trian", "x"],
+        ["recipes", "lost"],
+        ["grow", "runs/NAME", "a=1"],
+    ):
         with pytest.raises((AssertionError, command_line.UsageError)):
-            parse(words)
+            parse(line.split())
