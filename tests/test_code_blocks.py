@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -44,7 +45,7 @@ SMALL = (
     "monitor.sample_tokens=4",
     "monitor.peak_flops_per_second=1e9",
 )
-SMALL_STAGE = ("duration=2 steps", "warmup=null", "decay=null", "new_warmup=1 steps", "validate_every=null")
+SMALL_STAGE = ("duration=2 steps", "context_length=32", "global_batch_tokens=64", "warmup=null", "decay=null", "new_warmup=1 steps", "validate_every=null")
 
 
 def commands(block: Block) -> list[list[str]]:
@@ -107,9 +108,8 @@ def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_python(block: Block) -> None:
-    code = compile("\n" * block.line + block.text, str(block.path), "exec")
-    exec(code, {"__name__": "__main__"})
+def run_python(block: Block, names: dict[str, Any]) -> None:
+    exec(compile("\n" * block.line + block.text, str(block.path), "exec"), names)
 
 
 def run_bash(block: Block) -> None:
@@ -134,13 +134,14 @@ def test_the_blocks_of_a_page_work(
     shutil.copytree(furnished, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(OPERATORS, "_items", dict(OPERATORS.items()))  # a page may register one of its own
+    names: dict[str, Any] = {"__name__": "__main__"}  # what one block defines, the next ones use
     for block in blocks([page]):
         if block.title is not None:
             Path(block.title).write_text(block.text)
         if block.not_run is not None:
             continue
         if block.language == "python":
-            run_python(block)
+            run_python(block, names)
         elif block.language == "bash":
             run_bash(block)
         elif block.language == "yaml":
@@ -168,12 +169,6 @@ def test_no_block_is_skipped() -> None:
 
 
 def test_commands_that_do_not_exist_are_found() -> None:
-    for words in (
-        ["train"],
-        ["train", "x", "--nope"],
-        ["trian", "x"],
-        ["recipes", "lost"],
-        ["grow", "runs/NAME", "a=1"],
-    ):
+    for line in ("train", "train x --nope", "trian x", "recipes lost", "grow runs/NAME num_layers=4"):
         with pytest.raises((AssertionError, command_line.UsageError)):
             parse(line.split())

@@ -16,7 +16,7 @@ from growkit.registry import closest
 # Deep before wide: what is then appended to inserted layers is drawn for them, not copied, and a zero that keeps a step
 # exact (an inserted layer's values, say) is not copied into a place where another zero would make it dead.
 ORDER = ("depth", "width", "mlp", "heads", "param_tokens")
-assert set(ORDER) == set(OPERATORS), (dense, depth, param_tokens)
+assert set(ORDER) <= set(OPERATORS), (dense, depth, param_tokens)
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,18 @@ class Link:
         return operator(self.operator).exactness(self.source, self.target, self.method)
 
 
+def order() -> tuple[str, ...]:
+    """The operators as a chain runs them; those that were registered elsewhere come last."""
+    return (*ORDER, *(name for name in OPERATORS if name not in ORDER))
+
+
 def operator(name: str) -> GrowthOperator:
     return OPERATORS.get(name, key="operator")
 
 
 def grown_config(config: ModelConfig, fields: Mapping[str, Any], methods: Mapping[str, str]) -> ModelConfig:
     """The target that a stage's ``grow: fields`` means for ``config``. Raises ConfigError."""
-    known = {field: name for name in ORDER for field in (*operator(name).fields, *operator(name).options)}
+    known = {field: name for name in order() for field in (*operator(name).fields, *operator(name).options)}
     for field, value in fields.items():
         if field not in known:
             raise ConfigError(
@@ -52,7 +57,7 @@ def grown_config(config: ModelConfig, fields: Mapping[str, Any], methods: Mappin
     for name, method in methods.items():
         OPERATORS.get(name, key=f"methods.{name}").check_method(method, f"methods.{name}")
     target = config
-    for name in ORDER:
+    for name in order():
         mine = {field: value for field, value in fields.items() if known[field] == name}
         if mine:
             target = operator(name).target(target, mine, methods.get(name) or operator(name).default_method(target))
@@ -74,7 +79,7 @@ def path(source: ModelConfig, target: ModelConfig, methods: Mapping[str, str]) -
     """The chain of links from ``source`` to ``target``, in canonical order. Raises ConfigError if there is none."""
     links: list[Link] = []
     config = source
-    for name in ORDER:
+    for name in order():
         step = operator(name).advance(config, target)
         if step != config:
             method = methods.get(name) or operator(name).default_method(config)

@@ -70,7 +70,12 @@ class Width(_Dense):
         )
 
     def advance(self, config: ModelConfig, target: ModelConfig) -> ModelConfig:
-        return dataclasses.replace(config, embed_dim=target.embed_dim, norm=target.norm, final_norm=target.final_norm)
+        return dataclasses.replace(
+            config,
+            embed_dim=target.embed_dim,
+            norm=dataclasses.replace(config.norm, eps=target.norm.eps),
+            final_norm=dataclasses.replace(config.final_norm, eps=target.final_norm.eps),
+        )
 
     def exactness(self, source: ModelConfig, target: ModelConfig, method: str) -> Exactness:
         kinds = {source.norm.kind, source.final_norm.kind}
