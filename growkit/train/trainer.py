@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Iterable
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
 from growkit.config.recipe import Recipe, TrainerConfig
@@ -25,6 +27,10 @@ def stage_trainer(recipe: Recipe, steps: int, accumulate: int, callbacks: list[L
         accelerator=hardware.accelerator(recipe.trainer),
         devices=recipe.trainer.devices,
         strategy=_strategy(recipe.trainer),
+        # Under SLURM, Lightning would requeue by itself on SIGUSR1, write a pickle into its root folder and load what
+        # lies there as hpc_ckpt_*. growkit saves and resumes, on a cluster as anywhere.
+        plugins=[] if TorchElasticEnvironment.detect() else [LightningEnvironment()],
+        default_root_dir=os.devnull,
         precision="bf16-mixed" if hardware.training_dtype(recipe.trainer) == torch.bfloat16 else "32-true",
         max_steps=steps,
         max_epochs=-1,
