@@ -82,6 +82,6 @@ def schedule_of(block: Block) -> GrowthSchedule:
     stages = raw.get("stages", [])
     if not stages or "context_length" not in stages[0]:
         stages = [FIRST, *stages]
-    raw = {"model": {"preset": "tokenformer"}} | raw | {"stages": stages}
+    raw = {"model": {"preset": "tokenformer", "num_layers": 2}} | raw | {"stages": stages}
     overrides = [word for word in block.info.split() if word.startswith("model.")]
     return growth_schedule(parse_recipe(yaml.safe_dump(raw), overrides, PRESETS, name=str(block)))

@@ -32,9 +32,10 @@ PARSED_ONLY = {
     "data.source=hf:NAME": "needs the network",
 }
 # Texts that pages name; all are the same small one.
-TEXTS = ("my.txt", "tinyshakespeare.txt", "path/to/file-or-folder")
-RUNS = ("NAME",)  # runs that pages name without making them
-# Put behind every ``growkit train``: one process, few tokens; and each stage to two steps.
+TEXTS = ("my.txt", "tinyshakespeare.txt", "path/to/file-or-folder", "path/to/folder/notes.md")
+RUNS = ("NAME", "first")  # runs that pages name without making them; all are the same small one
+MORE = "stages: [{name: more, duration: 2 steps, grow: {num_layers: 4}}]"  # more.yaml, for `growkit extend`
+# Put behind every command that trains: one process, few tokens; and each stage to two steps.
 SMALL = (
     "run.threads=1",
     "trainer.devices=1",
@@ -45,6 +46,7 @@ SMALL = (
     "monitor.sample_tokens=4",
     "monitor.peak_flops_per_second=1e9",
 )
+TRAINING = {"train": 1, "extend": 2}  # command: where its recipe stands
 SMALL_STAGE = ("duration=2 steps", "context_length=32", "global_batch_tokens=64", "warmup=null", "decay=null", "new_warmup=1 steps", "validate_every=null")
 
 
@@ -55,7 +57,8 @@ def commands(block: Block) -> list[list[str]]:
 
 
 def growkit_words(words: list[str]) -> list[str] | None:
-    """What a command line says to growkit, if that is what it starts."""
+    """What a command line says to growkit, if that is what it (or ``srun``) starts."""
+    words = words[1:] if words[0] == "srun" else words
     return words[1:] if Path(words[0]).name == "growkit" else None
 
 
@@ -74,18 +77,20 @@ def require_known(words: list[str]) -> None:
     if program == "make":
         targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert words[1] in targets, f"make has no target {words[1]}"
-    elif program == "python":
-        assert (ROOT / words[1]).is_file(), f"{words[1]} is not there"
+    elif program in ("python", "sbatch"):
+        assert (ROOT / words[1]).is_file() or Path(words[1]).is_file(), f"{words[1]} is not there"
     else:
         assert words in (["source", ".venv/bin/activate"], [".venv/bin/pre-commit", "install"]), f"unknown: {words}"
 
 
 def shrunk(words: list[str]) -> list[str]:
     """The same command with little to do: a small training, a step that the small run has."""
-    if words[0] == "train":
-        count = len(yaml.safe_load(find_recipe(words[1]).read_text())["stages"])
+    if words[0] in TRAINING:
+        recipe = words[TRAINING[words[0]]]
+        count = len(yaml.safe_load(find_recipe(recipe).read_text())["stages"])
         stages = [f"stages.{number}.{value}" for number in range(count) for value in SMALL_STAGE]
-        source = [] if any(word.startswith("data.source=") for word in words) else ["data.source=my.txt"]
+        given = words[0] == "extend" or any(word.startswith("data.source=") for word in words)
+        source = [] if given else ["data.source=my.txt"]
         return [*words, *source, *SMALL, *stages]
     if "--from" in words:
         place = words.index("--from") + 1
@@ -103,8 +108,10 @@ def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / place).write_text(text)
     shutil.copytree(recipes_folder(), folder / "recipes")
     recipe = write_recipe(folder, recipe_dict(folder, trainer={"keep_last": 10}))
-    for run in RUNS:
-        assert cli("train", recipe, f"run.name={run}")[0] == 0
+    assert cli("train", recipe, f"run.name={RUNS[0]}")[0] == 0
+    for run in RUNS[1:]:
+        shutil.copytree(folder / "runs" / RUNS[0], folder / "runs" / run)
+    (folder / "more.yaml").write_text(MORE)
     return folder
 
 
@@ -113,16 +120,17 @@ def run_python(block: Block, names: dict[str, Any]) -> None:
 
 
 def run_bash(block: Block) -> None:
-    if block.text.startswith("#!"):
+    script = block.text.startswith("#!")  # has a test of its own; here its syntax, and what it says to growkit
+    if script:
         subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
-        return
     for words in commands(block):
         mine = growkit_words(words)
         if mine is None:
-            require_known(words)
+            if not script:
+                require_known(words)
             continue
         parse(mine)
-        if not any(word in PARSED_ONLY for word in mine):
+        if not script and not any(word in PARSED_ONLY for word in mine):
             code, out, err = cli(*shrunk(mine))
             assert code == 0, f"{block}: {shlex.join(words)}\n{out}\n{err}"
 
