@@ -36,7 +36,8 @@ HEAD = """\
 Every command of `growkit`. Written by `scripts/make_cli_reference.py` from the code; do not edit it by hand.
 
 `growkit --help` and `growkit COMMAND --help` (or `-h`) say the same in a terminal. `growkit --version` shows the
-version; `growkit --install-completion` lets the shell complete commands and options. Options stand anywhere behind the command.
+version; `growkit --install-completion` lets the shell complete commands and options. Options stand anywhere behind the
+command.
 
 Exit codes: 0 done, 2 a mistake in the input ([errors](errors.md)), 3 stopped early and resumable.
 """

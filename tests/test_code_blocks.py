@@ -3,6 +3,7 @@ folder with a small text and a small trained run; YAML is read as a recipe; what
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
@@ -33,7 +34,7 @@ PARSED_ONLY = {
 }
 # Texts that pages name; all are the same small one.
 TEXTS = ("my.txt", "tinyshakespeare.txt", "path/to/file-or-folder", "path/to/folder/notes.md")
-RUNS = ("NAME", "first")  # runs that pages name without making them; all are the same small one
+RUN = "NAME"  # the run that pages name without making it
 MORE = "stages: [{name: more, duration: 2 steps, grow: {num_layers: 4}}]"  # more.yaml, for `growkit extend`
 # Put behind every command that trains: one process, few tokens; and each stage to two steps.
 SMALL = (
@@ -47,7 +48,16 @@ SMALL = (
     "monitor.peak_flops_per_second=1e9",
 )
 TRAINING = {"train": 1, "extend": 2}  # command: where its recipe stands
-SMALL_STAGE = ("duration=2 steps", "context_length=32", "global_batch_tokens=64", "warmup=null", "decay=null", "new_warmup=1 steps", "validate_every=null")
+SMALL_STAGE = (
+    "duration=2 steps",
+    "context_length=32",
+    "global_batch_tokens=64",
+    "micro_batch_size=null",
+    "warmup=null",
+    "decay=null",
+    "new_warmup=1 steps",
+    "validate_every=null",
+)
 
 
 def commands(block: Block) -> list[list[str]]:
@@ -107,10 +117,9 @@ def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
         (folder / place).write_text(text)
     shutil.copytree(recipes_folder(), folder / "recipes")
-    recipe = write_recipe(folder, recipe_dict(folder, trainer={"keep_last": 10}))
-    assert cli("train", recipe, f"run.name={RUNS[0]}")[0] == 0
-    for run in RUNS[1:]:
-        shutil.copytree(folder / "runs" / RUNS[0], folder / "runs" / run)
+    small = recipe_dict(folder, run={"folder": "runs"}, trainer={"keep_last": 10})
+    with contextlib.chdir(folder):
+        assert cli("train", write_recipe(folder, small), f"run.name={RUN}")[0] == 0
     (folder / "more.yaml").write_text(MORE)
     return folder
 

@@ -1,87 +1,31 @@
-"""The documents say what the code does: every operator has a card, links lead somewhere, fragments and snippets work,
-the recipe reference is up to date."""
+"""The documents say what the code does: every operator has a card, links lead somewhere, the references and pictures
+that are made from the code are up to date. Their code blocks: test_code_blocks.py; the site: test_site.py."""
 
 from __future__ import annotations
 
 import re
 import runpy
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import yaml
+import typer
 
-import growkit
-from growkit.checkpoint import store
-from growkit.checkpoint.manifest import Manifest
-from growkit.checkpoint.run_folder import step_name
-from growkit.config.load import parse_recipe
+from growkit.cli.main import app
 from growkit.growth.operator import OPERATORS
 from growkit.growth.path import ORDER
-from growkit.models.presets import PRESETS
-from growkit.schedule.plan import GrowthSchedule, growth_schedule
-from growkit.schedule.progress import Progress
-from tests.support import model_config, trained_like
+from tests import documents
+from tests.documents import DOCS, FENCE, ROOT, Block, blocks, pages, schedule_of
 
-ROOT = Path(growkit.__file__).parent.parent
-DOCS = ROOT / "docs"
 CARDS = DOCS / "operators"
-FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+SCRIPTS = ROOT / "scripts"
 LINK = re.compile(r"\[[^\]\[]*\]\(([^)\s]+)\)")
-FIRST = {"name": "first", "duration": "10 steps", "context_length": 64, "global_batch_tokens": 128}
-
-
-@dataclass(frozen=True)
-class Block:
-    """A fenced block: ``words`` follow the opening fence, the first one being the language."""
-
-    path: Path
-    line: int
-    words: tuple[str, ...]
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.path.relative_to(ROOT)}:{self.line}"
-
-
-def pages() -> list[Path]:
-    """What a reader is shown; README.md may not be there in an unpacked wheel or before it is written."""
-    top = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
-    return [path for path in top if path.is_file()] + sorted(DOCS.rglob("*.md"))
-
-
-def blocks(paths: list[Path], language: str) -> Iterator[Block]:
-    for path in paths:
-        text = path.read_text(encoding="utf-8")
-        for match in FENCE.finditer(text):
-            words = tuple(match["info"].split())
-            if words and words[0] == language:
-                yield Block(path, text[: match.start()].count("\n") + 1, words, match["text"])
 
 
 def fragments() -> list[Block]:
     """The YAML of the cards that is part of a recipe."""
-    found = blocks(sorted(CARDS.glob("*.md")), "yaml")
-    return [block for block in found if block.text.startswith(("stages:", "grow:"))]
-
-
-def snippets() -> list[Block]:
-    return [block for block in blocks(pages(), "python") if block.text.startswith("# tested\n")]
-
-
-def schedule_of(block: Block) -> GrowthSchedule:
-    """The schedule of a recipe made of the fragment; ``model.key=value`` after the fence says what it starts from. A
-    fragment that begins with ``grow:`` is the second stage."""
-    raw: dict[str, Any] = yaml.safe_load(block.text)
-    if "grow" in raw:
-        raw = {"stages": [FIRST, {"name": "second", "duration": "10 steps"} | raw]}
-    raw["model"] = {"preset": "tokenformer"}
-    overrides = block.words[1:]
-    assert all(word.startswith("model.") for word in overrides), overrides
-    return growth_schedule(parse_recipe(yaml.safe_dump(raw), overrides, PRESETS, name=str(block)))
+    return list(blocks(sorted(CARDS.glob("*.md")), "yaml"))
 
 
 @pytest.mark.parametrize("name", ORDER)
@@ -133,7 +77,7 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("path", pages(), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", pages(), ids=documents.name)
 def test_links_resolve(path: Path) -> None:
     text = re.sub(r"`[^`\n]*`", "", FENCE.sub("", path.read_text(encoding="utf-8")))
     for link in LINK.findall(text):
@@ -147,29 +91,42 @@ def test_links_resolve(path: Path) -> None:
             assert anchor in anchors(target), f"{link}: no such heading"
 
 
-@pytest.fixture(scope="module")
-def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a checkpoint in ``runs/run``, as a run leaves it, which snippets read."""
-    folder = tmp_path_factory.mktemp("docs")
-    model = model_config("tokenformer")
-    state = trained_like(model, dtype=torch.float32)
-    place = folder / "runs" / "run" / "checkpoints" / step_name(18)
-    store.write(place, state, Manifest(model=model, progress=Progress(step=18)))
-    return folder
-
-
-@pytest.mark.parametrize("block", snippets(), ids=str)
-def test_a_snippet_runs(block: Block, stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(stored)
-    code = compile("\n" * block.line + block.text, str(block.path), "exec")
-    exec(code, {"__name__": "__main__"})
-
-
-def test_snippets_are_found() -> None:
-    assert {block.path.name for block in snippets()} >= {"checkpoint-format.md", "flops.md"}
-
-
 def test_the_recipe_reference_is_up_to_date() -> None:
-    script = runpy.run_path(str(ROOT / "scripts" / "make_recipe_reference.py"))
+    script = runpy.run_path(str(SCRIPTS / "make_recipe_reference.py"))
     written = (DOCS / "recipe-reference.md").read_text(encoding="utf-8")
     assert written == script["render"](), "run scripts/make_recipe_reference.py"
+
+
+def test_the_command_reference_is_up_to_date() -> None:
+    script = runpy.run_path(str(SCRIPTS / "make_cli_reference.py"))
+    written = (DOCS / "cli-reference.md").read_text(encoding="utf-8")
+    assert written == script["render"](), "run scripts/make_cli_reference.py"
+
+
+def real_commands(command: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if not hasattr(command, "commands"):
+        yield path, command
+    else:
+        for word, sub in command.commands.items():
+            yield from real_commands(sub, f"{path} {word}")
+
+
+def test_the_command_reference_knows_what_the_parser_takes() -> None:
+    """It is made from declarations; the parser, made by typer, has the same commands, options and arguments."""
+    reference = (DOCS / "cli-reference.md").read_text(encoding="utf-8")
+    sections = {part.partition("\n")[0]: part for part in re.split(r"^## ", reference, flags=re.MULTILINE)[1:]}
+    parser = dict(real_commands(typer.main.get_command(app), "growkit"))
+    assert set(sections) == set(parser)
+    for path, command in parser.items():
+        rows = re.findall(r"^\| `([^`]+)` \|", sections[path], re.MULTILINE)
+        spelled = {word for row in rows for word in re.split(r", |/", row)}
+        taken = {word for p in command.params for word in (*p.opts, *p.secondary_opts) if word != "--help"}
+        assert {word for word in spelled if word[0] == "-"} == {word for word in taken if word[0] == "-"}, path
+        assert len(rows) == len(command.params), path
+
+
+def test_the_pictures_are_up_to_date(tmp_path: Path) -> None:
+    runpy.run_path(str(SCRIPTS / "make_concept_pictures.py"))["draw"](tmp_path)
+    drawn = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    kept = {path.name: path.read_text() for path in (DOCS / "pictures").iterdir()}
+    assert kept == drawn, "run scripts/make_concept_pictures.py"
