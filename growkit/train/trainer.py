@@ -9,7 +9,8 @@ from collections.abc import Iterable
 
 import lightning as L
 import torch
-from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
 from growkit.config.recipe import Recipe, TrainerConfig
