@@ -47,7 +47,7 @@ SMALL = (
     "monitor.sample_tokens=4",
     "monitor.peak_flops_per_second=1e9",
 )
-TRAINING = {"train": 1, "extend": 2}  # command: where its recipe stands
+TRAINING = {"train": 1, "extend": 2, "profile": 1}  # command: where its recipe stands
 SMALL_STAGE = (
     "duration=2 steps",
     "context_length=32",
