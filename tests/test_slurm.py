@@ -51,7 +51,7 @@ def job(cluster: Path, code: int, restarts: int) -> tuple[int, list[str]]:
 
 def test_the_script_requeues_and_resumes(cluster: Path) -> None:
     assert job(cluster, 3, 0) == (3, ["growkit train recipe.yaml run.name=grown", "scontrol requeue 77"])
-    assert job(cluster, 3, 1) == (3, ["growkit resume runs/grown", "scontrol requeue 77"])
+    assert job(cluster, 3, 19) == (3, ["growkit resume runs/grown", "scontrol requeue 77"])
     assert job(cluster, 3, 20) == (3, ["growkit resume runs/grown"])
     assert job(cluster, 2, 1) == (2, ["growkit resume runs/grown"])
     assert job(cluster, 0, 2) == (0, ["growkit resume runs/grown"])
