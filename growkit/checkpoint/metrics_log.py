@@ -64,11 +64,14 @@ class MetricsLog:
 
 def read_log(path: Path) -> Iterator[Record]:
     """The records of a log, which may still be written: nothing if there is none yet, and a last line that is not whole
-    is left out. Raises CheckpointError for a line in between that is not a record."""
+    is left out. Raises CheckpointError for a line in between that is not a record, or a log that cannot be read."""
     try:
         file = open(path, "rb")
     except FileNotFoundError:
         return
+    except OSError as error:
+        mend = "check its permissions and its disk"
+        raise CheckpointError("unreadable", f"cannot be read ({error})", key=str(path), mend=mend) from error
     with file:
         for number, line in enumerate(file, 1):
             if line.endswith(b"\n"):

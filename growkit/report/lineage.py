@@ -1,0 +1,158 @@
+"""Where a model comes from: its stages and growths, the run it was branched from, and the runs branched from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from growkit.checkpoint.manifest import Manifest
+from growkit.checkpoint.run_folder import MARK, RunFolder
+from growkit.eval.ngram import bits
+from growkit.report.history import History, finite, number
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Growth:
+    """``links``: operator and method of each step of the chain. ``delta_logits``: largest absolute change of a logit,
+    in float64; None without a certificate."""
+
+    links: tuple[str, ...]
+    parameters_before: float | None
+    parameters_after: float | None
+    exact: bool | None
+    delta_logits: float | None
+
+    @classmethod
+    def of(cls, record: Record) -> Growth:
+        links = tuple(f"{link.get('operator')} ({link.get('method')})" for link in record.get("links") or ())
+        certificate = record.get("certificate") or {}
+        sizes = (finite(number(record.get(f"parameters_{when}"))) for when in ("before", "after"))
+        delta = finite(number(certificate.get("max_delta_logits_float64")))
+        return cls(links, *sizes, certificate.get("exact"), delta)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where a stage ended (or is now, if it has not ``ended``): step, tokens, FLOPs, and its last validation."""
+
+    index: int
+    name: str
+    parameters: float | None
+    context_length: float | None
+    growth: Growth | None = None
+    step: float | None = None
+    tokens: float | None = None
+    flops: float | None = None
+    bits_per_byte: float | None = None
+    ended: bool = False
+
+
+@dataclass(frozen=True)
+class Node:
+    """A run (or a checkpoint) in the tree. ``from_step``: where it left the run above it. ``here``: it was asked for.
+    ``found``: its folder is beside; a parent may have been moved or deleted."""
+
+    name: str
+    stages: tuple[Stage, ...] = ()
+    from_step: float | None = None
+    here: bool = False
+    found: bool = True
+    branches: tuple[Node, ...] = ()
+
+
+def stages_of(history: History) -> tuple[Stage, ...]:
+    """The stages a log knows of, the last one perhaps unfinished."""
+    stages: dict[Any, Stage] = {}
+    for event in history.events:
+        index = event.get("stage")
+        if event["kind"] == "stage":
+            sizes = (finite(number(event.get(key))) for key in ("parameters", "context_length"))
+            stages[index] = Stage(int(number(index)), str(event.get("name", "")), *sizes)
+        elif event["kind"] == "growth" and index in stages:
+            stages[index] = replace(stages[index], growth=Growth.of(event))
+        elif event["kind"] == "validation" and index in stages:
+            score, ended = finite(number(event.get("bits_per_byte"))), event.get("end_of_stage") is True
+            stages[index] = replace(stages[index], bits_per_byte=score, ended=ended, **_place(event))
+    if stages:
+        last = list(stages)[-1]
+        if not stages[last].ended:
+            stages[last] = replace(stages[last], **_place(history.place))
+    return tuple(stages.values())
+
+
+def stages_of_manifest(manifest: Manifest) -> tuple[Stage, ...]:
+    """The stages in a checkpoint's lineage; what a checkpoint grew into without training is a stage of no steps."""
+    stages: dict[int, Stage] = {}
+    parameters: float | None = None
+    for entry in manifest.lineage:
+        index, name = int(number(entry.get("stage"))), str(entry.get("name", ""))
+        if entry.get("kind") == "growth":
+            growth = Growth.of(entry)
+            parameters = growth.parameters_after
+            for before in stages:
+                if stages[before].parameters is None:
+                    stages[before] = replace(stages[before], parameters=growth.parameters_before)
+            stages[index] = Stage(index, name, parameters, None, growth)
+        else:
+            stage = stages.get(index, Stage(index, name, parameters, None))
+            score = finite(bits(number(entry.get("validation_loss"))))
+            stages[index] = replace(stage, bits_per_byte=score, ended=True, **_place(entry))
+    at = manifest.progress
+    if at.stage not in stages and (at.stage_step or not stages):
+        stages[at.stage] = Stage(at.stage, f"stage {at.stage + 1}", parameters, None)
+    if at.stage in stages and not stages[at.stage].ended:
+        stages[at.stage] = replace(stages[at.stage], step=at.step, tokens=at.tokens, flops=at.flops)
+    final = max(stages)
+    stages[final] = replace(stages[final], parameters=manifest.model.num_params())
+    return tuple(stages.values())
+
+
+def tree(folder: RunFolder, *, history: History | None = None) -> Node:
+    """The whole family of the run at ``folder``: from its first known parent down to every branch in the same folder
+    of runs. ``history``: of ``folder``, if it has been read already. Raises CheckpointError for a damaged log."""
+    family = _family(folder.path.parent)
+    family[folder.path.name] = folder
+    top, seen = folder.path.name, {folder.path.name}
+    while (above := _parent(family.get(top))) is not None and above not in seen:
+        top = above
+        seen.add(top)
+    known = {folder.path.name: history} if history is not None else {}
+    return _node(top, family, known, folder.path.name, None, frozenset())
+
+
+def _family(place: Path) -> dict[str, RunFolder]:
+    return {path.parent.name: RunFolder(path.parent) for path in sorted(place.glob(f"*/{MARK}"))}
+
+
+def _parent(folder: RunFolder | None) -> str | None:
+    parent = folder.parent if folder is not None else None
+    return None if parent is None or not isinstance(parent.get("run"), str) else parent["run"]
+
+
+def _node(
+    name: str,
+    family: Mapping[str, RunFolder],
+    known: Mapping[str, History],
+    here: str,
+    from_step: float | None,
+    above: frozenset[str],
+) -> Node:
+    stages: Sequence[Stage] = ()
+    if name in family:
+        stages = stages_of(known[name] if name in known else History.read(name, family[name].metrics))
+    if from_step is not None:  # a branch's log begins with its parent's
+        stages = [stage for stage in stages if stage.step is None or stage.step > from_step]
+    branches = []
+    for child, folder in family.items():
+        if _parent(folder) == name and child != name and child not in above:
+            step = finite(number((folder.parent or {}).get("step")))
+            branches.append(_node(child, family, known, here, step, above | {name}))
+    return Node(name, tuple(stages), from_step, name == here, name in family, tuple(branches))
+
+
+def _place(record: Record) -> dict[str, float | None]:
+    return {key: finite(number(record.get(key))) for key in ("step", "tokens", "flops")}
