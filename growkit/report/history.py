@@ -45,14 +45,15 @@ class History:
     def of(cls, name: str, records: Iterable[Mapping[str, Any]]) -> History:
         """Takes records one at a time, so that a log of millions of lines becomes a few columns."""
         columns = {key: array("d") for key in (*PLACE, *MEASURED)}
+        rows = [(key, columns[key].append) for key in columns]
         events = []
         count = 0
         for record in records:
             if record["kind"] != "step":
                 events.append(dict(record))
                 continue
-            for key in (*PLACE, *MEASURED):
-                columns[key].append(number(record.get(key)))
+            for key, append in rows:
+                append(number(record.get(key)))
             norms = record.get("grad_norms")
             for part, value in norms.items() if isinstance(norms, dict) else ():
                 column = columns.setdefault(NORM + part, array("d"))
@@ -91,9 +92,9 @@ class History:
 
 def number(value: Any) -> float:
     """A measurement as a float; NaN for null and for what is no number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return math.nan
-    return float(value) if abs(value) < 1e300 else math.nan
+    if type(value) is float:
+        return value
+    return float(value) if type(value) is int and abs(value) < 1e300 else math.nan
 
 
 def finite(value: float) -> float | None:

@@ -30,9 +30,9 @@ class Growth:
     def of(cls, record: Record) -> Growth:
         links = tuple(f"{link.get('operator')} ({link.get('method')})" for link in record.get("links") or ())
         certificate = record.get("certificate") or {}
-        sizes = (finite(number(record.get(f"parameters_{when}"))) for when in ("before", "after"))
+        before, after = finite(number(record.get("parameters_before"))), finite(number(record.get("parameters_after")))
         delta = finite(number(certificate.get("max_delta_logits_float64")))
-        return cls(links, *sizes, certificate.get("exact"), delta)
+        return cls(links, before, after, certificate.get("exact"), delta)
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ def stages_of(history: History) -> tuple[Stage, ...]:
     for event in history.events:
         index = event.get("stage")
         if event["kind"] == "stage":
-            sizes = (finite(number(event.get(key))) for key in ("parameters", "context_length"))
-            stages[index] = Stage(int(number(index)), str(event.get("name", "")), *sizes)
+            size, context = finite(number(event.get("parameters"))), finite(number(event.get("context_length")))
+            stages[index] = Stage(len(stages), str(event.get("name", "")), size, context)
         elif event["kind"] == "growth" and index in stages:
             stages[index] = replace(stages[index], growth=Growth.of(event))
         elif event["kind"] == "validation" and index in stages:
@@ -114,14 +114,14 @@ def stages_of_manifest(manifest: Manifest) -> tuple[Stage, ...]:
 def tree(folder: RunFolder, *, history: History | None = None) -> Node:
     """The whole family of the run at ``folder``: from its first known parent down to every branch in the same folder
     of runs. ``history``: of ``folder``, if it has been read already. Raises CheckpointError for a damaged log."""
-    family = _family(folder.path.parent)
-    family[folder.path.name] = folder
-    top, seen = folder.path.name, {folder.path.name}
+    here = folder.path.resolve()
+    family = _family(here.parent)
+    top, seen = here.name, {here.name}
     while (above := _parent(family.get(top))) is not None and above not in seen:
         top = above
         seen.add(top)
-    known = {folder.path.name: history} if history is not None else {}
-    return _node(top, family, known, folder.path.name, None, frozenset())
+    known = {here.name: history} if history is not None else {}
+    return _node(top, family, known, here.name, None, frozenset())
 
 
 def _family(place: Path) -> dict[str, RunFolder]:
@@ -154,5 +154,5 @@ def _node(
     return Node(name, tuple(stages), from_step, name == here, name in family, tuple(branches))
 
 
-def _place(record: Record) -> dict[str, float | None]:
+def _place(record: Record) -> dict[str, Any]:
     return {key: finite(number(record.get(key))) for key in ("step", "tokens", "flops")}
