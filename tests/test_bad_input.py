@@ -604,6 +604,52 @@ CASES = [
 ]
 
 
+def _log_is_a_folder(_: pytest.MonkeyPatch) -> None:
+    (RUN / "metrics.jsonl").unlink()
+    (RUN / "metrics.jsonl").mkdir()
+
+
+def _second_run(_: pytest.MonkeyPatch) -> None:
+    shutil.copytree(RUN, "runs/other")
+
+
+REPORT_CASES = [
+    Case("report on nothing", "report runs/none", "not-a-run", "runs/none", "does not exist", "growkit train"),
+    Case("report on a folder", "report runs", "not-a-run", "runs", "not a run", "growkit train"),
+    Case("report on a checkpoint", f"report {LAST}", "not-a-run", LAST, "not a run", "growkit train"),
+    Case("report on a damaged log", "report runs/run", "damaged-log", "metrics.jsonl", "line 1", "delete", _break_log),
+    Case("report on no log file", "report runs/run", "unreadable", "metrics.jsonl", "directory", "permissions",
+         _log_is_a_folder),
+    Case("report twice on one", "report runs/run runs/../runs/run", "same-run", "runs", "runs/run", "once"),
+    Case("report onto the corpus", "report runs/run -o corpus.txt", "file-exists", "--output", "'corpus.txt'",
+         "another"),
+    Case("report onto a folder", "report runs/run -o runs", "cannot-write", "runs", "directory", "--output"),
+    Case("report into no folder", "report runs/run -o no/where.html", "cannot-write", "no/where.html", "No such file",
+         "another place"),
+    Case("report below a file", "report runs/run -o corpus.txt/r.html", "cannot-write", "corpus.txt/r.html",
+         "Not a directory", "another place"),
+    Case("compare one", "compare runs/run", "too-few-runs", "runs", "'runs/run'", "at least one other"),
+    Case("compare a run with itself", "compare runs/run runs/run", "same-run", "runs", "runs/run", "once"),
+    Case("compare with nothing", "compare runs/run runs/none", "not-a-run", "runs/none", "does not exist", "train"),
+    Case("compare a damaged log", "compare runs/other runs/run", "damaged-log", "run/metrics.jsonl", "line 1", "delete",
+         lambda patch: (_second_run(patch), _break_log(patch)) and None),
+    Case("a picture onto the corpus", "compare runs/run runs/other --png corpus.txt", "file-exists", "--png",
+         "'corpus.txt'", "another", _second_run),
+    Case("a picture into no folder", "compare runs/run runs/other --png no/where.png", "cannot-write", "no/where.png",
+         "No such file", "another place", _second_run),
+    Case("lineage of nothing", "lineage runs/none", "not-a-checkpoint", "runs/none", "does not exist", "run folder"),
+    Case("lineage of a folder", "lineage runs", "not-a-checkpoint", "runs", "manifest.json", "run folder"),
+    Case("lineage of a file", "lineage corpus.txt", "not-a-checkpoint", "corpus.txt", "is a file", "run folder"),
+    Case("lineage of a damaged log", "lineage runs/run", "damaged-log", "metrics.jsonl", "line 1", "delete", _break_log),
+    Case("lineage of a damaged checkpoint", f"lineage {LAST}", "damaged", "manifest.json", "manifest", "earlier",
+         lambda _: flip(Path(LAST, "manifest.json"))),
+    Case("lineage of a future checkpoint", f"lineage {LAST}", "format-too-new", LAST, "99", "newer",
+         _reseal(format=99)),
+]  # fmt: skip
+
+CASES += REPORT_CASES
+
+
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a recipe, its corpus and its finished run, all named relative to it."""
@@ -727,6 +773,11 @@ USAGE = [
     ("the doctor in no folder", "doctor --folder", "--folder"),
     ("the doctor with a value", "doctor --json=yes", "--json"),
     ("the doctor misspelt", "docter", "docter"),
+    ("no run to report on", "report", "runs"),
+    ("no run to compare", "compare", "runs"),
+    ("an axis there is not", "compare runs/run runs/run --by steps", "--by"),
+    ("no run to tell the lineage of", "lineage", "run"),
+    ("two runs to tell the lineage of", "lineage runs/run runs/run", "unexpected"),
 ]
 
 
