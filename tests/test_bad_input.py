@@ -613,6 +613,11 @@ def _second_run(_: pytest.MonkeyPatch) -> None:
     shutil.copytree(RUN, "runs/other")
 
 
+def _second_run_and_broken_log(patch: pytest.MonkeyPatch) -> None:
+    _second_run(patch)
+    _break_log(patch)
+
+
 REPORT_CASES = [
     Case("report on nothing", "report runs/none", "not-a-run", "runs/none", "does not exist", "growkit train"),
     Case("report on a folder", "report runs", "not-a-run", "runs", "not a run", "growkit train"),
@@ -632,7 +637,7 @@ REPORT_CASES = [
     Case("compare a run with itself", "compare runs/run runs/run", "same-run", "runs", "runs/run", "once"),
     Case("compare with nothing", "compare runs/run runs/none", "not-a-run", "runs/none", "does not exist", "train"),
     Case("compare a damaged log", "compare runs/other runs/run", "damaged-log", "run/metrics.jsonl", "line 1", "delete",
-         lambda patch: (_second_run(patch), _break_log(patch)) and None),
+         _second_run_and_broken_log),
     Case("a picture onto the corpus", "compare runs/run runs/other --png corpus.txt", "file-exists", "--png",
          "'corpus.txt'", "another", _second_run),
     Case("a picture into no folder", "compare runs/run runs/other --png no/where.png", "cannot-write", "no/where.png",
@@ -640,7 +645,8 @@ REPORT_CASES = [
     Case("lineage of nothing", "lineage runs/none", "not-a-checkpoint", "runs/none", "does not exist", "run folder"),
     Case("lineage of a folder", "lineage runs", "not-a-checkpoint", "runs", "manifest.json", "run folder"),
     Case("lineage of a file", "lineage corpus.txt", "not-a-checkpoint", "corpus.txt", "is a file", "run folder"),
-    Case("lineage of a damaged log", "lineage runs/run", "damaged-log", "metrics.jsonl", "line 1", "delete", _break_log),
+    Case("lineage by a damaged log", "lineage runs/run", "damaged-log", "metrics.jsonl", "line 1", "delete",
+         _break_log),
     Case("lineage of a damaged checkpoint", f"lineage {LAST}", "damaged", "manifest.json", "manifest", "earlier",
          lambda _: flip(Path(LAST, "manifest.json"))),
     Case("lineage of a future checkpoint", f"lineage {LAST}", "format-too-new", LAST, "99", "newer",

@@ -176,6 +176,16 @@ class RunFolder:
             )
             raise CheckpointError("damaged", error.problem, key=error.key, mend=mend) from error
 
+    def last_manifest(self) -> manifests.Manifest | None:
+        """Of the newest checkpoint whose manifest is sound, its tensors unread; None if there is none. A run that is
+        being written may drop one meanwhile."""
+        for step in reversed(self.steps()):
+            try:
+                return manifests.read(self.checkpoint(step), verify=False)
+            except CheckpointError:
+                continue
+        return None
+
     def set_aside_after(self, step: int) -> None:
         """Moves checkpoints later than ``step`` aside; they must be damaged. Raises ConfigError for a sound one."""
         later = [s for s in self.steps() if s > step]

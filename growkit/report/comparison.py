@@ -14,7 +14,7 @@ from growkit.report.run_summary import RunSummary
 
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the stretch that all runs share, where they are set beside each other
 MOST_DIFFERENCES = 12  # keys of two recipes that are listed
-UNSAID = ("run.name", "run.folder")  # every run has its own
+UNSAID = ("run.name", "run.folder", "start")  # every run has its own
 NOT_SET = "not set"
 
 
@@ -85,7 +85,7 @@ def reached(x: Column, y: Column, target: float) -> float | None:
 def differing(recipes: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]]:
     """Dotted key → the value in every recipe, for the keys that do not say the same everywhere."""
     flat = [dict(_flat(recipe, "")) for recipe in recipes]
-    keys = dict.fromkeys(key for one in flat for key in one if key not in UNSAID)
+    keys = dict.fromkeys(key for one in flat for key in one if not key.startswith(UNSAID))
     rows = {key: tuple(one.get(key, NOT_SET) for one in flat) for key in keys}
     return {key: row for key, row in rows.items() if any(value != row[0] for value in row)}
 

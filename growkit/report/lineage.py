@@ -71,7 +71,9 @@ def stages_of(history: History) -> tuple[Stage, ...]:
         index = event.get("stage")
         if event["kind"] == "stage":
             size, context = finite(number(event.get("parameters"))), finite(number(event.get("context_length")))
-            stages[index] = Stage(len(stages), str(event.get("name", "")), size, context)
+            stages[index] = Stage(
+                index if isinstance(index, int) else len(stages), str(event.get("name", "")), size, context
+            )
         elif event["kind"] == "growth" and index in stages:
             stages[index] = replace(stages[index], growth=Growth.of(event))
         elif event["kind"] == "validation" and index in stages:
@@ -144,6 +146,10 @@ def _node(
     stages: Sequence[Stage] = ()
     if name in family:
         stages = stages_of(known[name] if name in known else History.read(name, family[name].metrics))
+        manifest = family[name].last_manifest()
+        if manifest is not None and stages and stages[0].index > 0:  # extends a checkpoint that came without a log
+            before = [stage for stage in stages_of_manifest(manifest) if stage.index < stages[0].index]
+            stages = [*before, *stages]
     if from_step is not None:  # a branch's log begins with its parent's
         stages = [stage for stage in stages if stage.step is None or stage.step > from_step]
     branches = []

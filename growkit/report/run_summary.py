@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from growkit.checkpoint import manifest as manifests
 from growkit.checkpoint.run_folder import RunFolder
-from growkit.errors import CheckpointError
+from growkit.config.load import read_mapping
+from growkit.errors import ConfigError
 from growkit.report.history import History, finite, labels, number
 
 
@@ -52,20 +50,19 @@ class RunSummary:
         name = name or labels([path])[0]
         history = History.read(name, folder.metrics)
         recipe_text = folder.recipe.read_text(encoding="utf-8", errors="replace") if folder.recipe.is_file() else ""
-        recipe = _mapping(recipe_text)
+        recipe = _mapping(recipe_text, str(folder.recipe))
         place = history.place
         sizes = [number(stage.get("parameters")) for stage in history.kind("stage")]
         sizes = [size for size in sizes if math.isfinite(size)]
         scores = history.validations("step")[1]
         contexts = [finite(number(record.get("context_length"))) for record in history.kind("validation")]
-        ngrams = [
-            (number(record.get("order")), number(record.get("bits_per_byte"))) for record in history.kind("ngram")
-        ]
+        scored = [(number(r.get("order")), number(r.get("bits_per_byte"))) for r in history.kind("ngram")]
+        ngrams = [(int(order), score) for order, score in scored if math.isfinite(order + score)]
         deltas = [
             number((growth.get("certificate") or {}).get("max_delta_logits_float64"))
             for growth in history.kind("growth")
         ]
-        manifest = _last_manifest(folder)
+        manifest = folder.last_manifest()
         return cls(
             name=name,
             folder=folder,
@@ -78,7 +75,7 @@ class RunSummary:
             last=float(scores[-1]) if len(scores) else None,
             best=float(scores.min()) if len(scores) else None,
             validation_context=contexts[-1] if contexts else None,
-            ngram=next(((int(order), score) for order, score in ngrams if math.isfinite(order + score)), None),
+            ngram=ngrams[-1] if ngrams else None,
             growths=len(history.kind("growth")),
             max_delta_logits=max((delta for delta in deltas if math.isfinite(delta)), default=None),
             corpus=manifest.corpus.get("sha256") if manifest else None,
@@ -98,24 +95,15 @@ def _state(folder: RunFolder, history: History, recipe: dict[str, Any]) -> str:
         return "running"
     if not len(history.steps["step"]):
         return "empty"
-    stages = recipe.get("stages")
+    stages, start = recipe.get("stages"), recipe.get("start")
+    first = start.get("stage", 0) if isinstance(start, dict) else 0  # of an extended run
     ended = {record.get("stage") for record in history.kind("validation") if record.get("end_of_stage") is True}
-    return "complete" if isinstance(stages, list) and len(stages) - 1 in ended else "unfinished"
+    return "complete" if isinstance(stages, list) and first + len(stages) - 1 in ended else "unfinished"
 
 
-def _mapping(text: str) -> dict[str, Any]:
+def _mapping(text: str, name: str) -> dict[str, Any]:
+    """Empty if the recipe was edited into something that is none: it is shown as it is, and not compared."""
     try:
-        recipe = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):  # edited by hand: shown as it is, and not compared
+        return read_mapping(text, name)
+    except ConfigError:
         return {}
-    return recipe if isinstance(recipe, dict) else {}
-
-
-def _last_manifest(folder: RunFolder) -> manifests.Manifest | None:
-    """Of the newest checkpoint whose manifest is sound; a run that is being written drops old ones meanwhile."""
-    for step in reversed(folder.steps()):
-        try:
-            return manifests.read(folder.checkpoint(step), verify=False)
-        except CheckpointError:
-            continue
-    return None
