@@ -12,8 +12,6 @@ import re
 import resource
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,7 +36,7 @@ from growkit.models.presets import PRESETS
 from growkit.ops.dispatch import resolve_backend
 from growkit.registry import Registry
 from growkit.train import hardware, trial
-from tests.support import cli, model_config, recipe_dict
+from tests.support import cli, held_by_another_process, model_config, recipe_dict
 
 PACKAGE = Path(growkit.__file__).parent
 DOCUMENT = PACKAGE.parent / "docs" / "errors.md"
@@ -858,24 +856,6 @@ def test_a_flip_of_any_byte_of_a_manifest_is_noticed(world: Path) -> None:
         with pytest.raises(GrowkitError) as caught:
             manifests.read(Path(LAST))
         assert caught.value.code == "damaged", at
-
-
-@contextmanager
-def held_by_another_process(run: Path) -> Iterator[int]:
-    program = (
-        "import fcntl, os, sys\n"
-        "lock = open(sys.argv[1], 'w')\n"
-        "fcntl.flock(lock, fcntl.LOCK_EX)\n"
-        "lock.write(str(os.getpid())); lock.flush()\n"
-        "print('held', flush=True)\n"
-        "sys.stdin.read()\n"
-    )
-    command = [sys.executable, "-c", program, str(run / "run.lock")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        yield process.pid
-        process.communicate()
 
 
 # A process of its own holds the lock, so this row has a test to itself.

@@ -64,7 +64,7 @@ def compare(runs: Sequence[RunSummary], axis: str) -> Comparison:
         needed = reached(x, y, target) if target is not None else None
         saving = spent / needed if spent is not None and needed else None
         at = tuple(float(np.interp(place, x, y)) for place in places)
-        aligned.append(Aligned(run.name, at, needed, saving, needed is not None and needed == x[0]))
+        aligned.append(Aligned(run.name, at, needed, saving, needed is not None and needed == float(x[0])))
     differences = differing([run.recipe for run in runs])
     notes = _notes(runs, axis, curves, differences)
     return Comparison(axis, tuple(runs), places, target, tuple(aligned), differences, notes)

@@ -96,7 +96,7 @@ def _state(folder: RunFolder, history: History, recipe: dict[str, Any]) -> str:
     if not len(history.steps["step"]):
         return "empty"
     stages, start = recipe.get("stages"), recipe.get("start")
-    first = start.get("stage", 0) if isinstance(start, dict) else 0  # of an extended run
+    first = number(start.get("stage")) if isinstance(start, dict) else 0  # of an extended run
     ended = {record.get("stage") for record in history.kind("validation") if record.get("end_of_stage") is True}
     return "complete" if isinstance(stages, list) and first + len(stages) - 1 in ended else "unfinished"
 

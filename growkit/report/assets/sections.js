@@ -12,6 +12,15 @@ function state(run) {
   return el("span", { class: `state ${run.state}` }, STATES[run.state]);
 }
 
+function sizes(run) {
+  if (!run.parameters) return DASH;
+  return run.parameters[0] === run.parameters[1] ? quantity(run.parameters[0]) : change(run.parameters);
+}
+
+function steps(run) {
+  return `${run.growths} growth step${run.growths > 1 ? "s" : ""}`;
+}
+
 function headline() {
   if (MANY) {
     const best = RUNS.filter((run) => run.last !== null).sort((a, b) => a.last - b.last)[0];
@@ -21,9 +30,7 @@ function headline() {
   const run = RUNS[0];
   const told = [];
   if (run.parameters) {
-    const sizes = run.parameters[0] === run.parameters[1] ? quantity(run.parameters[0]) : change(run.parameters);
-    const steps = run.growths ? ` in ${run.growths} growth step${run.growths > 1 ? "s" : ""}` : "";
-    told.push(`${sizes} parameters${steps}.`);
+    told.push(`${sizes(run)} parameters${run.growths ? ` in ${steps(run)}` : ""}.`);
   }
   if (run.last !== null) {
     const beside = run.ngram ? `, ${Math.abs(run.last - run.ngram[1]).toFixed(3)} ${
@@ -37,32 +44,33 @@ function figures() {
   if (MANY) return runTable();
   const run = RUNS[0];
   const shown = [
-    ["Parameters", run.parameters ? (run.parameters[0] === run.parameters[1] ? quantity(run.parameters[1])
-      : change(run.parameters)) : DASH, run.growths ? `×${trimmed(run.parameters[1] / run.parameters[0], 3)}` : "static"],
+    ["Parameters", sizes(run), run.growths ? `×${trimmed(run.parameters[1] / run.parameters[0], 3)}` : "static"],
     ["Validation", fixed(run.last, 3), run.best === null ? "bits per byte"
       : run.best < run.last ? `bits per byte; best ${fixed(run.best, 3)}` : "bits per byte, its best"],
     run.ngram ? [`${run.ngram[0]}-gram`, fixed(run.ngram[1], 3), "bits per byte, same text"] : null,
     ["Compute", power(run.flops, 3), "FLOPs, all stages"],
     ["Tokens", quantity(run.tokens), run.step === null ? "" : `${run.step} steps`],
     ["Time", duration(run.seconds), "training, stops left out"],
-    run.growths ? ["Largest |Δlogit|", power(run.max_delta_logits), `over ${run.growths} growth step${
-      run.growths > 1 ? "s" : ""}, float64`] : null,
+    run.growths ? ["Largest |Δlogit|", power(run.max_delta_logits), `over ${steps(run)}, float64`] : null,
   ];
   return el("dl", { class: "figures" }, shown.filter(Boolean).map(([name, value, note]) =>
     el("div", {}, el("dt", {}, name), el("dd", {}, value), el("dd", { class: "under" }, note))));
+}
+
+/** A table wider than the page scrolls by itself. */
+function wide(label, head, rows) {
+  return el("div", { class: "wide", role: "region", "aria-label": label, tabindex: "0" }, el("table", {},
+    el("thead", {}, el("tr", {}, head.map((cell) => el("th", { scope: "col" }, cell)))), el("tbody", {}, rows)));
 }
 
 function runTable() {
   const head = ["run", "parameters", "tokens", "FLOPs", "time", "last", "best", ""];
   const rows = RUNS.map((run, index) => el("tr", {},
     el("th", { scope: "row" }, swatch(index), run.name),
-    [run.parameters ? (run.parameters[0] === run.parameters[1] ? quantity(run.parameters[1]) : change(run.parameters))
-      : DASH, quantity(run.tokens), power(run.flops, 3), duration(run.seconds), fixed(run.last, 3), fixed(run.best, 3),
-    ].map((text) => el("td", {}, text)), el("td", {}, state(run))));
+    [sizes(run), quantity(run.tokens), power(run.flops, 3), duration(run.seconds), fixed(run.last, 3),
+      fixed(run.best, 3)].map((text) => el("td", {}, text)), el("td", {}, state(run))));
   const note = "Last and best are validation in bits per byte. Colours are the same in every chart.";
-  return el("div", {}, el("div", { class: "wide" }, el("table", {},
-    el("thead", {}, el("tr", {}, head.map((text) => el("th", { scope: "col" }, text)))), el("tbody", {}, rows))),
-  el("p", { class: "note" }, note));
+  return el("div", {}, wide("The runs", head, rows), el("p", { class: "note" }, note));
 }
 
 function differences() {
@@ -71,9 +79,8 @@ function differences() {
   const rows = keys.map((key) => el("tr", {}, el("th", { scope: "row" }, el("code", {}, key)),
     REPORT.differences[key].map((value) => el("td", {}, value))));
   const more = REPORT.more_differences ? el("p", { class: "note" }, `and ${REPORT.more_differences} more keys`) : null;
-  return section("differences", "What differs between the recipes", null, el("div", { class: "wide" }, el("table", {},
-    el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "key"), RUNS.map((run, index) =>
-      el("th", { scope: "col" }, swatch(index), run.name)))), el("tbody", {}, rows))), more);
+  const head = ["key", ...RUNS.map((run, index) => [swatch(index), run.name])];
+  return section("differences", "What differs between the recipes", null, wide("The recipes", head, rows), more);
 }
 
 /** [what changed, in a few words] */
@@ -95,11 +102,16 @@ function verdict(mark) {
 /** The list of growth and context steps; each opens its certificate. */
 function markList() {
   const rows = RUNS.flatMap((run, r) => run.marks.map((mark, m) => el("li", {},
-    el("button", { type: "button", onclick: () => openCard(r, m) }, MANY ? swatch(r) : null,
-      el("span", { class: "number" }, String(m + 1)),
+    el("button", { type: "button", onclick: () => openCard(r, m) }, numbered(r, m),
       el("span", { class: "what" }, el("strong", {}, MANY ? `${run.name}: ${mark.stage}` : mark.stage),
         el("span", {}, changes(mark).join(" · "))), verdict(mark)))));
   return rows.length ? el("ol", { class: "marks" }, rows) : null;
+}
+
+function numbered(r, m) {
+  const number = el("span", { class: MANY ? "number of-run" : "number" }, String(m + 1));
+  if (MANY) number.style.background = `var(--run-${r % 8})`;
+  return number;
 }
 
 function markButtons() {
@@ -139,7 +151,7 @@ function certificate(mark) {
     ["Largest |Δlogit|, float64", power(found.max_delta_logits_float64), "absolute"],
     [`Δlogits, ${found.training_dtype}`, power(found.delta_logits_training), "relative, in the dtype of the run"],
     ["Loss on the probe", `${fixed(found.loss_before, 4)} → ${fixed(found.loss_after, 4)}`,
-      `nats; moved by ${signed(found.loss_after - found.loss_before, 2)}`],
+      found.loss_after === found.loss_before ? "nats; unchanged" : `nats; moved by ${signed(found.loss_after - found.loss_before, 2)}`],
     ["Gradient of the new entries", norms || DASH, "its norm on three steps: alive if not zero"],
     ["Parameters without a gradient", String(dead.length), dead.length ? dead.join(", ") : "training reaches every one"],
     ["Rows locked to another", String(found.locked_rows ?? DASH), found.locked_rows
@@ -172,7 +184,7 @@ function lineage(node, top = true) {
     node.from_step === null ? null : el("em", {}, ` from step ${node.from_step}`),
     node.here && node !== RUNS[view.selected].lineage ? el("em", {}, " this run") : null);
   const stages = node.stages.map((stage) => el("li", {}, el("span", { class: "stage" }, el("strong", {}, stage.name),
-    stage.parameters === null ? null : ` ${quantity(stage.parameters)}`,
+    stage.parameters === null ? null : ` ${quantity(stage.parameters)} parameters`,
     el("small", {}, [stage.step === null ? "no steps yet" : `${stage.ended ? "to" : "now at"} step ${stage.step}`,
       stage.tokens === null ? null : `${quantity(stage.tokens)} tokens`,
       stage.context_length === null ? null : `context ${stage.context_length}`,
