@@ -78,7 +78,7 @@ async function start() {
       await loadLibrary();
     } catch (error) {
       main.prepend(el("p", { class: "nothing", role: "alert" }, "This browser cannot unpack the charts: it takes " +
-        `Chrome 80, Firefox 113, Safari 16.4 or newer (${error.message}). The rest of the report is below.`));
+        `Chrome 123, Firefox 120, Safari 17.5 or newer (${error.message}). The rest of the report is below.`));
       startTheme(() => {});
       return;
     }

@@ -18,8 +18,13 @@ function el(tag, attributes = {}, ...children) {
   return node;
 }
 
+/** A colour of the style sheet as it is in the present theme; the charts cannot read ``light-dark``. */
 function color(name) {
-  return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+  const probe = document.getElementById("theme");
+  probe.style.color = `var(--${name})`;
+  const found = getComputedStyle(probe).color;
+  probe.style.color = "";
+  return found;
 }
 
 function runColor(index) {
