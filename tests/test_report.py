@@ -372,7 +372,14 @@ def test_a_lineage_survives_lost_and_circular_parents(world: Path, tmp_path: Pat
     shutil.copytree(world / "branch", runs / "branch")
     code, out, _ = cli("lineage", runs / "branch")
     assert code == 0 and "run (its folder is not beside)" in out
+    log = runs / "branch" / "metrics.jsonl"
+    whole = log.read_bytes()
     made(runs / "run", [step(1)])
+    log.write_bytes(b"{\n")
+    code, out, _ = cli("lineage", runs / "run")
+    assert code == 0 and "branch branched at step 8 (its log is damaged)" in out
+    assert cli("report", runs / "run")[0] == 0, "a relative's log is not this run's affair"
+    log.write_bytes(whole)
     (runs / "run" / "run.json").write_text(json.dumps({"parent": {"run": "branch", "step": 1}}))
     made(runs / "new", [])
     (runs / "new" / "run.json").write_text("")  # a run that is just being created

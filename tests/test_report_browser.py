@@ -96,6 +96,9 @@ def test_zooming_one_chart_zooms_all_and_goes_back(page: Page, run: Path) -> Non
     ).move_by_offset(150, 60).release().perform()
     ranges = "[...document.querySelectorAll('.chart')].map(c => JSON.stringify(c.layout.xaxis.range))"
     page.until(f"return {LOSS}.layout.xaxis.range[0] > {whole[0]} && new Set({ranges}).size === 1")
+    zoomed = page.run(f"return {LOSS}.layout.xaxis.range")
+    page.button("Dark").click()
+    assert page.run(f"return {ranges}") == [json.dumps(zoomed, separators=(",", ":"))] * 7, "the theme changes no zoom"
     page.button("Reset zoom").click()
     page.until(f"return new Set({ranges}).size === 1 && {LOSS}.layout.xaxis.range[0] === {whole[0]}")
 

@@ -159,8 +159,8 @@ def _branch(node: Node) -> Tree:
     label = Text(node.name, style="bold" if node.here else "")
     if node.from_step is not None:
         label.append(f" branched at step {node.from_step:.0f}", style="not bold")
-    if not node.found:
-        label.append(" (its folder is not beside)", style="dim")
+    if node.missing:
+        label.append(f" ({node.missing})", style="not bold dim")
     if node.here:
         label.append("  ← this one", style="not bold dim")
     branch = Tree(label, guide_style="dim")

@@ -9,6 +9,7 @@ from typing import Any
 
 from growkit.checkpoint.manifest import Manifest
 from growkit.checkpoint.run_folder import MARK, RunFolder
+from growkit.errors import CheckpointError
 from growkit.eval.ngram import bits
 from growkit.report.history import History, finite, number
 
@@ -54,13 +55,13 @@ class Stage:
 @dataclass(frozen=True)
 class Node:
     """A run (or a checkpoint) in the tree. ``from_step``: where it left the run above it. ``here``: it was asked for.
-    ``found``: its folder is beside; a parent may have been moved or deleted."""
+    ``missing``: why a relative's stages are not shown, if they are not: its folder may have been moved or deleted."""
 
     name: str
     stages: tuple[Stage, ...] = ()
     from_step: float | None = None
     here: bool = False
-    found: bool = True
+    missing: str = ""
     branches: tuple[Node, ...] = ()
 
 
@@ -115,7 +116,7 @@ def stages_of_manifest(manifest: Manifest) -> tuple[Stage, ...]:
 
 def tree(folder: RunFolder, *, history: History | None = None) -> Node:
     """The whole family of the run at ``folder``: from its first known parent down to every branch in the same folder
-    of runs. ``history``: of ``folder``, if it has been read already. Raises CheckpointError for a damaged log."""
+    of runs. ``history``: of ``folder``, if it has been read already. Raises CheckpointError if its log is damaged."""
     here = folder.path.resolve()
     family = _family(here.parent)
     top, seen = here.name, {here.name}
@@ -144,8 +145,14 @@ def _node(
     above: frozenset[str],
 ) -> Node:
     stages: Sequence[Stage] = ()
+    missing = "" if name in family else "its folder is not beside"
     if name in family:
-        stages = stages_of(known[name] if name in known else History.read(name, family[name].metrics))
+        try:
+            stages = stages_of(known[name] if name in known else History.read(name, family[name].metrics))
+        except CheckpointError as error:
+            if name == here:
+                raise
+            missing = f"its log is {error.code.removesuffix('-log')}"
         manifest = family[name].last_manifest()
         if manifest is not None and stages and stages[0].index > 0:  # extends a checkpoint that came without a log
             before = [stage for stage in stages_of_manifest(manifest) if stage.index < stages[0].index]
@@ -157,7 +164,7 @@ def _node(
         if _parent(folder) == name and child != name and child not in above:
             step = finite(number((folder.parent or {}).get("step")))
             branches.append(_node(child, family, known, here, step, above | {name}))
-    return Node(name, tuple(stages), from_step, name == here, name in family, tuple(branches))
+    return Node(name, tuple(stages), from_step, name == here, missing, tuple(branches))
 
 
 def _place(record: Record) -> dict[str, Any]:

@@ -132,7 +132,7 @@ function layout(title, shapes = []) {
     hoverlabel: { bgcolor: color("card"), bordercolor: color("line"), font: { color: color("ink"), size: 12 } },
     shapes: [...shapes, ...markLines()], separators: ".\u2009", yaxis: yAxis(title),
     xaxis: {
-      title: { text: axisTitle(), standoff: 6 }, range: wholeRange(), gridcolor: "transparent", linecolor: color("line"), ticks: "outside",
+      title: { text: axisTitle(), standoff: 6 }, range: view.range || wholeRange(), gridcolor: "transparent", linecolor: color("line"), ticks: "outside",
       tickcolor: color("line"), ticklen: 4, zeroline: false, type: view.logarithmic ? "log" : "linear", nticks: 7,
       exponentformat: view.axis === "flops" ? "power" : "SI", hoverformat: view.axis === "seconds" ? ".1f" : ".3s",
       showspikes: true, spikemode: "across", spikethickness: 1, spikedash: "solid", spikecolor: color("line"),
@@ -183,13 +183,14 @@ function addChart(node, build) {
 }
 
 function drawCharts() {
-  const settings = { displayModeBar: false, responsive: true, doubleClick: "reset", scrollZoom: false };
+  const settings = { displayModeBar: false, responsive: true, doubleClick: false, scrollZoom: false };
   for (const chart of charts) {
     const { data, layout: shown } = chart.build();
     Plotly.react(chart.node, data, shown, settings);
     if (!chart.linked) {
       chart.linked = true;
       chart.node.on("plotly_relayout", (event) => link(chart.node, event));
+      chart.node.on("plotly_doubleclick", resetZoom);
       chart.node.on("plotly_afterplot", () => { if (chart.node.id === "loss-chart") placeMarks(chart.node); });
     }
   }
@@ -202,15 +203,17 @@ function link(from, event) {
   if (linking) return;
   const range = event["xaxis.range"] || (event["xaxis.range[0]"] !== undefined &&
     [event["xaxis.range[0]"], event["xaxis.range[1]"]]);
-  if (!range && !event["xaxis.autorange"]) return;
+  if (!range) return;
   linking = true;
-  const wanted = { "xaxis.range": range || wholeRange() };
+  view.range = range; // it outlives a change of theme
+  const wanted = { "xaxis.range": range };
   Promise.all(charts.filter((chart) => chart.node !== from).map((chart) => Plotly.relayout(chart.node, wanted)))
     .finally(() => { linking = false; });
 }
 
 function resetZoom() {
   linking = true;
+  view.range = null;
   Promise.all(charts.map((chart) => Plotly.relayout(chart.node, { "xaxis.range": wholeRange(),
     ...(chart.node.id === "loss-chart" ? { "yaxis.range": lossRange() } : { "yaxis.autorange": true }) })))
     .finally(() => { linking = false; });

@@ -18,9 +18,12 @@ function lossSection() {
   addChart(chart, lossChart);
   const axes = AXIS_CHOICES.map(([axis, text]) => [axis, text, known(axis) ? null : "the log does not say"]);
   const tools = el("div", { class: "tools" },
-    choice("horizontal axis", axes, view.axis, (axis) => { view.axis = axis; drawCharts(); }),
-    choice("scale of the axis", [[false, "linear"], [true, "log"]], false, (log) => {
-      view.logarithmic = log;
+    choice("horizontal axis", axes, view.axis, (axis) => {
+      Object.assign(view, { axis, range: null });
+      drawCharts();
+    }),
+    choice("scale of the axis", [[false, "linear"], [true, "log"]], false, (logarithmic) => {
+      Object.assign(view, { logarithmic, range: null });
       drawCharts();
     }),
     COARSE ? choice("touch", [[false, "scroll"], ["zoom", "zoom"]], false, (mode) => {

@@ -4,8 +4,9 @@
 const REPORT = JSON.parse(document.getElementById("data").textContent);
 const RUNS = REPORT.runs;
 const MANY = RUNS.length > 1;
-/** ``axis``: what the charts run over; ``selected``: whose certificates, samples, recipe and lineage are shown. */
-const view = { axis: "flops", logarithmic: false, selected: 0 };
+/** ``axis``: what the charts run over; ``range``: the part of it that is zoomed to, or null; ``selected``: whose samples,
+    recipe, lineage and gradient components are shown. */
+const view = { axis: "flops", logarithmic: false, range: null, selected: 0 };
 
 /** An element; ``attributes`` may hold class, on* listeners, and attributes; children are nodes or text. */
 function el(tag, attributes = {}, ...children) {

@@ -180,7 +180,7 @@ function samples(run) {
 
 function lineage(node, top = true) {
   const label = el("span", { class: node.here ? "run here" : "run" }, node.name,
-    node.found ? null : el("em", {}, " (not beside this run)"),
+    node.missing ? el("em", {}, ` (${node.missing})`) : null,
     node.from_step === null ? null : el("em", {}, ` from step ${node.from_step}`),
     node.here && node !== RUNS[view.selected].lineage ? el("em", {}, " this run") : null);
   const stages = node.stages.map((stage) => el("li", {}, el("span", { class: "stage" }, el("strong", {}, stage.name),
