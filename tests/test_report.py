@@ -372,6 +372,7 @@ def test_a_lineage_survives_lost_and_circular_parents(world: Path, tmp_path: Pat
     shutil.copytree(world / "branch", runs / "branch")
     code, out, _ = cli("lineage", runs / "branch")
     assert code == 0 and "run (its folder is not beside)" in out
+    assert "first, " in out, "the stages of a lost parent are in the branch's log"
     log = runs / "branch" / "metrics.jsonl"
     whole = log.read_bytes()
     made(runs / "run", [step(1)])

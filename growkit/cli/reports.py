@@ -34,13 +34,11 @@ def show_report(paths: Sequence[Path], output: Path | None) -> None:
     runs = read_runs(paths)
     target = output or (runs[0].folder.report if len(runs) == 1 else Path("report.html"))
     write_report(runs, target)
-    said = [f"wrote {target} ({quantity(target.stat().st_size)}B); open it in a browser"]
+    typer.echo(f"wrote {target} ({quantity(target.stat().st_size)}B); open it in a browser")
     for run in runs:
         if run.state != "complete":
-            steps = "no step has been logged" if run.history.place["step"] in (None, 0) else "as far as it is"
-            said.append(f"{run.name} is {run.state}: {steps}")
-    for line in said:
-        typer.echo(line)
+            nothing = "" if len(run.history.steps["step"]) else ": no step has been logged"
+            typer.echo(f"{run.name} is {run.state}{nothing}")
 
 
 def show_comparison(paths: Sequence[Path], axis: str, png: Path | None, as_json: bool) -> None:

@@ -157,13 +157,15 @@ def _node(
         if manifest is not None and stages and stages[0].index > 0:  # extends a checkpoint that came without a log
             before = [stage for stage in stages_of_manifest(manifest) if stage.index < stages[0].index]
             stages = [*before, *stages]
-    if from_step is not None:  # a branch's log begins with its parent's
-        stages = [stage for stage in stages if stage.step is None or stage.step > from_step]
     branches = []
     for child, folder in family.items():
         if _parent(folder) == name and child != name and child not in above:
             step = finite(number((folder.parent or {}).get("step")))
-            branches.append(_node(child, family, known, here, step, above | {name}))
+            branch = _node(child, family, known, here, step, above | {name})
+            if stages:  # a branch's log begins with its parent's, and these are shown here
+                own = [stage for stage in branch.stages if stage.step is None or stage.step > (step or 0)]
+                branch = replace(branch, stages=tuple(own))
+            branches.append(branch)
     return Node(name, tuple(stages), from_step, name == here, missing, tuple(branches))
 
 
