@@ -35,6 +35,7 @@ from growkit.models.presets import PRESETS
 from growkit.models.spec import param_specs
 from growkit.optim.groups import param_groups
 from growkit.report.curve import draw_curves
+from growkit.report.history import History
 from growkit.schedule.lr import LRSchedule
 from growkit.train import hardware
 
@@ -117,7 +118,7 @@ ARMS: dict[str, Arm] = {"growkit transformer": growkit, "nanoGPT-style": nanogpt
 
 @dataclass(frozen=True)
 class Trial:
-    """``curve``: records as report/curve.py draws them."""
+    """``curve``: records as report/history.py reads them."""
 
     arm: str
     lr: float
@@ -178,7 +179,8 @@ def main() -> None:
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    draw_curves(curves, options.output.with_suffix(".png"), x="tokens")
+    histories = [History.of(name, curve) for name, curve in curves.items()]
+    draw_curves(histories, options.output.with_suffix(".png"), x="tokens")
     print(f"wrote {options.output}.json and .png")
 
 

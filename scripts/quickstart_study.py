@@ -26,6 +26,7 @@ from growkit.checkpoint.metrics_log import read_log
 from growkit.cli.recipes import read
 from growkit.cli.training import start
 from growkit.report.curve import draw_curves
+from growkit.report.history import History
 from growkit.train import hardware
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,7 +97,7 @@ def main() -> None:
         if mine:
             best = min(mine, key=lambda row: row["bits_per_byte"])
             shown[f"{best['arm']}"] = curves[f"{best['arm']}, seed {best['seed']}"]
-    draw_curves(shown, RESULTS / "quickstart.png")
+    draw_curves([History.of(name, log) for name, log in shown.items()], RESULTS / "quickstart.png")
     shutil.rmtree(folder)
 
 

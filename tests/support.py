@@ -7,8 +7,9 @@ import io
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +178,22 @@ def _child(words: list[str], env: dict[str, str]) -> None:
     torch.set_num_threads(1)
     sys.argv = ["growkit", *words]
     main()
+
+
+@contextlib.contextmanager
+def held_by_another_process(run: Path) -> Iterator[int]:
+    """The lock of a run, as a process that writes it has it; yields that process's id."""
+    program = (
+        "import fcntl, os, sys\n"
+        "lock = open(sys.argv[1], 'w')\n"
+        "fcntl.flock(lock, fcntl.LOCK_EX)\n"
+        "lock.write(str(os.getpid())); lock.flush()\n"
+        "print('held', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", program, str(run / "run.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process.pid
+        process.communicate()

@@ -12,8 +12,6 @@ import re
 import resource
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,7 +36,7 @@ from growkit.models.presets import PRESETS
 from growkit.ops.dispatch import resolve_backend
 from growkit.registry import Registry
 from growkit.train import hardware, trial
-from tests.support import cli, model_config, recipe_dict
+from tests.support import cli, held_by_another_process, model_config, recipe_dict
 
 PACKAGE = Path(growkit.__file__).parent
 DOCUMENT = PACKAGE.parent / "docs" / "errors.md"
@@ -604,6 +602,58 @@ CASES = [
 ]
 
 
+def _log_is_a_folder(_: pytest.MonkeyPatch) -> None:
+    (RUN / "metrics.jsonl").unlink()
+    (RUN / "metrics.jsonl").mkdir()
+
+
+def _second_run(_: pytest.MonkeyPatch) -> None:
+    shutil.copytree(RUN, "runs/other")
+
+
+def _second_run_and_broken_log(patch: pytest.MonkeyPatch) -> None:
+    _second_run(patch)
+    _break_log(patch)
+
+
+REPORT_CASES = [
+    Case("report on nothing", "report runs/none", "not-a-run", "runs/none", "does not exist", "growkit train"),
+    Case("report on a folder", "report runs", "not-a-run", "runs", "not a run", "growkit train"),
+    Case("report on a checkpoint", f"report {LAST}", "not-a-run", LAST, "not a run", "growkit train"),
+    Case("report on a damaged log", "report runs/run", "damaged-log", "metrics.jsonl", "line 1", "delete", _break_log),
+    Case("report on no log file", "report runs/run", "unreadable", "metrics.jsonl", "directory", "permissions",
+         _log_is_a_folder),
+    Case("report twice on one", "report runs/run runs/../runs/run", "same-run", "runs", "runs/run", "once"),
+    Case("report onto the corpus", "report runs/run -o corpus.txt", "file-exists", "--output", "'corpus.txt'",
+         "another"),
+    Case("report onto a folder", "report runs/run -o runs", "cannot-write", "runs", "directory", "--output"),
+    Case("report into no folder", "report runs/run -o no/where.html", "cannot-write", "no/where.html", "No such file",
+         "another place"),
+    Case("report below a file", "report runs/run -o corpus.txt/r.html", "cannot-write", "corpus.txt/r.html",
+         "Not a directory", "another place"),
+    Case("compare one", "compare runs/run", "too-few-runs", "runs", "'runs/run'", "at least one other"),
+    Case("compare a run with itself", "compare runs/run runs/run", "same-run", "runs", "runs/run", "once"),
+    Case("compare with nothing", "compare runs/run runs/none", "not-a-run", "runs/none", "does not exist", "train"),
+    Case("compare a damaged log", "compare runs/other runs/run", "damaged-log", "run/metrics.jsonl", "line 1", "delete",
+         _second_run_and_broken_log),
+    Case("a picture onto the corpus", "compare runs/run runs/other --png corpus.txt", "file-exists", "--png",
+         "'corpus.txt'", "another", _second_run),
+    Case("a picture into no folder", "compare runs/run runs/other --png no/where.png", "cannot-write", "no/where.png",
+         "No such file", "another place", _second_run),
+    Case("lineage of nothing", "lineage runs/none", "not-a-checkpoint", "runs/none", "does not exist", "run folder"),
+    Case("lineage of a folder", "lineage runs", "not-a-checkpoint", "runs", "manifest.json", "run folder"),
+    Case("lineage of a file", "lineage corpus.txt", "not-a-checkpoint", "corpus.txt", "is a file", "run folder"),
+    Case("lineage by a damaged log", "lineage runs/run", "damaged-log", "metrics.jsonl", "line 1", "delete",
+         _break_log),
+    Case("lineage of a damaged checkpoint", f"lineage {LAST}", "damaged", "manifest.json", "manifest", "earlier",
+         lambda _: flip(Path(LAST, "manifest.json"))),
+    Case("lineage of a future checkpoint", f"lineage {LAST}", "format-too-new", LAST, "99", "newer",
+         _reseal(format=99)),
+]  # fmt: skip
+
+CASES += REPORT_CASES
+
+
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a recipe, its corpus and its finished run, all named relative to it."""
@@ -727,6 +777,11 @@ USAGE = [
     ("the doctor in no folder", "doctor --folder", "--folder"),
     ("the doctor with a value", "doctor --json=yes", "--json"),
     ("the doctor misspelt", "docter", "docter"),
+    ("no run to report on", "report", "runs"),
+    ("no run to compare", "compare", "runs"),
+    ("an axis there is not", "compare runs/run runs/run --by steps", "--by"),
+    ("no run to tell the lineage of", "lineage", "run"),
+    ("two runs to tell the lineage of", "lineage runs/run runs/run", "unexpected"),
 ]
 
 
@@ -801,24 +856,6 @@ def test_a_flip_of_any_byte_of_a_manifest_is_noticed(world: Path) -> None:
         with pytest.raises(GrowkitError) as caught:
             manifests.read(Path(LAST))
         assert caught.value.code == "damaged", at
-
-
-@contextmanager
-def held_by_another_process(run: Path) -> Iterator[int]:
-    program = (
-        "import fcntl, os, sys\n"
-        "lock = open(sys.argv[1], 'w')\n"
-        "fcntl.flock(lock, fcntl.LOCK_EX)\n"
-        "lock.write(str(os.getpid())); lock.flush()\n"
-        "print('held', flush=True)\n"
-        "sys.stdin.read()\n"
-    )
-    command = [sys.executable, "-c", program, str(run / "run.lock")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        yield process.pid
-        process.communicate()
 
 
 # A process of its own holds the lock, so this row has a test to itself.

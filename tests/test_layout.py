@@ -38,10 +38,17 @@ ONLY_IN = {
     "transformers": {"data", "checkpoint", "eval"},
     "triton": {"ops"},
     "matplotlib": {"report"},
+    "plotly": {"report"},
     "typer": {"cli"},
 }
-# What `growkit --help`, `validate` and the arithmetic of a schedule may load: not torch.
-TORCH_FREE = ["growkit.cli.main", "growkit.cli.recipes", "growkit.schedule.plan", "growkit.growth.path"]
+# What `growkit --help`, `validate`, `report` and the arithmetic of a schedule may load: not torch.
+TORCH_FREE = [
+    "growkit.cli.main",
+    "growkit.cli.recipes",
+    "growkit.cli.reports",
+    "growkit.schedule.plan",
+    "growkit.growth.path",
+]
 MOST_LINES = 500
 
 

@@ -39,7 +39,7 @@ class MetricsLog:
 
     def write(self, record: Record) -> None:
         """Writes and passes on one record; numbers that are not finite become null."""
-        line = json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False)
+        line = json.dumps(without_nan(record), allow_nan=False)
         try:
             self._file.write(line.encode() + b"\n")
             self._file.flush()
@@ -64,11 +64,14 @@ class MetricsLog:
 
 def read_log(path: Path) -> Iterator[Record]:
     """The records of a log, which may still be written: nothing if there is none yet, and a last line that is not whole
-    is left out. Raises CheckpointError for a line in between that is not a record."""
+    is left out. Raises CheckpointError for a line in between that is not a record, or a log that cannot be read."""
     try:
         file = open(path, "rb")
     except FileNotFoundError:
         return
+    except OSError as error:
+        mend = "check its permissions and its disk"
+        raise CheckpointError("unreadable", f"cannot be read ({error})", key=str(path), mend=mend) from error
     with file:
         for number, line in enumerate(file, 1):
             if line.endswith(b"\n"):
@@ -87,11 +90,12 @@ def _record(line: bytes, path: Path, number: int) -> Record:
     return record
 
 
-def _finite(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """``value``, None in the place of every number that is not finite: what JSON can say."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [without_nan(item) for item in value]
     return value

@@ -47,8 +47,22 @@ class RunFolder:
         return self.path / "curve.png"
 
     @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
     def recipe(self) -> Path:
         return self.path / "recipe.yaml"
+
+    @property
+    def parent(self) -> dict[str, Any] | None:
+        """The run (its folder's name) and the step this one was branched from, as its mark says; None if it was not, or
+        if the mark is only just being written."""
+        try:
+            parent = json.loads((self.path / MARK).read_text(encoding="utf-8")).get("parent")
+        except (OSError, ValueError, AttributeError):
+            return None
+        return parent if isinstance(parent, dict) else None
 
     @classmethod
     def create(
@@ -109,6 +123,18 @@ class RunFolder:
         handle.flush()
         self._lock = handle
 
+    def writer(self) -> str | None:
+        """The process, another than this one, that is writing the run now; None if none is."""
+        try:
+            with open(self.path / "run.lock") as handle:
+                owner = handle.read().strip()
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back at once
+        except FileNotFoundError:
+            return None
+        except BlockingIOError:
+            return None if owner == str(os.getpid()) else owner or "unknown"
+        return None
+
     def unlock(self) -> None:
         if self._lock is not None:
             self._lock.close()
@@ -149,6 +175,16 @@ class RunFolder:
                 else "no earlier checkpoint is left: start the run again"
             )
             raise CheckpointError("damaged", error.problem, key=error.key, mend=mend) from error
+
+    def last_manifest(self) -> manifests.Manifest | None:
+        """Of the newest checkpoint whose manifest is sound, its tensors unread; None if there is none. A run that is
+        being written may drop one meanwhile."""
+        for step in reversed(self.steps()):
+            try:
+                return manifests.read(self.checkpoint(step), verify=False)
+            except CheckpointError:
+                continue
+        return None
 
     def set_aside_after(self, step: int) -> None:
         """Moves checkpoints later than ``step`` aside; they must be damaged. Raises ConfigError for a sound one."""

@@ -1,4 +1,4 @@
-"""``growkit``: train, resume, grow, validate, inspect, generate, recipes."""
+"""``growkit``: train, resume, grow, validate, inspect, generate, report, compare, lineage, recipes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -195,6 +195,43 @@ def doctor(
     from growkit.cli.doctor import examine
 
     raise typer.Exit(examine(folder, as_json=json))
+
+
+@app.command(epilog="Example: growkit report runs/NAME")
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; a run may still be going on.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="File to write. Default: RUN/report.html; for several runs report.html."),
+    ] = None,
+) -> None:
+    """Write one self-contained HTML file about a run, or about several on the same axes."""
+    from growkit.cli.reports import show_report
+
+    show_report(runs, output)
+
+
+@app.command(epilog="Example: growkit compare runs/static runs/grown --by flops --png curves.png")
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; the first one is what the others are held to.")],
+    by: Annotated[Literal["flops", "tokens", "seconds"], typer.Option(help="Axis the runs are aligned on.")] = "flops",
+    png: Annotated[Path | None, typer.Option(help="Also draw the curves into this file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Set runs side by side: figures, scores at the same place, and what each needs to reach the first one's."""
+    from growkit.cli.reports import show_comparison
+
+    show_comparison(runs, by, png, as_json)
+
+
+@app.command(epilog="Example: growkit lineage runs/NAME")
+def lineage(
+    run: Annotated[Path, typer.Argument(help="A run folder or a checkpoint.")],
+) -> None:
+    """Show where a model comes from: stages, growths with certificates, parents and branches."""
+    from growkit.cli.reports import show_lineage
+
+    show_lineage(run)
 
 
 @recipes_app.command("list")

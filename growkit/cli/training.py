@@ -26,6 +26,8 @@ from growkit.duration import quantity
 from growkit.errors import CheckpointError, ConfigError, cannot_write
 from growkit.models.presets import PRESETS
 from growkit.report.curve import draw_curves
+from growkit.report.page import write_report
+from growkit.report.run_summary import RunSummary
 from growkit.schedule.plan import GrowthSchedule, growth_schedule, settled
 from growkit.train import hardware
 from growkit.train.display import Display, clock
@@ -74,7 +76,7 @@ def go_on(path: Path, from_step: int | None, as_new: Path | None) -> int:
         if as_new is None and (at.stage, at.stage_step) == (schedule.last.index, schedule.last.steps):
             done = f"{folder.path} is complete at step {at.step}: nothing is left to train"
             Console(highlight=False).print(done, soft_wrap=True, markup=False)
-            if not folder.curve.exists():  # killed between its last save and its picture
+            if not (folder.curve.exists() and folder.report.exists()):  # killed between its last save and its pictures
                 _draw(folder)
             folder.unlock()
             return DONE
@@ -174,10 +176,12 @@ def _run(run: Run, schedule: GrowthSchedule) -> int:
 
 
 def _draw(folder: RunFolder) -> None:
+    run = RunSummary.read(folder.path)
     try:
-        draw_curves({folder.path.name: list(read_log(folder.metrics))}, folder.curve)
+        draw_curves([run.history], folder.curve)
     except OSError as error:
         raise cannot_write(folder.curve, error) from error
+    write_report([run], folder.report)
 
 
 def _finish(run: Run, console: Console, began: float, done: bool) -> None:
@@ -190,6 +194,6 @@ def _finish(run: Run, console: Console, began: float, done: bool) -> None:
         f"{quantity(at.flops)} FLOPs; {clock(time.monotonic() - began)} since "
         f"{f'step {run.first_step}' if run.first_step else 'the start'}"
     )
-    console.print(f"run folder: {run.folder.path}   curve: {run.folder.curve}", soft_wrap=True, markup=False)
+    console.print(f"run folder: {run.folder.path}   report: {run.folder.report}", soft_wrap=True, markup=False)
     if not done:
         console.print(f"go on with: growkit resume {run.folder.path}", soft_wrap=True, markup=False)

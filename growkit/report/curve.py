@@ -1,17 +1,19 @@
-"""Pictures of runs, drawn from their metrics logs."""
+"""Pictures of runs, drawn from their histories."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-Records = Sequence[Mapping[str, Any]]
-AXES = {"flops": "FLOPs", "tokens": "tokens", "step": "steps"}
+import numpy as np
+
+from growkit.report.history import AXES, History, kept, number, smoothed
+
+POINTS = 4000  # of a line, more than the picture has columns
 
 
-def draw_curves(runs: Mapping[str, Records], path: Path, *, x: str = "flops") -> None:
-    """Bits per byte over ``x`` (flops, tokens or step) of one or more runs, as a PNG.
+def draw_curves(runs: Sequence[History], path: Path, *, x: str = "flops") -> None:
+    """Bits per byte over ``x`` (one of AXES) of one or more runs, as a PNG.
 
     Lines are training loss (smoothed over about 2 % of the run), dots are validation; vertical marks are growth steps;
     a dashed line is the n-gram's score.
@@ -22,21 +24,24 @@ def draw_curves(runs: Mapping[str, Records], path: Path, *, x: str = "flops") ->
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 5), dpi=120)
-    for index, (name, records) in enumerate(runs.items()):
+    for index, run in enumerate(runs):
         color = f"C{index}"
-        steps = [r for r in records if r["kind"] == "step" and r["bits_per_byte"] is not None]
-        smooth = _smoothed([r["bits_per_byte"] for r in steps], max(1, len(steps) // 50))
-        axes.plot([r[x] for r in steps], smooth, color=color, alpha=0.6, linewidth=1, label=f"{name}, training")
-        held = [r for r in records if r["kind"] == "validation"]
-        axes.plot(
-            [r[x] for r in held], [r["bits_per_byte"] for r in held], "o-", color=color, label=f"{name}, validation"
-        )
-        for event in (r for r in records if r["kind"] == "growth"):
-            axes.axvline(event[x], color=color, linestyle=":", linewidth=1)
-            label = f"{event['parameters_before'] / 1e6:.2f}M → {event['parameters_after'] / 1e6:.2f}M"
+        values = run.steps["bits_per_byte"]
+        smooth = smoothed(values, max(1, len(values) // 50))
+        at = kept(smooth, POINTS)
+        name = run.name.replace("$", r"\$")  # not a formula
+        axes.plot(run.steps[x][at], smooth[at], color=color, alpha=0.6, linewidth=1, label=f"{name}, training")
+        axes.plot(*run.validations(x), "o-", color=color, label=f"{name}, validation")
+        for event in run.kind("growth"):
+            place = number(event.get(x))
+            if not np.isfinite(place):
+                continue
+            axes.axvline(place, color=color, linestyle=":", linewidth=1)
+            sizes = [number(event.get(key)) / 1e6 for key in ("parameters_before", "parameters_after")]
+            label = f"{sizes[0]:.2f}M → {sizes[1]:.2f}M"
             axes.annotate(
                 label,
-                (event[x], 0.97),
+                (place, 0.97),
                 xycoords=("data", "axes fraction"),
                 rotation=90,
                 va="top",
@@ -44,21 +49,16 @@ def draw_curves(runs: Mapping[str, Records], path: Path, *, x: str = "flops") ->
                 fontsize=8,
                 color=color,
             )
-    scores = {(r["order"], r["bits_per_byte"]) for records in runs.values() for r in records if r["kind"] == "ngram"}
-    for order, score in sorted(scores):
+    for order, score in sorted({(r["order"], number(r["bits_per_byte"])) for run in runs for r in run.kind("ngram")}):
         axes.axhline(score, color="gray", linestyle="--", linewidth=1, label=f"{order}-gram (Kneser–Ney)")
-    lows = [r["bits_per_byte"] for records in runs.values() for r in records if r["kind"] == "validation"]
+    lows = [low for run in runs for low in run.validations(x)[1]]
     if lows:
         axes.set_ylim(min(lows) * 0.9, min(min(lows) * 2.5, 8))
     axes.set_xlabel(AXES[x])
     axes.set_ylabel("bits per byte")
-    axes.legend(fontsize=8)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(path, format="png")
     plt.close(figure)
-
-
-def _smoothed(values: list[float], width: int) -> list[float]:
-    """Mean over the last ``width`` values."""
-    return [sum(values[max(0, i + 1 - width) : i + 1]) / min(i + 1, width) for i in range(len(values))]
