@@ -1,4 +1,4 @@
-"""``growkit``: train, resume, grow, validate, inspect, generate, recipes."""
+"""``growkit``: train, resume, sync, grow, validate, inspect, generate, recipes."""
 
 from __future__ import annotations
 
@@ -93,6 +93,14 @@ def extend(
     from growkit.cli.training import extend as extend_checkpoint
 
     raise typer.Exit(extend_checkpoint(source, recipe, overrides or [], from_step))
+
+
+@app.command(epilog="Example: growkit sync runs/NAME")
+def sync(run: Annotated[Path, typer.Argument(help="A run folder, of any logger.")]) -> None:
+    """Send to Weights & Biases what it lacks of a run."""
+    from growkit.cli.sync import sync_run
+
+    sync_run(run)
 
 
 @app.command(epilog="Example: growkit grow runs/NAME num_layers=8 -o grown methods.depth=identity")

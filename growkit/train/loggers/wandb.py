@@ -23,7 +23,7 @@ from growkit.checkpoint.metrics_log import LogReader
 from growkit.checkpoint.run_folder import MARK, RunFolder, step_name
 from growkit.config.load import load_recipe
 from growkit.models.presets import PRESETS
-from growkit.train.loggers.rows import AXES, GROWTH_COLUMNS, METRICS, SAMPLE_COLUMNS, Row, Rows
+from growkit.train.loggers.rows import AXES, GROWTH_COLUMNS, SAMPLE_COLUMNS, Row, Rows
 from growkit.train.loggers.wandb_state import OFFLINE, WandbState, only_one
 
 POLL_SECONDS = 1.0  # between two looks at the log
