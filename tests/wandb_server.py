@@ -1,7 +1,7 @@
 """A stand-in for a Weights & Biases server, on loopback, for the real client to talk to.
 
 It answers what wandb 0.31 asks (GraphQL, the file stream, uploads) and keeps what it receives: ``runs[id]``. History
-lines are placed where the client says they go, as in the real server, so that a wrong offset overwrites or repeats lines."""
+lines are placed where the client says they go, so that a wrong offset overwrites or repeats lines."""
 
 from __future__ import annotations
 

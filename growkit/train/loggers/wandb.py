@@ -3,7 +3,7 @@
     python -m growkit.train.loggers.wandb RUN MODE INIT_SECONDS FINISH_SECONDS
 
 It reads RUN/metrics.jsonl as it grows, until standard input ends, which it does too when the run is killed. Standard
-output is one note for the user a line; a failure is an exit code and a last line on standard error.
+output is one note for the user a line; a failure is an exit code and a line on standard error that begins with FAILED.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import select
 import signal
 import sys
 from pathlib import Path
+from types import TracebackType
 
 import wandb
 
@@ -23,7 +24,9 @@ from growkit.checkpoint.metrics_log import LogReader
 from growkit.checkpoint.run_folder import MARK, RunFolder, step_name
 from growkit.config.load import load_recipe
 from growkit.models.presets import PRESETS
+from growkit.train.loggers.fragment import is_whole
 from growkit.train.loggers.rows import AXES, GROWTH_COLUMNS, SAMPLE_COLUMNS, Row, Rows
+from growkit.train.loggers.wandb_process import FAILED
 from growkit.train.loggers.wandb_state import OFFLINE, WandbState, only_one
 
 POLL_SECONDS = 1.0  # between two looks at the log
@@ -32,13 +35,14 @@ GROUPS = ("train", "validation", "optim", "gradients", "speed", "growth", "sampl
 
 def main(words: list[str]) -> None:
     path, mode, init_seconds, finish_seconds = words
+    sys.excepthook = _report
     for number in (signal.SIGINT, signal.SIGTERM):  # meant for the run, which will say when it ends
         signal.signal(number, signal.SIG_IGN)
     folder = RunFolder(Path(path))
     with only_one(folder.path):
         session = Session(folder, mode, float(init_seconds), float(finish_seconds))
         outcome = session.follow()
-        if finish_seconds != "0":
+        if float(finish_seconds):
             signal.alarm(2 * int(float(finish_seconds)) + 10)  # with no run left to end it, it ends itself
         session.close(outcome)
 
@@ -154,16 +158,18 @@ class Session:
         if last is not None and last.step in self.folder.steps():
             self._send(last)
         self.run.summary.update(self.rows.summary())
-        fragment = Path(self.run.dir).parent.name
+        fragment = Path(self.run.dir).parent
         self.run.finish(exit_code=0 if outcome else 1)
         wandb.teardown()
+        if not self.online and not all(map(is_whole, fragment.glob("*.wandb"))):
+            raise OSError(f"{fragment} is not whole; the disk may be full")
         self.state.held = self.held
         if self.online:
             self.state.online = False
             for file in (self.folder.path / "wandb").glob(f"{OFFLINE}*/*.wandb"):
                 file.with_suffix(".wandb.synced").touch()  # the server holds all of it: `wandb sync` is to pass it by
         else:
-            self.state.fragments.append(fragment)
+            self.state.fragments.append(fragment.name)
         self.state.save(self.folder.path)
         if not self.online:
             _say(f"Weights & Biases: to send the run: {self._how_to_send()}")
@@ -188,6 +194,12 @@ def _has_key() -> bool:
         return bool(wandb.login(verify=False))
     except wandb.errors.UsageError:  # what it raises where it cannot ask
         return False
+
+
+def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.__excepthook__(kind, error, trace)
+    reason = " ".join(str(error).split())
+    print(f"{FAILED}{kind.__name__}: {reason}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _say(note: str) -> None:

@@ -17,6 +17,7 @@ INIT_SECONDS = 15.0  # that the server has to take the run
 FINISH_SECONDS = 20.0  # that the server has, at the end, to take what was not sent yet
 # That the end of a run waits at most. Longer than a refused start and an offline end take together.
 END_SECONDS = 30.0
+FAILED = "FAILED "  # begins the line in which the process says what went wrong
 log = logging.getLogger(__name__)
 
 
@@ -92,8 +93,9 @@ class WandbProcess:
     def _last_words(self) -> str:
         with open(self._folder.path / "wandb" / "logger.log", "rb") as errors:
             errors.seek(self._errors_from)
-            lines = errors.read().decode(errors="replace").split("\n")
-        return next((line for line in reversed(lines) if line.strip()), f"exit code {self._process.returncode}")
+            lines = errors.read().decode(errors="replace").splitlines()
+        said = [line.removeprefix(FAILED) for line in lines if line.startswith(FAILED)]
+        return said[-1] if said else f"its process ended with {self._process.returncode}"
 
     def _fail(self, reason: str) -> None:
         self.failure = reason
