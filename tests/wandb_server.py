@@ -39,7 +39,7 @@ class StandIn(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.runs: dict[str, ReceivedRun] = {}
         self.artifacts: list[dict[str, Any]] = []
-        self.operations: list[str] = []
+        self.views: list[dict[str, Any]] = []  # saved workspaces
         self.mood, self.dies_at = "well", float("inf")
         self.closing = threading.Event()
 
@@ -56,7 +56,6 @@ class StandIn(http.server.ThreadingHTTPServer):
 
     def answer(self, operation: str, asked: dict[str, Any]) -> dict[str, Any]:
         """The ``data`` of a GraphQL response."""
-        self.operations.append(operation)
         if operation == "Viewer":
             return {"viewer": {"id": "u", "entity": ENTITY, "username": ENTITY, "flags": "{}", "teams": {"edges": []}}}
         if operation == "UpsertBucket":
@@ -66,6 +65,9 @@ class StandIn(http.server.ThreadingHTTPServer):
         if operation == "CreateRunFiles":
             places = [{"name": n, "uploadUrl": f"{self.url}/upload/{asked['run']}/{n}"} for n in asked["files"]]
             return {"createRunFiles": {"runID": asked["run"], "uploadHeaders": [], "files": places}}
+        if operation == "UpsertView2":
+            self.views.append(json.loads(asked["spec"]))
+            return {"upsertView": {"view": {"id": "v", "name": asked["name"]}, "inserted": True}}
         return self._artifact(operation, asked)
 
     def _upsert(self, asked: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ output is one note for the user a line; a failure is an exit code and a line on 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -203,7 +204,8 @@ def _report(kind: type[BaseException], error: BaseException, trace: TracebackTyp
 
 
 def _say(note: str) -> None:
-    print(note, flush=True)  # noqa: T201
+    with contextlib.suppress(BrokenPipeError):  # the run was killed: nobody listens, and there is all the more to send
+        print(note, flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":
