@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from growkit.train.loggers.workspace import layout  # noqa: E402
+from growkit.train.loggers.workspace import layout
 
 
 def main() -> None:

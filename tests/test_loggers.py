@@ -9,6 +9,7 @@ import json
 import os
 import re
 import resource
+import runpy
 import signal
 import subprocess
 import sys
@@ -25,7 +26,8 @@ from growkit.checkpoint.run_folder import RunFolder
 from growkit.train.loggers import wandb_process
 from growkit.train.loggers.fragment import is_whole
 from growkit.train.loggers.fragment import records as wandb_records
-from growkit.train.loggers.rows import GROWTH_COLUMNS, METRICS, Rows
+from growkit.train.loggers.rows import AXES, GROWTH_COLUMNS, METRICS, Rows
+from growkit.train.loggers.workspace import PARTS
 from tests.support import cli, in_child, records, write_recipe
 from tests.test_resume import assert_same_run
 from tests.wandb_server import StandIn, stand_in
@@ -71,7 +73,8 @@ def expected(run: Path) -> dict[int, dict[str, float]]:
     for record in records(run):
         if record["kind"] in ("step", "validation"):
             names = METRICS[record["kind"]]
-            values = {names[key]: value for key, value in record.items() if key in names}
+            norms = {f"gradients/norm/{part}": norm for part, norm in record.get("grad_norms", {}).items()}
+            values = norms | {names[key]: value for key, value in record.items() if key in names and value is not None}
             rows.setdefault(record["step"], {"tokens": record["tokens"], "flops": record["flops"]}).update(values)
     return rows
 
@@ -214,7 +217,7 @@ def with_wandb(recipe: Path, name: str) -> tuple[int, str, str]:
 @pytest.fixture
 def warnings_on_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a process of its own shows them: under pytest, logging goes elsewhere."""
-    monkeypatch.setattr(wandb_process.log, "warning", lambda text, *a: print("WARNING", text % a, file=sys.stderr))
+    monkeypatch.setattr(wandb_process.log, "warning", lambda text, *a: sys.stderr.write(f"WARNING {text % a}\n"))
 
 
 @pytest.mark.parametrize(("mood", "reason"), [("refuses", "not logged in"), ("hangs", "deadline exceeded")])
@@ -226,6 +229,7 @@ def test_a_server_that_refuses_or_hangs_is_one_warning(
     run = reference.parent / mood
     server.mood = mood
     monkeypatch.setattr(wandb_process, "INIT_SECONDS", 2.0)
+    monkeypatch.setattr(wandb_process, "FINISH_SECONDS", 1.0)
     for name, value in server.env.items():
         monkeypatch.setenv(name, value)
     code, _, err = with_wandb(recipe, mood)
@@ -240,15 +244,14 @@ def test_what_a_server_that_died_lacks_is_sent_by_sync_and_nothing_twice(
     recipe, reference = plain
     run = reference.parent / "died"
     server.dies_at = 1
-    monkeypatch.setattr(wandb_process, "FINISH_SECONDS", 1.0)
-    monkeypatch.setattr(wandb_process, "END_SECONDS", 8.0)
+    monkeypatch.setattr(wandb_process, "FINISH_SECONDS", 4.0)  # the first rows arrive, then nothing is answered
     for name, value in server.env.items():
         monkeypatch.setenv(name, value)
     code, _, err = with_wandb(recipe, "died")
     assert_one_warning(code, err, "", run)
     assert_same_run(run, reference)
     (received,) = server.runs.values()
-    assert 0 < len(received.history)
+    assert len(received.history) > 0
     server.mood, server.dies_at = "well", float("inf")
     for _ in range(2):
         assert cli("sync", run)[0] == 0
@@ -326,10 +329,86 @@ def test_local_loggers_hold_each_step_once_across_a_kill(kind: str, plain: tuple
         if step_kind == "stage":
             continue
         for key, metric in names.items():
-            wanted = [(r["step"], r[key]) for r in records(run, step_kind) if key in r]
+            wanted = [(r["step"], r[key]) for r in records(run, step_kind) if r.get(key) is not None]
             got = [(event.step, event.value) for event in events.Scalars(metric)] if wanted else []
             assert [step for step, _ in got] == [step for step, _ in wanted]
             assert [value for _, value in got] == pytest.approx([value for _, value in wanted])  # stored as float32
     assert [e.step for e in events.Scalars("growth/mark") if e.value] == [7, 13]
-    (text, more) = events.Tensors("growth/events/text_summary")
+    _, more = events.Tensors("growth/events/text_summary")
     assert more.tensor_proto.string_val[0].decode().count("\n") == 3 and "depth (identity)" in str(more)
+
+
+def test_rows_gather_what_belongs_to_a_step_and_leave_out_what_is_not_there() -> None:
+    def at(kind: str, step: int, **values: Any) -> dict[str, Any]:
+        return {"kind": kind, "stage": 0, "step": step, "tokens": 10 * step, "flops": 100 * step} | values
+
+    log = [
+        at("ngram", 0, order=5, bits_per_byte=2.0),
+        at("stage", 0, name="a", parameters=7, context_length=8, planned_steps=2),
+        at("step", 1, seconds=0.5, loss=None, grad_norms={"attention": 3.0}, new_grad_share=None),
+        at("validation", 1, loss=0.7, bits_per_byte=1.0),
+        at("sample", 1, name="a", prompt="x", text="xyz"),
+        at("stage", 1, parameters=9),
+        at("step", 5, loss=0.25, new_grad_share=0.5),
+    ]
+    rows = Rows()
+    complete = list(rows.gather(log))
+    assert rows.open is not None and rows.open.values["gradients/new_share"] == 0.5
+    assert [row.step for row in [*complete, rows.open]] == [0, 1, 2, 5]
+    assert complete[1].values == {
+        "growth/mark": 0.0,
+        "growth/stage": 0,
+        "growth/parameters": 7,
+        "growth/context_length": 8,
+        "step": 1,
+        "tokens": 10,
+        "flops": 100,
+        "seconds": 0.5,
+        "gradients/norm/attention": 3.0,
+        "validation/loss": 0.7,
+        "validation/bits_per_byte": 1.0,
+        "validation/ngram_bits_per_byte": 2.0,
+    }
+    assert complete[1].samples == [[0, 1, 10, "a", "x", "xyz"]]
+    assert complete[2].values["growth/parameters"] == 9 and complete[2].values["tokens"] == 10
+    assert rows.summary() == {"final/bits_per_byte": 1.0, "best/bits_per_byte": 1.0, "ngram/bits_per_byte": 2.0}
+
+
+def test_a_branch_is_a_run_of_its_own_that_names_its_parent(plain: tuple[Path, Path], server: StandIn) -> None:
+    _, reference = plain
+    branch = RunFolder.open(reference).branch(12, reference.parent / "branch")
+    branch.unlock()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.env.items():
+            patch.setenv(name, value)
+        assert cli("sync", branch.path)[0] == 0
+    ((identity, received),) = server.runs.items()
+    assert not (reference / "wandb.json").exists()
+    assert identity == json.loads((branch.path / "wandb.json").read_text())["id"]
+    assert received.notes == "branched from plain at step 12"
+    assert json.loads(received.config)["parent"]["value"] == {"run": "plain", "step": 12}
+    assert [row["_step"] for row in received.history] == list(range(13)), "the branch has its past"
+
+
+def test_the_prepared_workspace_shows_metrics_that_are_logged(
+    server: StandIn, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The script saves it at the stand-in; every plot names axes and metrics that rows have."""
+    for name, value in server.env.items():
+        monkeypatch.setenv(name, value)
+    script = Path(__file__).parent.parent / "scripts" / "make_wandb_workspace.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "someone", "study"])
+    runpy.run_path(str(script), run_name="__main__")
+    assert f"{server.url}/someone/study" in capsys.readouterr().out
+    (view,) = server.views
+    sections = view["section"]["panelBankConfig"]["sections"]
+    assert [section["name"] for section in sections] == ["Quality", "Growth", "Gradients", "Speed", "Samples"]
+    plots = [p["config"] for s in sections for p in s["panels"] if p["viewType"] == "Run History Line Plot"]
+    logged = {metric for names in METRICS.values() for metric in names.values()}
+    logged |= {"growth/mark", "validation/ngram_bits_per_byte"} | {f"gradients/norm/{part}" for part in PARTS}
+    assert all(set(plot["metrics"]) <= logged for plot in plots)
+    drawn = {(plot["xAxis"], metric) for plot in plots for metric in plot["metrics"]}
+    for axis in ("tokens", "flops"):
+        assert {(axis, "validation/bits_per_byte"), (axis, "growth/mark")} <= drawn
+    assert ("tokens", "gradients/new_share") in drawn and ("tokens", "speed/utilisation") in drawn
+    assert {axis for axis, _ in drawn} <= set(AXES)

@@ -22,6 +22,7 @@ ENTITY = "someone"
 @dataclass
 class ReceivedRun:
     name: str = ""
+    notes: str | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     config: str = "{}"
@@ -72,6 +73,7 @@ class StandIn(http.server.ThreadingHTTPServer):
 
     def _upsert(self, asked: dict[str, Any]) -> dict[str, Any]:
         run = self.runs.setdefault(asked["name"], ReceivedRun())
+        run.notes = asked["notes"] or run.notes
         run.config, run.name = asked["config"] or run.config, asked["displayName"] or run.name
         project = {"id": "p", "name": asked["project"], "entity": {"id": "e", "name": ENTITY}}
         return {"id": asked["name"], "name": asked["name"], "displayName": run.name, "config": run.config} | {

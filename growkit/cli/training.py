@@ -104,6 +104,7 @@ def extend(source: Path, name: str, overrides: Sequence[str], from_step: int | N
     schedule = growth_schedule(recipe)
     recipe = settled(recipe, schedule)
     _set_threads(recipe)
+    loggers.require(recipe.logger)
     corpus = prepare_corpus(recipe, schedule)
     hardware.accelerator(recipe.trainer)
     log = run_of(checkpoint.folder)

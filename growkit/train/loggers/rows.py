@@ -85,7 +85,7 @@ class Rows:
         kind, values = record["kind"], {axis: record.get(axis) for axis in AXES}
         values |= {metric: record.get(name) for name, metric in METRICS.get(kind, {}).items()}
         if kind == "step":
-            values |= {f"gradients/{part}": norm for part, norm in (record.get("grad_norms") or {}).items()}
+            values |= {f"gradients/norm/{part}": norm for part, norm in (record.get("grad_norms") or {}).items()}
         elif kind == "growth":
             values["growth/mark"] = 1.0
             self.growths.append(growth_line(record))

@@ -19,7 +19,6 @@ from pathlib import Path
 from types import TracebackType
 
 import wandb
-
 from growkit.checkpoint import manifest as manifests
 from growkit.checkpoint.metrics_log import LogReader
 from growkit.checkpoint.run_folder import MARK, RunFolder, step_name
@@ -36,16 +35,27 @@ GROUPS = ("train", "validation", "optim", "gradients", "speed", "growth", "sampl
 
 def main(words: list[str]) -> None:
     path, mode, init_seconds, finish_seconds = words
-    sys.excepthook = _report
     for number in (signal.SIGINT, signal.SIGTERM):  # meant for the run, which will say when it ends
         signal.signal(number, signal.SIG_IGN)
     folder = RunFolder(Path(path))
-    with only_one(folder.path):
+    with _Reported(), only_one(folder.path):
         session = Session(folder, mode, float(init_seconds), float(finish_seconds))
         outcome = session.follow()
         if float(finish_seconds):
             signal.alarm(2 * int(float(finish_seconds)) + 10)  # with no run left to end it, it ends itself
         session.close(outcome)
+
+
+class _Reported:
+    """Says in one line why the process ends; wandb puts a hook of its own in the place of ``sys.excepthook``."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if kind is not None:
+            reason = " ".join(str(error).split())
+            print(f"{FAILED}{kind.__name__}: {reason}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 class Session:
@@ -195,12 +205,6 @@ def _has_key() -> bool:
         return bool(wandb.login(verify=False))
     except wandb.errors.UsageError:  # what it raises where it cannot ask
         return False
-
-
-def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    sys.__excepthook__(kind, error, trace)
-    reason = " ".join(str(error).split())
-    print(f"{FAILED}{kind.__name__}: {reason}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _say(note: str) -> None:

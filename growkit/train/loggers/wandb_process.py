@@ -47,6 +47,8 @@ class WandbProcess:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=errors,
+                    env=os.environ
+                    | {"PYTHONPATH": os.pathsep.join(sys.path)},  # the same growkit, however it was found
                     start_new_session=True,  # Ctrl-C is meant for the run, which tells this process when it ends
                 )
         except OSError as error:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any, get_args
+
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
+from growkit.models.spec import Component
+
 NAME = "growkit"
-PARTS = ("embedding", "attention", "mlp", "norm", "head")  # of the model, in which gradients are measured
+PARTS = get_args(Component)  # of the model, in which gradients are measured
 
 
 def layout(entity: str, project: str) -> ws.Workspace:
@@ -35,7 +39,7 @@ def layout(entity: str, project: str) -> ws.Workspace:
             _section(
                 "Gradients",
                 _plot("norm before clipping", "tokens", "gradients/norm"),
-                _plot("norms by component", "tokens", *(f"gradients/{part}" for part in PARTS)),
+                _plot("norms by component", "tokens", *(f"gradients/norm/{part}" for part in PARTS)),
                 _plot("share of new parameters", "tokens", "gradients/new_share"),
                 _plot("learning rate", "tokens", "optim/lr"),
             ),
@@ -52,9 +56,9 @@ def layout(entity: str, project: str) -> ws.Workspace:
     )
 
 
-def _section(name: str, *panels: object) -> ws.Section:
+def _section(name: str, *panels: Any) -> ws.Section:
     return ws.Section(name=name, panels=list(panels), is_open=True)
 
 
-def _plot(title: str, axis: str, *metrics: str) -> wr.LinePlot:
+def _plot(title: str, axis: str, *metrics: str) -> Any:
     return wr.LinePlot(title=f"{title} over {axis}", x=axis, y=list(metrics))
