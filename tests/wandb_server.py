@@ -9,6 +9,7 @@ import gzip
 import http.server
 import json
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ class ReceivedRun:
 
 class StandIn(http.server.ThreadingHTTPServer):
     """``mood``: well | refuses (401 to everything) | hangs (accepts and never answers, until it is closed).
-    ``dies_at``: history lines after which it hangs."""
+    ``dies_at``: the history line before which it dies: it has the lines up to there, and hangs without a word of it."""
 
     daemon_threads = True
 
@@ -41,7 +42,7 @@ class StandIn(http.server.ThreadingHTTPServer):
         self.runs: dict[str, ReceivedRun] = {}
         self.artifacts: list[dict[str, Any]] = []
         self.views: list[dict[str, Any]] = []  # saved workspaces
-        self.mood, self.dies_at = "well", float("inf")
+        self.mood, self.dies_at = "well", sys.maxsize
         self.closing = threading.Event()
 
     @property
@@ -122,6 +123,10 @@ class StandIn(http.server.ThreadingHTTPServer):
         if lines:
             at, content = lines["offset"], [json.loads(line) for line in lines["content"]]
             run.history[at : at + len(content)] = content
+            if len(run.history) > self.dies_at:
+                del run.history[self.dies_at :]
+                self.mood = "hangs"
+                self.closing.wait()
         if "wandb-summary.json" in files:
             run.summary = json.loads(files["wandb-summary.json"]["content"][-1])
 
@@ -167,8 +172,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.stream(run, sent.get("files") or {})
             if sent.get("complete"):
                 run.finished.append(sent["exitcode"])
-            if len(run.history) >= self.server.dies_at:
-                self.server.mood = "hangs"
         elif artifact := re.fullmatch(r"/artifact/(\d+)/(.+)", self.path):
             self.server.artifacts[int(artifact[1])]["files"][artifact[2]] = body
         elif upload:

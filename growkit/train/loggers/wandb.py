@@ -56,6 +56,7 @@ class _Reported:
         if kind is not None:
             reason = " ".join(str(error).split())
             print(f"{FAILED}{kind.__name__}: {reason}", file=sys.stderr, flush=True)  # noqa: T201
+            os._exit(1)  # wandb's own end would wait for the server once more; wandb-core ends with this process
 
 
 class Session:
