@@ -45,20 +45,20 @@ SIZES: dict[str, dict[str, Any]] = {
         "model": {"embed_dim": 128, "num_layers": 2, "num_heads": 4, "attention_tokens": 64, "mlp_tokens": 256},
         "context_length": 256,
         "global_batch_tokens": 2048,
-        "steps": 120,
+        "steps": 60,
     },
     "3M": {
         "model": {"embed_dim": 256, "num_layers": 3, "num_heads": 4, "attention_tokens": 256, "mlp_tokens": 1024},
         "context_length": 128,
         "global_batch_tokens": 1024,
-        "steps": 60,
+        "steps": 30,
     },
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "bench_logger.json")
     parser.add_argument("--quick", action="store_true", help="one short round of the smaller model; writes nothing")
     options = parser.parse_args()

@@ -153,7 +153,12 @@ def test_offline_a_kill_and_a_resume_give_fragments_that_the_printed_command_joi
     for name, value in server.env.items():
         monkeypatch.setenv(name, value)
     done = subprocess.run(
-        f"{sys.executable} -m {command}", shell=True, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True
+        f"{sys.executable} -m {command}",
+        shell=True,
+        cwd=run,
+        stderr=subprocess.STDOUT,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert done.returncode == 0, done.stdout
     assert list(server.runs) == [state["id"]]

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 import wandb
+
 from growkit.checkpoint import manifest as manifests
 from growkit.checkpoint.metrics_log import LogReader
 from growkit.checkpoint.run_folder import MARK, RunFolder, step_name
