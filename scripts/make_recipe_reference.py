@@ -135,6 +135,13 @@ SECTIONS: tuple[tuple[str, str, ModuleType, str, str], ...] = (
         "Only in the saved recipe of an extended run, in place of `model`; `growkit extend` fills it in.",
     ),
     (
+        "logger",
+        "logger",
+        recipe,
+        "LoggerConfig",
+        "What is logged, and what happens without a network: [logging](logging.md).",
+    ),
+    (
         "stages",
         "stages.N",
         recipe,

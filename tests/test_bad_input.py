@@ -35,7 +35,7 @@ from growkit.models.config import from_json, to_json
 from growkit.models.presets import PRESETS
 from growkit.ops.dispatch import resolve_backend
 from growkit.registry import Registry
-from growkit.train import hardware, trial
+from growkit.train import hardware, loggers, trial
 from tests.support import cli, held_by_another_process, model_config, recipe_dict
 
 PACKAGE = Path(growkit.__file__).parent
@@ -506,6 +506,45 @@ def _grow_to_two_layers() -> None:
     assert cli("grow", RUN, "num_layers=2", "-o", "runs/grown")[0] == 0
 
 
+def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", os.getcwd())
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+
+
+def _key_of_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    _no_key(monkeypatch)
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+
+
+def _no_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loggers, "find_spec", lambda name: None)
+
+
+LOGGER_CASES = [
+    train("no such logger", "logger.kind=mlflow", "unknown-choice", "'mlflow'", "tensorboard"),
+    train("no such mode", "logger.mode=later", "unknown-choice", "'later'", "offline"),
+    train("no such artifacts", "logger.artifacts=best", "unknown-choice", "'best'", "ends"),
+    train("empty project", "logger.project=", "bad-name", "''", "name without"),
+    train("project with a slash", "logger.project=a/b", "bad-name", "'a/b'", "name without"),
+    train("entity with a colon", "logger.entity='a:b'", "bad-name", "'a:b'", "name without"),
+    train("tags that are no list", "logger.tags=3", "not-a-list", "3", "[a, b]"),
+    Case("no tensorboard", "train recipe.yaml run.name=new logger.kind=tensorboard", "not-installed", "logger.kind",
+         "'tensorboard'", "growkit[tensorboard]", _no_tensorboard),
+    Case("sync nothing", "sync nope", "not-a-run", "nope", "does not exist", "growkit train"),
+    Case("sync a file", "sync recipe.yaml", "not-a-run", "recipe.yaml", "is not a run", "growkit train"),
+    Case("sync a checkpoint", f"sync {LAST}", "not-a-run", LAST, "is not a run", "growkit train"),
+    Case("sync a damaged log", "sync runs/run", "damaged-log", "metrics.jsonl", "line 1", "delete that line",
+         lambda _: _write("runs/run/metrics.jsonl", "{}\n{}\n")),
+    Case("sync an empty log", "sync runs/run", "not-synced", "runs/run", "nothing yet", "train it",
+         lambda _: _write("runs/run/metrics.jsonl", "")),
+    Case("sync without a key", "sync runs/run", "not-synced", "runs/run", "No API key", "wandb login", _no_key,
+         leaves=True),
+    Case("sync with a key that is none", "sync runs/run", "not-synced", "runs/run", "API key must", "wandb login",
+         _key_of_a_word, leaves=True),
+]  # fmt: skip
+
+
 def _further(text: str) -> Arrange:
     return lambda _: _write("more.yaml", text)
 
@@ -599,6 +638,7 @@ CASES = [
     *EVAL_CASES,
     *INIT_CASES,
     *PROFILE_CASES,
+    *LOGGER_CASES,
 ]
 
 
@@ -757,6 +797,7 @@ USAGE = [
     ("no such command", "nope", "nope"),
     ("no recipe", "train", "recipe"),
     ("no run", "resume", "run"),
+    ("no run to sync", "sync", "run"),
     ("step is a word", "resume runs/run --from x", "--from"),
     ("no targets", "grow runs/run -o grown", "targets"),
     ("no output", "grow runs/run num_layers=2", "--output"),

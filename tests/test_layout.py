@@ -34,6 +34,7 @@ FLOORS = {
 ONLY_IN = {
     "lightning": {"train"},
     "wandb": {"train"},
+    "wandb_workspaces": {"train"},
     "datasets": {"data"},
     "transformers": {"data", "checkpoint", "eval"},
     "triton": {"ops"},
@@ -104,7 +105,7 @@ def test_help_and_validation_load_neither_torch_nor_lightning() -> None:
         f"read({str(recipe)!r}, [])\n"
         "sys.argv = ['growkit', '--help']\n"
         "try:\n    growkit.cli.main.main()\nexcept SystemExit as stop:\n    assert not stop.code\n"
-        "assert not {'torch', 'lightning', 'datasets', 'transformers', 'matplotlib'} & set(sys.modules)\n"
+        "assert not {'torch', 'lightning', 'datasets', 'transformers', 'matplotlib', 'wandb'} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -65,17 +65,29 @@ class MetricsLog:
 def read_log(path: Path) -> Iterator[Record]:
     """The records of a log, which may still be written: nothing if there is none yet, and a last line that is not whole
     is left out. Raises CheckpointError for a line in between that is not a record, or a log that cannot be read."""
-    try:
-        file = open(path, "rb")
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        mend = "check its permissions and its disk"
-        raise CheckpointError("unreadable", f"cannot be read ({error})", key=str(path), mend=mend) from error
-    with file:
-        for number, line in enumerate(file, 1):
-            if line.endswith(b"\n"):
-                yield _record(line, path, number)
+    return LogReader(path).new()
+
+
+class LogReader:
+    """Reads a log that may still be written: ``new()`` gives the records since the last call, as ``read_log`` does."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._offset, self._lines = path, 0, 0
+
+    def new(self) -> Iterator[Record]:
+        try:
+            file = open(self._path, "rb")
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            mend = "check its permissions and its disk"
+            raise CheckpointError("unreadable", f"cannot be read ({error})", key=str(self._path), mend=mend) from error
+        with file:
+            file.seek(self._offset)
+            for line in file:
+                if line.endswith(b"\n"):
+                    self._offset, self._lines = self._offset + len(line), self._lines + 1
+                    yield _record(line, self._path, self._lines)
 
 
 def _record(line: bytes, path: Path, number: int) -> Record:

@@ -95,6 +95,14 @@ def extend(
     raise typer.Exit(extend_checkpoint(source, recipe, overrides or [], from_step))
 
 
+@app.command(epilog="Example: growkit sync runs/NAME")
+def sync(run: Annotated[Path, typer.Argument(help="A run folder, of any logger.")]) -> None:
+    """Send to Weights & Biases what it lacks of a run."""
+    from growkit.cli.sync import sync_run
+
+    sync_run(run)
+
+
 @app.command(epilog="Example: growkit grow runs/NAME num_layers=8 -o grown methods.depth=identity")
 def grow(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or a run folder (its latest checkpoint).")],

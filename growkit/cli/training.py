@@ -6,6 +6,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from growkit.report.curve import draw_curves
 from growkit.report.page import write_report
 from growkit.report.run_summary import RunSummary
 from growkit.schedule.plan import GrowthSchedule, growth_schedule, settled
-from growkit.train import hardware
+from growkit.train import hardware, loggers
 from growkit.train.display import Display, clock
 from growkit.train.hardware import process_rank
 from growkit.train.run import Run, prepare_corpus
@@ -46,6 +47,7 @@ def start(name: str, overrides: Sequence[str]) -> int:
         mend = "go on with `growkit resume RUN`, or write new stages and `growkit extend CHECKPOINT RECIPE`"
         raise ConfigError("needs-a-checkpoint", "the recipe is of an extended run", key="start", mend=mend)
     _set_threads(recipe)
+    loggers.require(recipe.logger)
     corpus = prepare_corpus(recipe, schedule)
     hardware.accelerator(recipe.trainer)
     folder = _joined_folder()
@@ -65,6 +67,7 @@ def go_on(path: Path, from_step: int | None, as_new: Path | None) -> int:
     recipe = load_recipe(folder.recipe, [], PRESETS)
     schedule = growth_schedule(recipe)
     _set_threads(recipe)
+    loggers.require(recipe.logger)
     corpus = prepare_corpus(recipe, schedule)
     hardware.accelerator(recipe.trainer)
     # A run that died before its first save has lost nothing: it starts again, in its own folder.
@@ -103,6 +106,7 @@ def extend(source: Path, name: str, overrides: Sequence[str], from_step: int | N
     schedule = growth_schedule(recipe)
     recipe = settled(recipe, schedule)
     _set_threads(recipe)
+    loggers.require(recipe.logger)
     corpus = prepare_corpus(recipe, schedule)
     hardware.accelerator(recipe.trainer)
     log = run_of(checkpoint.folder)
@@ -157,8 +161,11 @@ def _set_threads(recipe: Recipe) -> None:
 def _run(run: Run, schedule: GrowthSchedule) -> int:
     began = time.monotonic()
     try:
-        with Display(schedule, run.recipe.monitor.progress if run.rank == 0 else "off") as display:
-            run.log.listeners.append(display)
+        with (
+            Display(schedule, run.recipe.monitor.progress if run.rank == 0 else "off") as display,
+            _logger(run, display) as logger,
+        ):
+            run.log.listeners += [display, *([logger] if logger is not None else [])]
             if run.progress.step and run.folder.metrics.is_file():  # shown beside, as before the stop
                 for record in read_log(run.folder.metrics):
                     if record["kind"] == "ngram":
@@ -173,6 +180,12 @@ def _run(run: Run, schedule: GrowthSchedule) -> int:
     finally:
         run.folder.unlock()
     return DONE if done else STOPPED
+
+
+def _logger(run: Run, display: Display) -> AbstractContextManager[loggers.Listener | None]:
+    if run.rank:
+        return nullcontext()
+    return loggers.open_logger(run.recipe.logger, run.folder, lambda line: display.print(escape(line)))
 
 
 def _draw(folder: RunFolder) -> None:

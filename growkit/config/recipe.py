@@ -72,6 +72,17 @@ class MonitorConfig:
 
 
 @dataclass
+class LoggerConfig:
+    kind: str = "none"  # none | wandb | tensorboard | csv, besides metrics.jsonl, which is always written
+    project: str = "growkit"  # of Weights & Biases, as all below
+    entity: str | None = None  # user or team; default: the account's own
+    group: str | None = None  # under which runs are shown together
+    tags: list[str] = field(default_factory=list)  # words to find the run by
+    mode: str = "auto"  # auto: online with a key, else offline | online | offline
+    artifacts: str = "none"  # checkpoints to upload: none | ends (of stages) | all
+
+
+@dataclass
 class StageConfig:
     name: str = MISSING
     duration: str = MISSING  # '20M tokens', '500 steps', '3e15 flops'
@@ -117,4 +128,5 @@ class Recipe:
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
     stages: list[StageConfig] = field(default_factory=list)

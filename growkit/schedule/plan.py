@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from growkit.config.recipe import Recipe, StageConfig, StartConfig
+from growkit.config.recipe import LoggerConfig, Recipe, StageConfig, StartConfig
 from growkit.duration import Duration
 from growkit.errors import ConfigError
 from growkit.growth.path import Link, grown_config, path
@@ -255,10 +255,7 @@ def _check_sections(recipe: Recipe) -> None:
         "backend": ("auto", "compiled", "reference"),
     }
     for name, allowed in choices.items():
-        if getattr(trainer, name) not in allowed:
-            mend = f"allowed: {', '.join(allowed)}"
-            key, value = f"trainer.{name}", getattr(trainer, name)
-            raise ConfigError("unknown-choice", "is not allowed", key=key, value=value, mend=mend)
+        _one_of(getattr(trainer, name), allowed, f"trainer.{name}")
     _at_least(trainer.devices, 1, "trainer.devices")
     if (trainer.strategy == "single") != (trainer.devices == 1):
         mend = "use strategy single with one device, ddp or fsdp with several"
@@ -268,9 +265,7 @@ def _check_sections(recipe: Recipe) -> None:
     _at_least(trainer.loss_chunk_tokens, 0, "trainer.loss_chunk_tokens")
     if trainer.max_minutes is not None and not trainer.max_minutes > 0:
         raise ConfigError("not-positive", "must be above zero", key="trainer.max_minutes", value=trainer.max_minutes)
-    if monitor.progress not in ("auto", "bar", "plain", "off"):
-        mend = "allowed: auto, bar, plain, off"
-        raise ConfigError("unknown-choice", "is not allowed", key="monitor.progress", value=monitor.progress, mend=mend)
+    _one_of(monitor.progress, ("auto", "bar", "plain", "off"), "monitor.progress")
     if monitor.peak_flops_per_second is not None and not monitor.peak_flops_per_second > 0:
         key, value = "monitor.peak_flops_per_second", monitor.peak_flops_per_second
         raise ConfigError("not-positive", "must be above zero", key=key, value=value)
@@ -278,6 +273,7 @@ def _check_sections(recipe: Recipe) -> None:
         _at_least(getattr(monitor, name), least, f"monitor.{name}")
     if not 0 <= monitor.ngram_order <= 7:
         raise ConfigError("out-of-range", "must be in 0..7", key="monitor.ngram_order", value=monitor.ngram_order)
+    _check_logger(recipe.logger)
     fraction = recipe.data.validation_fraction
     if not 0 < fraction <= 0.5:
         key = "data.validation_fraction"
@@ -290,6 +286,25 @@ def _check_sections(recipe: Recipe) -> None:
         _at_least(recipe.run.threads, 1, "run.threads")
     if not 0 <= recipe.run.seed < 2**63:
         raise ConfigError("out-of-range", "must be in 0..2^63-1", key="run.seed", value=recipe.run.seed)
+
+
+def _check_logger(logger: LoggerConfig) -> None:
+    _one_of(logger.kind, ("none", "wandb", "tensorboard", "csv"), "logger.kind")
+    _one_of(logger.mode, ("auto", "online", "offline"), "logger.mode")
+    _one_of(logger.artifacts, ("none", "ends", "all"), "logger.artifacts")
+    for key, name in (("project", logger.project), ("entity", logger.entity)):
+        if name is not None and (not name or set(name) & set("/\\#?%:") or not name.isprintable()):
+            mend = "use a name without / \\ # ? % and :"
+            raise ConfigError(
+                "bad-name", "cannot be one in Weights & Biases", key=f"logger.{key}", value=name, mend=mend
+            )
+
+
+def _one_of(value: str, allowed: tuple[str, ...], key: str) -> None:
+    if value not in allowed:
+        raise ConfigError(
+            "unknown-choice", "is not allowed", key=key, value=value, mend=f"allowed: {', '.join(allowed)}"
+        )
 
 
 def _settle(own: int | None, inherited: int | None, key: str) -> int:

@@ -1,0 +1,123 @@
+"""Records of the metrics log as rows of named numbers, one row for a step, and the two tables beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from growkit.checkpoint.metrics_log import Record
+
+AXES = ("step", "tokens", "flops", "seconds")  # of training, growkit's own; what a chart can be drawn over
+# kind of record: field → metric. The part before the slash is the group in which it is shown.
+METRICS = {
+    "stage": {
+        "stage": "growth/stage",
+        "parameters": "growth/parameters",
+        "context_length": "growth/context_length",
+        "global_batch_tokens": "growth/global_batch_tokens",
+    },
+    "step": {
+        "loss": "train/loss",
+        "bits_per_byte": "train/bits_per_byte",
+        "lr": "optim/lr",
+        "grad_norm": "gradients/norm",
+        "new_grad_share": "gradients/new_share",
+        "tokens_per_second": "speed/tokens_per_second",
+        "flops_per_second": "speed/flops_per_second",
+        "utilisation": "speed/utilisation",
+        "memory_bytes": "speed/memory_bytes",
+    },
+    "validation": {"loss": "validation/loss", "bits_per_byte": "validation/bits_per_byte"},
+}
+GROWTH_COLUMNS = (
+    "stage",
+    "step",
+    "tokens",
+    "what",
+    "parameters_before",
+    "parameters_after",
+    "exact",
+    "delta_logits_float64",
+    "delta_logits_training",
+    "delta_loss",
+    "dead",
+    "locked_rows",
+)
+SAMPLE_COLUMNS = ("stage", "step", "tokens", "name", "prompt", "text")
+
+
+@dataclass
+class Row:
+    """What is logged under one step. ``growths``, ``samples``: the whole tables, in a row that adds to them."""
+
+    step: int
+    values: dict[str, float] = field(default_factory=dict)
+    growths: list[list[Any]] | None = None
+    samples: list[list[Any]] | None = None
+
+
+class Rows:
+    """Gathers records into rows.
+
+    What begins a stage (``stage``, ``growth``) goes into the row of the step after it: the row of the last step may
+    have been sent before a stop, and a resumed run grows again. ``growth/mark`` is 1 in the row of a growth, else 0.
+    """
+
+    def __init__(self) -> None:
+        self.open: Row | None = None  # more records of its step may come
+        self.growths: list[list[Any]] = []
+        self.samples: list[list[Any]] = []
+        self.validations: list[float] = []  # bits per byte
+        self.ngram: Record | None = None
+
+    def gather(self, records: Iterable[Record]) -> Iterator[Row]:
+        """The rows that ``records`` complete."""
+        for record in records:
+            step = record["step"] + (record["kind"] in ("stage", "growth"))
+            if self.open is not None and step > self.open.step:
+                yield self.open
+                self.open = None
+            self.open = self.open or Row(step, {"growth/mark": 0.0})
+            self._add(record, self.open)
+
+    def _add(self, record: Record, row: Row) -> None:
+        kind, values = record["kind"], {axis: record.get(axis) for axis in AXES}
+        values |= {metric: record.get(name) for name, metric in METRICS.get(kind, {}).items()}
+        if kind == "step":
+            values |= {f"gradients/norm/{part}": norm for part, norm in (record.get("grad_norms") or {}).items()}
+        elif kind == "growth":
+            values["growth/mark"] = 1.0
+            self.growths.append(growth_line(record))
+            row.growths = list(self.growths)
+        elif kind == "validation":
+            if record["bits_per_byte"] is not None:
+                self.validations.append(record["bits_per_byte"])
+            if self.ngram is not None:
+                values["validation/ngram_bits_per_byte"] = self.ngram["bits_per_byte"]
+        elif kind == "ngram":
+            self.ngram = record
+        elif kind == "sample":
+            self.samples.append([record[column] for column in SAMPLE_COLUMNS])
+            row.samples = list(self.samples)
+        row.values |= {name: value for name, value in values.items() if value is not None}
+
+    def summary(self) -> dict[str, float]:
+        """What a list of runs is compared by, in bits per byte."""
+        numbers: dict[str, float] = {}
+        if self.validations:
+            numbers |= {"final/bits_per_byte": self.validations[-1], "best/bits_per_byte": min(self.validations)}
+        if self.ngram is not None:
+            numbers["ngram/bits_per_byte"] = self.ngram["bits_per_byte"]
+        return numbers
+
+
+def growth_line(record: Record) -> list[Any]:
+    """A growth record as a line of ``GROWTH_COLUMNS``."""
+    certificate = record["certificate"]
+    values = record | certificate
+    values["what"] = ", ".join(f"{link['operator']} ({link['method']})" for link in record["links"])
+    before, after = certificate["loss_before"], certificate["loss_after"]
+    values["delta_loss"] = None if before is None or after is None else after - before
+    values["dead"] = len(certificate["dead"])
+    return [values[column] for column in GROWTH_COLUMNS]
