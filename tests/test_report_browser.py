@@ -150,7 +150,7 @@ def test_hovering_shows_values(page: Page, run: Path) -> None:
     page.run("arguments[0].scrollIntoView({block: 'center'})", drag)
     ActionChains(page.driver).move_to_element(drag).move_by_offset(3, 3).perform()
     text = page.until("return document.querySelector('#loss-chart .hoverlayer').textContent")
-    assert re.search(r"training.*\d\.\d{3}.*step \d+", text), text
+    assert re.search(r"\d+[kMG]? FLOPs.*training.*\d\.\d{3}.*step \d+", text), text
 
 
 def test_it_fits_a_phone_and_answers_to_touch(page: Page, run: Path, several: Path) -> None:

@@ -60,14 +60,13 @@ def page(runs: Sequence[RunSummary]) -> bytes:
     """The whole file. Some 2 MB are the charts' library, the rest grows with POINTS and not with the run."""
     script = "".join(_asset(name) for name in SCRIPTS)
     library = _library()
+    data = json.dumps(without_nan(page_data(runs)), allow_nan=False, separators=(",", ":"))
     parts = {
         "title": html.escape(", ".join(run.name for run in runs)),
         "policy": f"default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src {_hash(script)} "
         f"{_hash(library)}",
         "style": _asset("report.css"),
-        "data": json.dumps(without_nan(page_data(runs)), allow_nan=False, separators=(",", ":")).replace(
-            "<", "\\u003c"
-        ),
+        "data": data.replace("<", "\\u003c"),  # or </script> in a sample would end the element
         "library": _compressed(library),
         "script": script,
     }

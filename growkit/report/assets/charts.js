@@ -19,6 +19,10 @@ function axisTitle() {
   return { flops: "FLOPs", tokens: "tokens" }[view.axis];
 }
 
+function hoverTitle() {
+  return view.axis === "seconds" ? `%{x:.1f} ${timeUnit()[1]}` : `%{x:.3s} ${axisTitle()}`;
+}
+
 function along(place) {
   const value = place[view.axis];
   return view.axis === "seconds" && value !== null ? value / timeUnit()[0] : value;
@@ -134,7 +138,7 @@ function layout(title, shapes = []) {
     xaxis: {
       title: { text: axisTitle(), standoff: 6 }, range: view.range || wholeRange(), gridcolor: "transparent", linecolor: color("line"), ticks: "outside",
       tickcolor: color("line"), ticklen: 4, zeroline: false, type: view.logarithmic ? "log" : "linear", nticks: 7,
-      exponentformat: view.axis === "flops" ? "power" : "SI", hoverformat: view.axis === "seconds" ? ".1f" : ".3s",
+      exponentformat: view.axis === "flops" ? "power" : "SI", unifiedhovertitle: { text: hoverTitle() },
       showspikes: true, spikemode: "across", spikethickness: 1, spikedash: "solid", spikecolor: color("line"),
     },
   };
