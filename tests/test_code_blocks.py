@@ -58,6 +58,8 @@ SMALL_STAGE = (
     "new_warmup=1 steps",
     "validate_every=null",
 )
+# The same for commands that do not train.
+LITTLE = {"generate": ("--tokens", "4"), "grow": ("--probe-tokens", "16"), "eval": ("--tokens", "64")}
 
 
 def commands(block: Block) -> list[list[str]]:
@@ -94,7 +96,7 @@ def require_known(words: list[str]) -> None:
 
 
 def shrunk(words: list[str]) -> list[str]:
-    """The same command with little to do: a small training, a step that the small run has."""
+    """The same command with little to do: a small training, a late step that the small run has."""
     if words[0] in TRAINING:
         recipe = words[TRAINING[words[0]]]
         count = len(yaml.safe_load(find_recipe(recipe).read_text())["stages"])
@@ -104,8 +106,8 @@ def shrunk(words: list[str]) -> list[str]:
         return [*words, *source, *SMALL, *stages]
     if "--from" in words:
         place = words.index("--from") + 1
-        return [*words[:place], str(RunFolder.open(Path(words[1])).steps()[0]), *words[place + 1 :]]
-    return words
+        return [*words[:place], str(RunFolder.open(Path(words[1])).steps()[-2]), *words[place + 1 :]]
+    return [*words, *LITTLE.get(words[0], ())]
 
 
 @pytest.fixture(scope="module")
