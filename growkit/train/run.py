@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import logging
 import os
@@ -117,6 +118,7 @@ class Run:
                 if self.progress.stage_step < stage.steps:
                     self._enter(stage)
                     self._fit(stage)
+                    gc.collect()  # trainer and module refer to each other: growth needs the memory they would keep
                     if self.stopping and self.progress.stage_step < stage.steps:
                         return False
                 if stage is self.schedule.last:
