@@ -133,6 +133,24 @@ def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     show_schedule(recipe, overrides or [])
 
 
+@app.command(epilog="Example: growkit plan quickstart --hardware l4 stages.2.duration='1e15 flops' --png schedule.png")
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option(help="h100-sxm, l4, this-machine, ... (default: the recipe's; an unknown name lists all)."),
+    ] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="First time this machine on the recipe's stages.")] = False,
+    png: Annotated[Path | None, typer.Option(help="Draw the schedule into this file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes, seconds, US dollars, joules.")] = False,
+) -> None:
+    """Reckon what a recipe costs: parameters, FLOPs, memory, time, price, energy; nothing is trained."""
+    from growkit.cli.plan import show_plan
+
+    show_plan(recipe, overrides or [], hardware, measure=measure, png=png, as_json=json)
+
+
 @app.command(epilog="Example: growkit inspect runs/NAME")
 def inspect(checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or a run folder.")]) -> None:
     """Show what a checkpoint holds: model, progress, lineage with certificates; every file is verified."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from growkit.models.config import Attention, DenseMLP, LayerSpec, ModelConfig
+from growkit.models.config import Attention, DenseMLP, LayerSpec, ModelConfig, Pattention
 from growkit.planner.activations import (
     BFLOAT,
     FLOAT,
@@ -260,3 +260,23 @@ def _layer(spec: LayerSpec, config: ModelConfig, at: Pass) -> Traces:
     again.replay(back.close())
     again.give(0.0 if layer.norm.holds_input else layer.x)
     return Traces(Trace(ledger.peak, layer.x), again.close())
+
+
+def evaluation_peak(config: ModelConfig, at: Pass) -> float:
+    """Most bytes alive beside the weights while ``at`` is scored as validation does: nothing is kept for a backward
+    pass, but all logits of the pass, and those of the one before, are there at once."""
+    x, widest = at.wide(config.embed_dim), 0.0
+    known = set()
+    for spec in config.layers:
+        if (spec.mixer, spec.mlp) in known:
+            continue
+        known.add((spec.mixer, spec.mlp))
+        mixer, mlp = spec.mixer, spec.mlp
+        heads, kv = at.narrow(mixer.num_heads * mixer.head_dim), at.narrow(mixer.num_kv_heads * mixer.head_dim)
+        hidden = (4 if mlp.kind == "swiglu" else 2) * mlp.dim if isinstance(mlp, DenseMLP) else 3 * mlp.projection.tokens
+        scores = [3 * p.tokens for p in (mixer.q, mixer.k, mixer.v, mixer.o) if isinstance(p, Pattention)]
+        attention = 3 * (heads + kv) + at.narrow(max(scores, default=0))
+        widest = max(widest, attention, at.narrow(hidden))
+    logits = at.tokens * config.vocab_size
+    scoring = logits * (2 * FLOAT if not at.bf16 else 2 * FLOAT + BFLOAT)
+    return 2 * INDEX * at.tokens + max(3 * x + widest + logits * at.element, scoring + x)
