@@ -41,7 +41,14 @@ ONLY_IN = {
     "typer": {"cli"},
 }
 # What `growkit --help`, `validate` and the arithmetic of a schedule may load: not torch.
-TORCH_FREE = ["growkit.cli.main", "growkit.cli.recipes", "growkit.schedule.plan", "growkit.growth.path"]
+TORCH_FREE = [
+    "growkit.cli.main",
+    "growkit.cli.recipes",
+    "growkit.cli.plan",
+    "growkit.planner.plan",
+    "growkit.schedule.plan",
+    "growkit.growth.path",
+]
 MOST_LINES = 500
 
 

@@ -17,7 +17,7 @@ from growkit.config.recipe import Recipe
 from growkit.duration import quantity
 from growkit.errors import ConfigError
 from growkit.planner.hardware import GB, THIS_MACHINE, hardware, keep
-from growkit.planner.plan import COMPONENTS, JOULES_PER_KWH, TOKENS_PER_PARAMETER, Cost, Plan, StagePlan, plan, to_json
+from growkit.planner.plan import COMPONENTS, JOULES_PER_KWH, TOKENS_PER_PARAMETER, Cost, Plan, plan, to_json
 from growkit.report.schedule_picture import draw_schedule, schedule_lines
 from growkit.schedule.plan import GrowthSchedule
 
@@ -60,7 +60,8 @@ def _measure(recipe: Recipe, schedule: GrowthSchedule, device: str | None, *, qu
 
 def _show(made: Plan, schedule: GrowthSchedule) -> None:
     console.print(_hardware_line(made), soft_wrap=True)
-    for table in (_stages(made), _parameters(made), _memory(made), _costs(made)):
+    tables = [_stages(made), _parameters(made), _memory(made)]
+    for table in [*tables, _costs(made)] if made.hardware is not None else tables:
         console.print(table)
     for line in schedule_lines(schedule, min(console.width, 100)):
         console.print(line, markup=False, no_wrap=True)
@@ -94,13 +95,18 @@ def _table(title: str, *headers: str) -> Table:
 
 
 def _stages(made: Plan) -> Table:
-    table = _table("stages", "grows", "parameters", "context", "batch", "steps", "tokens", "FLOPs")
+    table = _table("stages", "grows", "params", "context", "batch", "steps", "tokens", "FLOPs")
     for stage in made.stages:
         of = stage.stage
-        grows = "\n".join(link.operator for link in of.links) or UNKNOWN
-        sizes = (stage.num_params, of.context_length, of.global_batch_tokens, of.steps, of.tokens, stage.flops)
-        table.add_row(escape(of.name), grows, *map(quantity, sizes))
-    table.add_row("all", "", "", "", "", *map(quantity, (sum(s.stage.steps for s in made.stages), made.tokens, made.flops)))
+        table.add_row(
+            escape(of.name),
+            "\n".join(link.operator for link in of.links) or UNKNOWN,
+            quantity(stage.num_params),
+            *map(_count, (of.context_length, of.global_batch_tokens, of.steps)),
+            *map(quantity, (of.tokens, stage.flops)),
+        )
+    steps = sum(stage.stage.steps for stage in made.stages)
+    table.add_row("all", "", "", "", "", _count(steps), quantity(made.tokens), quantity(made.flops))
     return table
 
 
@@ -112,23 +118,30 @@ def _parameters(made: Plan) -> Table:
 
 
 def _memory(made: Plan) -> Table:
-    each = "of one device" if made.stages[0].memory.on_cpu is False else "of the process"
-    headers = ("weights", "gradients", "moments", "activations", "step", "trial", "growth", "most")
-    table = _table(f"memory {each}", *headers)
+    """A GPU's memory and the process's are two; where the CPU trains they are one."""
+    on_cpu = made.stages[0].memory.on_cpu
+    title = "memory of the process" if on_cpu else "memory of one device, and of the process on the CPU"
+    apart = () if on_cpu else ("CPU",)
+    headers = ("weights", "grads", "moments", "activ.", "trial", "growth", "most", *apart, "fits")
+    table = _table(title, *headers)
     for stage in made.stages:
         of = stage.memory
-        sizes = (of.weights, of.gradients, of.moments, of.activations, of.step, of.trial, of.growth, of.device)
-        table.add_row(escape(stage.stage.name), *map(_size, sizes))
+        sizes = (of.weights, of.gradients, of.moments, of.activations, of.trial, of.growth, of.device)
+        beside = () if on_cpu else (of.host,)
+        table.add_row(escape(stage.stage.name), *map(_size, (*sizes, *beside)), _fits(stage.fits))
     return table
 
 
 def _costs(made: Plan) -> Table:
-    table = _table("time, price, energy", "time", "US dollars", "kWh", "CPU memory", "fits")
+    table = _table("cost", "FLOPs", "time", "US dollars", "kWh")
     for stage in made.stages:
-        table.add_row(escape(stage.stage.name), *_cost(stage.cost), _size(stage.memory.host), _fits(stage.fits))
-    host = max(stage.memory.host for stage in made.stages)
-    table.add_row("all", *_cost(made.total), _size(host), _fits(made.fits))
+        table.add_row(escape(stage.stage.name), quantity(stage.flops), *_cost(stage.cost))
+    table.add_row("all", quantity(made.flops), *_cost(made.total))
     return table
+
+
+def _count(number: int) -> str:
+    return str(number) if number < 100_000 else quantity(number)
 
 
 def _cost(cost: Cost) -> tuple[str, str, str]:
@@ -138,7 +151,7 @@ def _cost(cost: Cost) -> tuple[str, str, str]:
 
 
 def _money(dollars: float) -> str:
-    return f"{dollars:,.0f}" if dollars >= 100 else f"{dollars:.2g}"
+    return f"{dollars:,.0f}" if dollars >= 100 else f"{dollars:.2f}" if dollars >= 0.01 else "<0.01"
 
 
 def _time(seconds: float | None) -> str:
@@ -147,7 +160,7 @@ def _time(seconds: float | None) -> str:
     for limit, unit in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
         if seconds >= 2 * limit:
             return f"{seconds / limit:,.3g} {unit}" if seconds / limit < 1000 else f"{seconds / limit:,.0f} {unit}"
-    return f"{seconds:.3g} s"
+    return f"{seconds:.3g} s" if seconds >= 0.1 else "<0.1 s"
 
 
 def _size(count: float) -> str:
@@ -176,14 +189,12 @@ def _totals(made: Plan) -> list[str]:
 
 def _misfits(made: Plan) -> list[str]:
     wrong = [stage for stage in made.stages if stage.fits is False]
-    return [_misfit(stage, made) for stage in wrong]
-
-
-def _misfit(stage: StagePlan, made: Plan) -> str:
-    assert made.hardware is not None and made.hardware.memory_bytes is not None
-    where = "the machine" if stage.memory.on_cpu else "a device"
-    return (
-        f"[bold red]does not fit[/bold red]: stage {escape(stage.stage.name)} needs {_size(stage.memory.device)} of "
-        f"{where}, which has {made.hardware.memory_bytes / GB:,.0f}GB; try a smaller micro_batch_size, "
-        "trainer.checkpoint_layers=true, trainer.loss_chunk_tokens, or trainer.strategy=fsdp with more devices"
-    )
+    if not wrong or made.hardware is None or made.hardware.memory_bytes is None:
+        return []
+    needs = ", ".join(f"{escape(stage.stage.name)} {_size(stage.memory.device)}" for stage in wrong)
+    where = "the machine" if wrong[0].memory.on_cpu else "a device"
+    return [
+        f"[bold red]does not fit[/bold red]: {where} has {made.hardware.memory_bytes / GB:,.0f}GB, and needed are: "
+        f"{needs}; try a smaller micro_batch_size, trainer.checkpoint_layers=true, trainer.loss_chunk_tokens, or "
+        "trainer.strategy=fsdp with more devices"
+    ]

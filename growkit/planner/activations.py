@@ -150,7 +150,14 @@ class FusedTokens:
     """ops/pattention/compiled.py, ``_NormGelu``: the tokens of all projections of one x as one product."""
 
     def __init__(
-        self, at: Pass, specs: Sequence[Pattention], inp: int, outs: Sequence[int], *, is_wide: bool, lends_gradient: bool
+        self,
+        at: Pass,
+        specs: Sequence[Pattention],
+        inp: int,
+        outs: Sequence[int],
+        *,
+        is_wide: bool,
+        lends_gradient: bool,
     ) -> None:
         self.input = Input(at, inp, is_wide=is_wide)
         self.outs = [at.narrow(out) for out in outs]
@@ -200,9 +207,7 @@ class FusedTokens:
 class PlainTokens:
     """ops/pattention/compiled.py, ``_formula``, of one projection: for the Θ without a backward pass of their own."""
 
-    def __init__(
-        self, at: Pass, spec: Pattention, inp: int, out: int, *, is_wide: bool, lends_gradient: bool
-    ) -> None:
+    def __init__(self, at: Pass, spec: Pattention, inp: int, out: int, *, is_wide: bool, lends_gradient: bool) -> None:
         banks = spec.banks if spec.scope == "bank" else (spec.tokens,)
         self.inputs = [Input(at, inp, is_wide=is_wide) for _ in banks]
         self.keys = [Weights(at, size * inp) for size in banks]

@@ -273,7 +273,9 @@ def evaluation_peak(config: ModelConfig, at: Pass) -> float:
         known.add((spec.mixer, spec.mlp))
         mixer, mlp = spec.mixer, spec.mlp
         heads, kv = at.narrow(mixer.num_heads * mixer.head_dim), at.narrow(mixer.num_kv_heads * mixer.head_dim)
-        hidden = (4 if mlp.kind == "swiglu" else 2) * mlp.dim if isinstance(mlp, DenseMLP) else 3 * mlp.projection.tokens
+        hidden = (
+            (4 if mlp.kind == "swiglu" else 2) * mlp.dim if isinstance(mlp, DenseMLP) else 3 * mlp.projection.tokens
+        )
         scores = [3 * p.tokens for p in (mixer.q, mixer.k, mixer.v, mixer.o) if isinstance(p, Pattention)]
         attention = 3 * (heads + kv) + at.narrow(max(scores, default=0))
         widest = max(widest, attention, at.narrow(hidden))

@@ -13,7 +13,7 @@ from typing import Any, get_args
 from growkit.config.recipe import Recipe
 from growkit.models.config import ModelConfig
 from growkit.models.spec import Component, param_specs
-from growkit.planner.hardware import Hardware
+from growkit.planner.hardware import THIS_MACHINE, Hardware
 from growkit.planner.memory import StageMemory, stage_memories
 from growkit.schedule.plan import GrowthSchedule, Stage
 
@@ -22,6 +22,7 @@ COMPONENTS: tuple[str, ...] = get_args(Component)
 TOKENS_PER_PARAMETER = 20
 FLOPS_PER_PARAMETER = 6
 JOULES_PER_KWH = 3.6e6
+SMALL = 1e8  # parameters below which nobody should expect the usual share of a GPU's peak
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,7 @@ def plan(recipe: Recipe, schedule: GrowthSchedule, hardware: Hardware | None) ->
     devices = trainer.devices if hardware is not None and hardware.cuda else 1
     rate = hardware.flops_per_second(precision) * devices if hardware is not None else None
     room = hardware.memory_bytes if hardware is not None else None
-    memories = stage_memories(
-        recipe, schedule, bf16=precision == "bf16", cuda=hardware is not None and hardware.cuda
-    )
+    memories = stage_memories(recipe, schedule, bf16=precision == "bf16", cuda=hardware is not None and hardware.cuda)
     stages = tuple(
         StagePlan(
             stage=stage,
@@ -127,7 +126,7 @@ def plan(recipe: Recipe, schedule: GrowthSchedule, hardware: Hardware | None) ->
         flops=flops,
         final_model=FromScratch(stages[-1].num_params, steps * last.global_batch_tokens, steps),
         compute_optimal=FromScratch(best, TOKENS_PER_PARAMETER * best, None),
-        notes=_notes(recipe),
+        notes=_notes(recipe, schedule, hardware),
     )
 
 
@@ -193,8 +192,11 @@ def _ratio(count: float, of: float | None) -> float | None:
     return count / of if of else None
 
 
-def _notes(recipe: Recipe) -> tuple[str, ...]:
+def _notes(recipe: Recipe, schedule: GrowthSchedule, hardware: Hardware | None) -> tuple[str, ...]:
     notes = []
+    assumed = hardware is not None and hardware.cuda and hardware.name != THIS_MACHINE
+    if assumed and recipe.hardware.utilisation is None and schedule.stages[0].model.num_params() < SMALL:
+        notes.append("time is too short for small models: they reach far less of a GPU's peak (hardware.utilisation)")
     if recipe.trainer.backend == "reference":
         notes.append("memory is that of the compiled path; trainer.backend=reference needs more")
     if recipe.trainer.compile:

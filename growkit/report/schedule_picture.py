@@ -12,13 +12,27 @@ from growkit.schedule.plan import GrowthSchedule, Stage
 BLOCKS = "▁▂▃▄▅▆▇█"
 POINTS = 400  # of each stage's learning rate in the PNG
 
-# row: what it shows of a step of a stage
-ROWS: dict[str, Callable[[Stage, int], float]] = {
-    "parameters": lambda stage, _: stage.model.num_params(),
-    "context": lambda stage, _: stage.context_length,
-    "batch": lambda stage, _: stage.global_batch_tokens,
-    "learning rate": lambda stage, step: stage.lr.lr(step),
-}
+ROWS = ("parameters", "context", "batch", "learning rate")
+
+
+def _series(schedule: GrowthSchedule) -> list[tuple[Stage, dict[str, Callable[[int], float]]]]:
+    """Each stage, and what each row shows of a step of it."""
+
+    def constant(value: float) -> Callable[[int], float]:
+        return lambda _: value
+
+    return [
+        (
+            stage,
+            {
+                "parameters": constant(stage.model.num_params()),
+                "context": constant(stage.context_length),
+                "batch": constant(stage.global_batch_tokens),
+                "learning rate": stage.lr.lr,
+            },
+        )
+        for stage in schedule.stages
+    ]
 
 
 def draw_schedule(schedule: GrowthSchedule, path: Path) -> None:
@@ -29,15 +43,16 @@ def draw_schedule(schedule: GrowthSchedule, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, panels = plt.subplots(len(ROWS), 1, sharex=True, figsize=(9, 7), dpi=120)
-    for panel, (name, value) in zip(panels, ROWS.items(), strict=True):
+    series = _series(schedule)
+    for panel, name in zip(panels, ROWS, strict=True):
         tokens, values, behind = [], [], 0
-        for stage in schedule.stages:
+        for stage, value in series:
             for step in _some_steps(stage):
                 tokens.append(behind + step * stage.global_batch_tokens)
-                values.append(value(stage, step))
+                values.append(value[name](step))
             behind += stage.tokens
             tokens.append(behind)
-            values.append(value(stage, stage.steps - 1))
+            values.append(value[name](stage.steps - 1))
         panel.plot(tokens, values, linewidth=1.5)
         panel.set_ylabel(name)
         panel.set_ylim(bottom=0, top=1.15 * max(values))
@@ -62,26 +77,26 @@ def draw_schedule(schedule: GrowthSchedule, path: Path) -> None:
 def schedule_lines(schedule: GrowthSchedule, width: int) -> list[str]:
     """The same as rows of ``width`` characters: a bar for each share of the tokens, as high as its value is of the
     row's largest; the first row has the number of each stage where it begins."""
+    series = _series(schedule)
     label = max(map(len, ROWS)) + 1
-    ranges = {name: _range(schedule, value) for name, value in ROWS.items()}
-    columns = max(10, width - label - 1 - max(map(len, ranges.values())))
+    ranges = [_range([value[name](step) for stage, value in series for step in _some_steps(stage)]) for name in ROWS]
+    columns = max(10, width - label - 1 - max(map(len, ranges)))
     places = [_at(schedule, (column + 0.5) / columns) for column in range(columns)]
     marks = [
-        str(schedule.stages.index(stage) + 1) if not column or places[column - 1][0] is not stage else "·"
-        for column, (stage, _) in enumerate(places)
+        "·" if column and places[column - 1][0] == position else str(position + 1)[-1]
+        for column, (position, _) in enumerate(places)
     ]
-    lines = [f"{'stage':<{label}}{''.join(mark[-1] for mark in marks)}"]
-    for name, value in ROWS.items():
-        values = [value(stage, step) for stage, step in places]
+    lines = [f"{'stage':<{label}}{''.join(marks)}"]
+    for name, bounds in zip(ROWS, ranges, strict=True):
+        values = [series[position][1][name](step) for position, step in places]
         most = max(values)
-        bars = "".join(BLOCKS[min(7, int(8 * value / most))] for value in values)
-        lines.append(f"{name:<{label}}{bars} {ranges[name]}")
+        bars = "".join(BLOCKS[min(len(BLOCKS) - 1, int(len(BLOCKS) * value / most))] for value in values)
+        lines.append(f"{name:<{label}}{bars} {bounds}")
     return lines
 
 
-def _range(schedule: GrowthSchedule, value: Callable[[Stage, int], float]) -> str:
-    values = [value(stage, step) for stage in schedule.stages for step in _some_steps(stage)]
-    low, high = (quantity(bound) for bound in (min(values), max(values)))
+def _range(values: list[float]) -> str:
+    low, high = quantity(min(values)), quantity(max(values))
     return low if low == high else f"{low}–{high}"
 
 
@@ -92,11 +107,11 @@ def _some_steps(stage: Stage) -> list[int]:
     return sorted(step for step in corners | set(even) if 0 <= step < stage.steps)
 
 
-def _at(schedule: GrowthSchedule, share: float) -> tuple[Stage, int]:
-    """The stage and its step when ``share`` of all tokens is read."""
+def _at(schedule: GrowthSchedule, share: float) -> tuple[int, int]:
+    """(position of the stage, its step) when ``share`` of all tokens is read."""
     left = share * schedule.tokens
-    for stage in schedule.stages:
+    for position, stage in enumerate(schedule.stages):
         if left < stage.tokens:
-            return stage, int(left // stage.global_batch_tokens)
+            return position, int(left // stage.global_batch_tokens)
         left -= stage.tokens
-    return schedule.last, schedule.last.steps - 1
+    return position, schedule.last.steps - 1
