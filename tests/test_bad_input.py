@@ -640,6 +640,7 @@ CASES = [
     *EVAL_CASES,
     *INIT_CASES,
     *PROFILE_CASES,
+    *PLANNER_CASES,
 ]
 
 

@@ -40,6 +40,12 @@ def _override_keys(incomplete: str) -> list[str]:
     return [f"{key}=" for key in keys() if key.startswith(incomplete)]
 
 
+def _hardware_names(incomplete: str) -> list[str]:
+    from growkit.planner.hardware import HARDWARE, THIS_MACHINE
+
+    return [name for name in (THIS_MACHINE, *HARDWARE) if name.startswith(incomplete)]
+
+
 RecipeArgument = Annotated[
     str, typer.Argument(help="A YAML file, or the name of a built-in recipe.", autocompletion=_recipe_names)
 ]
@@ -139,7 +145,10 @@ def plan(
     overrides: Overrides = None,
     hardware: Annotated[
         str | None,
-        typer.Option(help="h100-sxm, l4, this-machine, ... (default: the recipe's; an unknown name lists all)."),
+        typer.Option(
+            help="h100-sxm, l4, this-machine, ... (default: the recipe's; an unknown name lists all).",
+            autocompletion=_hardware_names,
+        ),
     ] = None,
     measure: Annotated[bool, typer.Option("--measure", help="First time this machine on the recipe's stages.")] = False,
     png: Annotated[Path | None, typer.Option(help="Draw the schedule into this file.")] = None,

@@ -1,9 +1,9 @@
 """What a forward and a backward pass hold, without running them: the model's code, booking bytes. No torch here.
 
-Each block follows its namesake in growkit/models and growkit/ops line by line: ``forward`` takes what it makes and gives
-what nobody keeps; ``backward`` takes gradients and gives what ``forward`` left saved. A block's input is booked by who
-made it. When ``backward`` begins, the gradient of the block's output is alive; when it ends, that is gone and the
-gradient of its input is there. tests/test_planner.py holds all of this to measured allocations.
+Each block follows its namesake in growkit/models and growkit/ops line by line: ``forward`` takes what it makes and
+gives what nobody keeps; ``backward`` takes gradients and gives what ``forward`` left saved. A block's input is booked
+by who made it. When ``backward`` begins, the gradient of the block's output is alive; when it ends, that is gone and
+the gradient of its input is there. tests/test_planner_memory.py holds all of this to measured allocations.
 
 Legend: N tokens of a micro-batch, D embed, V vocabulary.
 """

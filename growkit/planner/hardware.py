@@ -1,9 +1,9 @@
 """What training runs on, in the figures a plan needs: speed, memory, price, power. No torch here.
 
 Peaks are dense (without sparsity) and come from the makers' data sheets and white papers: with matrix units for bf16,
-without them for fp32, since growkit leaves float32 products in full precision. Memory is the nominal size in 10^9 bytes;
-drivers and the allocator take some of it. Watts are the board's limit. Prices are examples only: round figures in the
-middle of what public on-demand lists asked in spring 2026, several times apart from each other; say your own.
+without them for fp32, since growkit leaves float32 products in full precision. Memory is the nominal size in 10^9
+bytes; drivers and the allocator take some of it. Watts are the board's limit. Prices are examples only: round figures
+within what public on-demand lists asked in spring 2026, which are several times apart from each other; say your own.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ EXPECTED = {"bf16": 0.4, "fp32": 0.5}
 class Hardware:
     """One device. ``peaks``: precision → FLOP/s; ``utilisations``: precision → expected share of the peak.
 
-    ``memory_bytes``, ``price_per_hour`` (US dollars) and ``watts`` are None where unknown. ``source``: where the figures
-    are from. ``automatic``: the precision that trainer.precision=auto means there.
+    ``memory_bytes``, ``price_per_hour`` (US dollars) and ``watts`` are None where unknown. ``source``: where the
+    figures are from. ``automatic``: the precision that trainer.precision=auto means there.
     """
 
     name: str

@@ -27,9 +27,9 @@ PROBE_STEPS = 3  # gradients a certificate holds: growth/verify.py, PROBE_STEPS
 class StageMemory:
     """Bytes. The first four are one device's at the peak of a training step; ``step`` is their sum.
 
-    ``trial``: peak of the first step's trial on the device; ``validation``: of a validation. ``growth``: in the process,
-    while the state grows into this stage and is certified. ``host``: the most the process holds in CPU memory in this
-    stage, growth included; where the CPU is what trains, that is everything.
+    ``trial``: peak of the first step's trial on the device; ``validation``: of a validation. ``growth``: in the
+    process, while the state grows into this stage and is certified. ``host``: the most the process holds in CPU memory
+    in this stage, growth included; where the CPU is what trains, that is everything.
     """
 
     weights: float
@@ -140,9 +140,11 @@ def _stage(
         forward, backward = passes(adds_gradients=False)
         peak = max(gradients + forward, backward - frozen, gradients)
     base = (weights + moments) / sharded
-    rows = min(VALIDATION_ROWS, max(1, recipe.monitor.validation_tokens // stage.context_length))
+    scored = stage.context_length - stage.context_length // 8  # eval/validate.py, unscored
+    windows = max(1, recipe.monitor.validation_tokens // scored)
+    rows = min(VALIDATION_ROWS, windows)
     at = Pass(rows=rows, context=stage.context_length, bf16=bf16, cuda=cuda)
-    validation = base + gradients / sharded + evaluation_peak(stage.model, at)
+    validation = base + gradients / sharded + evaluation_peak(stage.model, at, several=windows >= 2 * rows)
     copies = weights + moments  # of the state, on the CPU, when the stage is over
     trial = 0.0
     if devices == 1:
@@ -185,7 +187,7 @@ def _growth(
     context = stage.context_length
     rows = max(1, recipe.monitor.probe_tokens // context)
     probe = trace(dataclasses.replace(stage.model, dropout=0.0), Pass(rows=rows, context=context), {})
-    held = (1 + PROBE_STEPS - 1) * parameters * FLOAT  # the model and the gradients of the steps before the last
+    held = PROBE_STEPS * parameters * FLOAT  # the model, and the gradients of the steps before the last
     backward = probe.forward.change + probe.backward.peak
     last = max(probe.forward.peak, backward, 2 * parameters * FLOAT)  # a copy of the last gradients is the end of it
     logits = rows * context * stage.model.vocab_size * 2 * (FLOAT64 + FLOAT)  # before and after, in two precisions

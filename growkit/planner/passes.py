@@ -19,6 +19,8 @@ from growkit.planner.activations import (
 )
 from growkit.planner.ledger import Ledger, Trace
 
+HIDDEN = {"swiglu": 4, "gelu": 2}  # hidden widths alive at once when nothing is kept
+
 
 class AttentionBlock:
     """models/layers.py, ``CausalAttention`` with a fused kernel, which holds no (T × T) scores. Reads float32."""
@@ -155,7 +157,7 @@ class LossPass:
             ledger.give(self.logits)
         ledger.take(self.logits)  # log-softmax
         if self.at.z_loss:
-            ledger.passing(2 * self.logits)
+            ledger.passing(self.logits)  # logsumexp, which saves them
         else:
             ledger.give(self.logits)
 
@@ -176,8 +178,8 @@ class LossPass:
     def _backward(self, ledger: Ledger) -> None:
         logits, bf16 = self.logits, self.at.bf16
         if self.at.z_loss:
-            ledger.take(logits, logits)
-            ledger.give(logits, logits)  # what logsumexp saved, a passing one
+            ledger.take(logits, logits, logits)
+            ledger.give(logits, logits, logits)  # what passes, and what logsumexp saved
         ledger.take(logits, logits)
         ledger.give(logits, logits)  # of the log-probabilities, and they themselves
         if self.at.z_loss:
@@ -262,9 +264,9 @@ def _layer(spec: LayerSpec, config: ModelConfig, at: Pass) -> Traces:
     return Traces(Trace(ledger.peak, layer.x), again.close())
 
 
-def evaluation_peak(config: ModelConfig, at: Pass) -> float:
+def evaluation_peak(config: ModelConfig, at: Pass, *, several: bool) -> float:
     """Most bytes alive beside the weights while ``at`` is scored as validation does: nothing is kept for a backward
-    pass, but all logits of the pass, and those of the one before, are there at once."""
+    pass, but all logits of the pass are there at once, and, of ``several`` passes, those of the one before."""
     x, widest = at.wide(config.embed_dim), 0.0
     known = set()
     for spec in config.layers:
@@ -273,12 +275,19 @@ def evaluation_peak(config: ModelConfig, at: Pass) -> float:
         known.add((spec.mixer, spec.mlp))
         mixer, mlp = spec.mixer, spec.mlp
         heads, kv = at.narrow(mixer.num_heads * mixer.head_dim), at.narrow(mixer.num_kv_heads * mixer.head_dim)
-        hidden = (
-            (4 if mlp.kind == "swiglu" else 2) * mlp.dim if isinstance(mlp, DenseMLP) else 3 * mlp.projection.tokens
-        )
-        scores = [3 * p.tokens for p in (mixer.q, mixer.k, mixer.v, mixer.o) if isinstance(p, Pattention)]
-        attention = 3 * (heads + kv) + at.narrow(max(scores, default=0))
-        widest = max(widest, attention, at.narrow(hidden))
+        if isinstance(mlp, DenseMLP):
+            hidden = at.narrow(HIDDEN[mlp.kind] * mlp.dim)
+        else:
+            hidden = _scored(mlp.projection, at)
+        read = [p for p in (mixer.q, mixer.k, mixer.v, mixer.o) if isinstance(p, Pattention)]
+        attention = 3 * (heads + kv) + max((_scored(p, at) for p in read), default=0.0)
+        widest = max(widest, attention, hidden)
     logits = at.tokens * config.vocab_size
     scoring = logits * (2 * FLOAT if not at.bf16 else 2 * FLOAT + BFLOAT)
-    return 2 * INDEX * at.tokens + max(3 * x + widest + logits * at.element, scoring + x)
+    before = logits * at.element if several else 0.0
+    return 2 * INDEX * at.tokens + max(3 * x + widest + before, scoring + x)
+
+
+def _scored(spec: Pattention, at: Pass) -> float:
+    """Scores of the tokens under one norm, three times over, as their Θ is taken."""
+    return 3 * at.narrow(max(spec.banks) if spec.scope == "bank" else spec.tokens)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import hashlib
 import logging
 import os
@@ -118,7 +117,6 @@ class Run:
                 if self.progress.stage_step < stage.steps:
                     self._enter(stage)
                     self._fit(stage)
-                    gc.collect()  # trainer and module refer to each other: growth needs the memory they would keep
                     if self.stopping and self.progress.stage_step < stage.steps:
                         return False
                 if stage is self.schedule.last:
@@ -215,6 +213,9 @@ class Run:
         fit(trainer, module, batches)
         self.stop.install()
         self.state = full_state(module.current_state())
+        # Trainer and module refer to each other and stay until some later collection; growth needs their memory now.
+        trainer.strategy.optimizers = []
+        module.model, module.start = None, self.state
 
     def validate(self, module: StageModule, *, end: bool) -> None:
         """Logs the validation loss in nats and bits per byte."""
