@@ -213,9 +213,7 @@ class Run:
         fit(trainer, module, batches)
         self.stop.install()
         self.state = full_state(module.current_state())
-        # Trainer and module refer to each other and stay until some later collection; growth needs their memory now.
-        trainer.strategy.optimizers = []
-        module.model, module.start = None, self.state
+        module.release()
 
     def validate(self, module: StageModule, *, end: bool) -> None:
         """Logs the validation loss in nats and bits per byte."""
