@@ -73,6 +73,11 @@ UNITS = {
     "monitor.sample_tokens": "tokens",
     "monitor.peak_flops_per_second": "FLOP/s",
     "run.threads": "threads",
+    "hardware.peak_flops_per_second": "FLOP/s",
+    "hardware.utilisation": "share",
+    "hardware.memory_gb": "GB",
+    "hardware.price_per_hour": "US dollars",
+    "hardware.watts": "watts",
     "trainer.devices": "processes",
     "trainer.loss_chunk_tokens": "tokens",
     "trainer.save_every": "steps",
@@ -140,6 +145,14 @@ SECTIONS: tuple[tuple[str, str, ModuleType, str, str], ...] = (
         recipe,
         "LoggerConfig",
         "What is logged, and what happens without a network: [logging](logging.md).",
+    ),
+    (
+        "hardware",
+        "hardware",
+        recipe,
+        "HardwareConfig",
+        "What [`growkit plan`](plan.md) reckons with; training does not read it. A figure given here stands in the "
+        "place of the preset's.",
     ),
     (
         "stages",

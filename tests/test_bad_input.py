@@ -502,6 +502,45 @@ CHECKPOINT_CASES = [
 ]  # fmt: skip
 
 
+def _measured(text: str | None) -> Arrange:
+    """A user's configuration folder of its own, with ``text`` as the measurement of this machine, if there is one."""
+
+    def arrange(monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("XDG_CONFIG_HOME", "config")
+        if text is not None:
+            _write("config/growkit/hardware.json", text)
+
+    return arrange
+
+
+PLANNER_CASES = [
+    train("hardware of no price", "hardware.price_per_hour=0", "not-positive", "0", "above zero"),
+    train("hardware beyond its peak", "hardware.utilisation=1.5", "out-of-range", "1.5", "at most 1"),
+    train("unknown figure of hardware", "hardware.speed=3", "unknown-key", "is not a key", "memory_gb"),
+    Case("plan of no recipe", "plan nope", "no-such-recipe", "recipe", "'nope'", "quickstart"),
+    Case("plan of a recipe that cannot be", "plan recipe.yaml stages.0.duration=5", "bad-duration",
+         "stages.0.duration", "'5'", "'500 steps'"),
+    Case("plan on unknown hardware", "plan recipe.yaml --hardware h100-sxn", "unknown-choice", "--hardware",
+         "'h100-sxn'", "did you mean 'h100-sxm'"),
+    Case("plan on the recipe's unknown hardware", "plan recipe.yaml hardware.preset=abacus", "unknown-choice",
+         "hardware.preset", "'abacus'", "this-machine"),
+    Case("plan on a machine never measured", "plan recipe.yaml --hardware this-machine", "not-measured", "--hardware",
+         "'this-machine'", "--measure", _measured(None)),
+    Case("plan on a damaged measurement", "plan recipe.yaml", "bad-measurement", "config/growkit/hardware.json",
+         "JSONDecodeError", "delete it", _measured("{cut")),
+    Case("plan on a measurement of nothing", "plan recipe.yaml", "bad-measurement", "config/growkit/hardware.json",
+         "KeyError", "delete it", _measured("{}")),
+    Case("plan in a precision the hardware lacks", "plan recipe.yaml --hardware t4 trainer.precision=bf16", "no-peak",
+         "trainer.precision", "'bf16'", "trainer.precision=fp32"),
+    Case("plan measured elsewhere", "plan recipe.yaml --hardware l4 --measure", "not-this-machine", "--hardware",
+         "'l4'", "drop --measure"),
+    Case("plan drawn into no folder", "plan recipe.yaml --hardware l4 --png no/where.png", "cannot-write",
+         "no/where.png", "No such file", "another place"),
+    Case("plan drawn onto a folder", "plan recipe.yaml --hardware l4 --png runs", "cannot-write", "runs",
+         "Is a directory", "another place"),
+]  # fmt: skip
+
+
 def _grow_to_two_layers() -> None:
     assert cli("grow", RUN, "num_layers=2", "-o", "runs/grown")[0] == 0
 
@@ -639,6 +678,7 @@ CASES = [
     *INIT_CASES,
     *PROFILE_CASES,
     *LOGGER_CASES,
+    *PLANNER_CASES,
 ]
 
 

@@ -200,6 +200,7 @@ def test_help_has_an_example(command: str) -> None:
         ("growkit train quickstart-s", "quickstart-static"),
         ("growkit train quickstart optim.weight", "optim.weight_decay="),
         ("growkit eval --cont", "--context"),
+        ("growkit plan quickstart --hardware h100-s", "h100-sxm"),
     ],
 )
 def test_the_shell_completes(words: str, found: str, monkeypatch: pytest.MonkeyPatch) -> None:

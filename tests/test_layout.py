@@ -42,11 +42,13 @@ ONLY_IN = {
     "plotly": {"report"},
     "typer": {"cli"},
 }
-# What `growkit --help`, `validate`, `report` and the arithmetic of a schedule may load: not torch.
+# What `growkit --help`, `validate`, `plan`, `report` and the arithmetic of a schedule may load: not torch.
 TORCH_FREE = [
     "growkit.cli.main",
     "growkit.cli.recipes",
+    "growkit.cli.plan",
     "growkit.cli.reports",
+    "growkit.planner.plan",
     "growkit.schedule.plan",
     "growkit.growth.path",
 ]

@@ -40,6 +40,12 @@ def _override_keys(incomplete: str) -> list[str]:
     return [f"{key}=" for key in keys() if key.startswith(incomplete)]
 
 
+def _hardware_names(incomplete: str) -> list[str]:
+    from growkit.planner.hardware import HARDWARE, THIS_MACHINE
+
+    return [name for name in (THIS_MACHINE, *HARDWARE) if name.startswith(incomplete)]
+
+
 RecipeArgument = Annotated[
     str, typer.Argument(help="A YAML file, or the name of a built-in recipe.", autocompletion=_recipe_names)
 ]
@@ -139,6 +145,27 @@ def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     from growkit.cli.recipes import show_schedule
 
     show_schedule(recipe, overrides or [])
+
+
+@app.command(epilog="Example: growkit plan quickstart --hardware l4 stages.2.duration='1e15 flops' --png schedule.png")
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option(
+            help="h100-sxm, l4, this-machine, ... (default: the recipe's; an unknown name lists all).",
+            autocompletion=_hardware_names,
+        ),
+    ] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="First time this machine on the recipe's stages.")] = False,
+    png: Annotated[Path | None, typer.Option(help="Draw the schedule into this file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes, seconds, US dollars, joules.")] = False,
+) -> None:
+    """Reckon what a recipe costs: parameters, FLOPs, memory, time, price, energy; nothing is trained."""
+    from growkit.cli.plan import show_plan
+
+    show_plan(recipe, overrides or [], hardware, measure=measure, png=png, as_json=json)
 
 
 @app.command(epilog="Example: growkit inspect runs/NAME")

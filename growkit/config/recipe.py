@@ -83,6 +83,18 @@ class LoggerConfig:
 
 
 @dataclass
+class HardwareConfig:
+    """What ``growkit plan`` reckons with; training does not read it. A figure stands in the preset's place."""
+
+    preset: str | None = None  # h100-sxm, a100-80gb, ... or this-machine; default: this machine, if it was measured
+    peak_flops_per_second: float | None = None  # of one device, dense, in the precision of training
+    utilisation: float | None = None  # of the peak that training is expected to reach, above 0, at most 1
+    memory_gb: float | None = None  # of one device, 10^9 bytes
+    price_per_hour: float | None = None  # of one device
+    watts: float | None = None  # of one device
+
+
+@dataclass
 class StageConfig:
     name: str = MISSING
     duration: str = MISSING  # '20M tokens', '500 steps', '3e15 flops'
@@ -129,4 +141,5 @@ class Recipe:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
     stages: list[StageConfig] = field(default_factory=list)

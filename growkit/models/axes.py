@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 NAMES = (
     "vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "param_tokens",
@@ -37,7 +38,7 @@ class Axis:
 class Product:
     axes: tuple[Axis, ...]
 
-    @property
+    @cached_property
     def size(self) -> int:
         return math.prod(axis.size for axis in self.axes)
 
@@ -50,7 +51,7 @@ class Product:
 class Concat:
     parts: tuple[Axis | Product, ...]
 
-    @property
+    @cached_property
     def size(self) -> int:
         return sum(part.size for part in self.parts)
 

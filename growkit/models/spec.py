@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal
 
 from growkit.models.axes import AnyAxis, Axis, Concat, Product
@@ -34,11 +34,11 @@ class ParamSpec:
     local: str = ""
     bank: int | None = None
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         return tuple(axis.size for axis in self.axes)
 
-    @property
+    @cached_property
     def numel(self) -> int:
         return math.prod(self.shape)
 

@@ -269,6 +269,12 @@ def _check_sections(recipe: Recipe) -> None:
     if monitor.peak_flops_per_second is not None and not monitor.peak_flops_per_second > 0:
         key, value = "monitor.peak_flops_per_second", monitor.peak_flops_per_second
         raise ConfigError("not-positive", "must be above zero", key=key, value=value)
+    for name in ("peak_flops_per_second", "utilisation", "memory_gb", "price_per_hour", "watts"):
+        figure = getattr(recipe.hardware, name)
+        if figure is not None and not figure > 0:
+            raise ConfigError("not-positive", "must be above zero", key=f"hardware.{name}", value=figure)
+    if (share := recipe.hardware.utilisation) is not None and share > 1:
+        raise ConfigError("out-of-range", "must be at most 1", key="hardware.utilisation", value=share)
     for name, least in (("log_every", 1), ("validation_tokens", 1), ("probe_tokens", 2), ("sample_tokens", 0)):
         _at_least(getattr(monitor, name), least, f"monitor.{name}")
     if not 0 <= monitor.ngram_order <= 7:

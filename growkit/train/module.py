@@ -131,6 +131,12 @@ class StageModule(L.LightningModule):
                 moments[name] = Moments(state["exp_avg"], state["exp_avg_sq"], float(state["step"]))
         return TrainState(self.start.config, params, moments, self.start.born)
 
+    def release(self) -> None:
+        """Lets go of every tensor. Trainer and module refer to each other, so they stay until some later collection;
+        growth needs their memory before."""
+        self.trainer.strategy.optimizers = []
+        self.model, self.start = None, TrainState(self.start.config, {})
+
 
 def _total(norms: Sequence[Tensor]) -> Tensor:
     """The norm of all from the norm of each."""

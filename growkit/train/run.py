@@ -213,6 +213,7 @@ class Run:
         fit(trainer, module, batches)
         self.stop.install()
         self.state = full_state(module.current_state())
+        module.release()
 
     def validate(self, module: StageModule, *, end: bool) -> None:
         """Logs the validation loss in nats and bits per byte."""

@@ -1,0 +1,302 @@
+"""What a forward and a backward pass hold, without running them: the model's code, booking bytes. No torch here.
+
+Each block follows its namesake in growkit/models and growkit/ops line by line: ``forward`` takes what it makes and
+gives what nobody keeps; ``backward`` takes gradients and gives what ``forward`` left saved. A block's input is booked
+by who made it. When ``backward`` begins, the gradient of the block's output is alive; when it ends, that is gone and
+the gradient of its input is there. tests/test_planner_memory.py holds all of this to measured allocations.
+
+Legend: N tokens of a micro-batch, D embed, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from growkit.models.config import DenseMLP, Norm, Pattention, Projection
+from growkit.planner.ledger import Ledger
+
+FLOAT = 4  # bytes of a float32: weights, gradients, moments, the residual stream, statistics, logits in the loss
+BFLOAT = 2
+INDEX = 8  # bytes of a token
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One micro-batch: ``rows`` sequences of ``context`` tokens. ``bf16``: matrix products under autocast.
+
+    ``cuda``: a GPU, which draws narrower dropout masks and takes softmax in float32 under autocast.
+    ``adds_gradients``: to those of earlier micro-batches, in place, so that a new one lives only until it is added.
+    """
+
+    rows: int
+    context: int
+    bf16: bool = False
+    checkpoint_layers: bool = False
+    chunk_tokens: int = 0
+    z_loss: bool = False
+    cuda: bool = False
+    adds_gradients: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.context
+
+    @property
+    def element(self) -> int:
+        """Bytes of an entry that a matrix product reads or writes."""
+        return BFLOAT if self.bf16 else FLOAT
+
+    def narrow(self, width: float) -> float:
+        """Bytes of (N, width) as matrix products write it."""
+        return self.tokens * width * self.element
+
+    def wide(self, width: float) -> float:
+        """Bytes of (N, width) in float32."""
+        return self.tokens * width * FLOAT
+
+
+class Block(Protocol):
+    def forward(self, ledger: Ledger) -> None: ...
+    def backward(self, ledger: Ledger) -> None: ...
+
+
+class Weights:
+    """``entries`` of weights that products read. Autocast's copies of them are saved until backward."""
+
+    def __init__(self, at: Pass, entries: float) -> None:
+        self.cast = entries * BFLOAT if at.bf16 else 0.0
+        self.gradient = entries * FLOAT
+        self.added = self.gradient if at.adds_gradients else 0.0
+
+    def forward(self, ledger: Ledger) -> None:
+        ledger.take(self.cast)
+
+    def product(self, ledger: Ledger) -> None:
+        """The gradient as a product writes it."""
+        ledger.take(self.cast or self.gradient)
+
+    def backward(self, ledger: Ledger) -> None:
+        """Under autocast, cast to the weights' float32; then kept, or added to what is there."""
+        if self.cast:
+            ledger.take(self.gradient)
+            ledger.give(self.cast, self.cast)
+        ledger.give(self.added)
+
+
+class Input:
+    """What products read. In float32 that is what its maker saved; a float32 input under autocast is cast first."""
+
+    def __init__(self, at: Pass, width: int, *, is_wide: bool) -> None:
+        self.size, self.wide = at.narrow(width), at.wide(width)
+        self.cast = self.size if at.bf16 and is_wide else 0.0
+
+    def forward(self, ledger: Ledger) -> None:
+        ledger.take(self.cast)
+
+    def backward(self, ledger: Ledger) -> None:
+        """The cast is gone, and its gradient is cast back."""
+        if self.cast:
+            ledger.give(self.cast)
+            ledger.take(self.wide)
+            ledger.give(self.size)
+
+
+class NormBlock:
+    """models/norm.py over ``count`` vectors of ``dim`` for every token, in float32. The caller gives the output."""
+
+    def __init__(self, at: Pass, norm: Norm, dim: int, count: int = 1) -> None:
+        self.whole = at.wide(dim * count)
+        self.holds_input = norm.kind != "rmsnorm"  # ours saves the normed input, PyTorch's LayerNorm the input itself
+        self.statistics = at.wide(count) * (2 if self.holds_input else 1)
+
+    def forward(self, ledger: Ledger) -> None:
+        ledger.take(self.statistics, self.whole)
+        if not self.holds_input:
+            ledger.take(self.whole)
+
+    def backward(self, ledger: Ledger) -> None:
+        if not self.holds_input:
+            ledger.take(self.whole)  # gradient ⊙ normed
+        ledger.take(self.whole)
+        if not self.holds_input:
+            ledger.give(self.whole)
+        ledger.give(self.whole, self.whole, self.statistics)  # the output's gradient, what was saved
+
+
+class LinearBlock:
+    """F.linear. ``lends_gradient``: that of its output belongs to the residual stream, which goes on holding it."""
+
+    def __init__(self, at: Pass, inp: int, out: int, *, is_wide: bool, lends_gradient: bool = False) -> None:
+        self.input, self.weights = Input(at, inp, is_wide=is_wide), Weights(at, inp * out)
+        self.out = at.narrow(out)
+        self.out_gradient = 0.0 if lends_gradient else self.out
+
+    def forward(self, ledger: Ledger) -> None:
+        self.input.forward(ledger)
+        self.weights.forward(ledger)
+        ledger.take(self.out)
+
+    def backward(self, ledger: Ledger) -> None:
+        ledger.take(self.input.size)
+        self.weights.product(ledger)
+        ledger.give(self.out_gradient)
+        self.weights.backward(ledger)
+        self.input.backward(ledger)
+
+
+class FusedTokens:
+    """ops/pattention/compiled.py, ``_NormGelu``: the tokens of all projections of one x as one product."""
+
+    def __init__(
+        self,
+        at: Pass,
+        specs: Sequence[Pattention],
+        inp: int,
+        outs: Sequence[int],
+        *,
+        is_wide: bool,
+        lends_gradient: bool,
+    ) -> None:
+        self.input = Input(at, inp, is_wide=is_wide)
+        self.outs = [at.narrow(out) for out in outs]
+        self.out_gradients = [] if lends_gradient else self.outs
+        self.scores = at.narrow(sum(spec.tokens for spec in specs))
+        norms = [size for spec in specs for size in (spec.banks if spec.scope == "bank" else (spec.tokens,))]
+        alike = len(set(norms)) == 1 and len({tau for spec in specs for tau in spec.taus}) == 1
+        self.normed = at.wide(sum(norms) if alike else max(norms))  # columns that are normed at once, in float32
+        self.norm_copy = self.normed if at.bf16 else 0.0
+        self.scales = at.narrow(len(norms))
+        self.keys = Weights(at, inp * sum(spec.tokens for spec in specs))
+        self.values = [Weights(at, out * spec.tokens) for spec, out in zip(specs, outs, strict=True)]
+        element = at.element
+        several = sum(len(spec.banks) for spec in specs) > 1
+        self.joined_keys = element * inp * sum(spec.tokens for spec in specs) if several else 0.0
+        self.joined_values = [
+            element * out * spec.tokens if len(spec.banks) > 1 else 0.0 for spec, out in zip(specs, outs, strict=True)
+        ]
+
+    def forward(self, ledger: Ledger) -> None:
+        for weights in (self.keys, *self.values):
+            weights.forward(ledger)
+        self.input.forward(ledger)
+        ledger.take(self.joined_keys, self.scores)
+        ledger.give(self.joined_keys)
+        ledger.passing(self.norm_copy)
+        ledger.take(self.scales, self.scores)
+        for out, joined in zip(self.outs, self.joined_values, strict=True):
+            ledger.take(joined, out)
+            ledger.give(joined)
+
+    def backward(self, ledger: Ledger) -> None:
+        ledger.take(self.scores)
+        for values, joined in zip(self.values, self.joined_values, strict=True):
+            ledger.passing(joined)
+            values.product(ledger)
+        ledger.passing(2 * self.norm_copy, self.normed)
+        ledger.take(self.joined_keys, self.input.size)
+        ledger.give(self.joined_keys)
+        self.keys.product(ledger)
+        ledger.give(3 * self.scores, self.scales, *self.out_gradients)
+        for weights in (*self.values, self.keys):
+            weights.backward(ledger)
+        self.input.backward(ledger)
+
+
+class PlainTokens:
+    """ops/pattention/compiled.py, ``_formula``, of one projection: for the Θ without a backward pass of their own."""
+
+    def __init__(self, at: Pass, spec: Pattention, inp: int, out: int, *, is_wide: bool, lends_gradient: bool) -> None:
+        banks = spec.banks if spec.scope == "bank" else (spec.tokens,)
+        self.inputs = [Input(at, inp, is_wide=is_wide) for _ in banks]
+        self.keys = [Weights(at, size * inp) for size in banks]
+        self.values = [Weights(at, size * out) for size in banks]
+        joined = spec.scope == "shared" and len(spec.banks) > 1
+        self.joined = spec.tokens * (inp + out) * FLOAT if joined else 0.0
+        self.out = at.narrow(out)
+        self.out_gradient = 0.0 if lends_gradient else self.out
+        self.parts = []
+        for size in banks:
+            narrow = at.narrow(size)
+            if spec.theta == "softmax":  # saved: the softmax and τ times it; the scores pass
+                softmax = at.wide(size) if at.cuda else narrow
+                self.parts.append((softmax + narrow, narrow, softmax, softmax))
+            else:  # saved: the scores, their gelu, and that times τ / norm
+                self.parts.append((3 * narrow, 0.0, narrow, 2 * narrow))
+
+    def forward(self, ledger: Ledger) -> None:
+        ledger.take(self.joined)
+        for index, (part, keys, values) in enumerate(zip(self.parts, self.keys, self.values, strict=True)):
+            self.inputs[index].forward(ledger)
+            for weights in (keys, values):
+                weights.forward(ledger)
+            saved, passing, _, _ = part
+            ledger.take(passing, saved, self.out)
+            ledger.give(passing)
+            if index:
+                ledger.take(self.out)
+                ledger.give(self.out, self.out)
+
+    def backward(self, ledger: Ledger) -> None:
+        for index in reversed(range(len(self.parts))):
+            saved, _, gradient, working = self.parts[index]
+            ledger.take(gradient)
+            self.values[index].product(ledger)
+            self.values[index].backward(ledger)
+            ledger.passing(working)
+            ledger.take(self.inputs[index].size)
+            self.keys[index].product(ledger)
+            self.keys[index].backward(ledger)
+            ledger.give(saved, gradient)
+            self.inputs[index].backward(ledger)
+            if index < len(self.parts) - 1:  # the gradients of one input add up
+                ledger.give(self.inputs[index].wide if self.inputs[index].cast else self.inputs[index].size)
+        ledger.give(self.out_gradient, self.joined)
+
+
+def projections(
+    at: Pass, specs: Sequence[Projection], inp: int, outs: Sequence[int], *, is_wide: bool, lends_gradient: bool = False
+) -> list[Block]:
+    """models/layers.py, ``project``: the blocks that read one x, in the order in which they run."""
+    tokens = [(spec, out) for spec, out in zip(specs, outs, strict=True) if isinstance(spec, Pattention)]
+    how = {"is_wide": is_wide, "lends_gradient": lends_gradient}
+    blocks: list[Block] = []
+    if tokens and all(spec.theta == "l2_norm_gelu" for spec, _ in tokens):
+        blocks.append(FusedTokens(at, [spec for spec, _ in tokens], inp, [out for _, out in tokens], **how))
+    else:
+        blocks += [PlainTokens(at, spec, inp, out, **how) for spec, out in tokens]
+    dense = [out for spec, out in zip(specs, outs, strict=True) if not isinstance(spec, Pattention)]
+    return blocks + [LinearBlock(at, inp, out, **how) for out in dense]
+
+
+class DenseFeedForward:
+    """models/layers.py: SwiGLU or GELU. Reads float32."""
+
+    def __init__(self, at: Pass, spec: DenseMLP, embed: int, *, lends_gradient: bool) -> None:
+        self.swiglu, self.inner = spec.kind == "swiglu", at.narrow(spec.dim)
+        self.up = LinearBlock(at, embed, spec.dim * (2 if self.swiglu else 1), is_wide=True)
+        self.down = LinearBlock(at, spec.dim, embed, is_wide=False, lends_gradient=lends_gradient)
+
+    def forward(self, ledger: Ledger) -> None:
+        self.up.forward(ledger)
+        ledger.take(self.inner)  # silu(gate) or gelu(up)
+        if self.swiglu:
+            ledger.take(self.inner)
+        self.down.forward(ledger)
+
+    def backward(self, ledger: Ledger) -> None:
+        m = self.inner
+        self.down.backward(ledger)
+        ledger.give(m)  # what down read
+        if self.swiglu:
+            ledger.take(m, m)  # of silu(gate), of up
+            ledger.give(m, m)  # the product's, and silu(gate)
+            ledger.take(m)
+            ledger.give(m, m, m)  # silu(gate)'s, and gate | up
+            ledger.take(2 * m)
+            ledger.give(m, m)
+        else:
+            ledger.take(m)
+            ledger.give(m, m)
+        self.up.backward(ledger)

@@ -1,0 +1,195 @@
+"""What a stage holds in memory: on each device in training, in the process at growth. No torch here.
+
+The figures follow train/run.py: a stage is tried, trained, validated and copied to the CPU; then the next one grows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from growkit.config.recipe import Recipe
+from growkit.models.spec import ParamSpec, param_specs
+from growkit.optim.groups import frozen_names
+from growkit.planner.activations import FLOAT, Pass
+from growkit.planner.passes import evaluation_peak, trace
+from growkit.schedule.plan import GrowthSchedule, Stage
+
+MOMENTS = 2 * FLOAT  # bytes of AdamW's two moments of one entry
+FLOAT64 = 8
+VALIDATION_ROWS = 32  # windows of a validation's forward pass: eval/validate.py, ROWS
+PROBE_STEPS = 3  # gradients a certificate holds: growth/verify.py, PROBE_STEPS
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes. The first four are one device's at the peak of a training step; ``step`` is their sum.
+
+    ``trial``: peak of the first step's trial on the device; ``validation``: of a validation. ``growth``: in the
+    process, while the state grows into this stage and is certified. ``host``: the most the process holds in CPU memory
+    in this stage, growth included; where the CPU is what trains, that is everything.
+    """
+
+    weights: float
+    gradients: float
+    moments: float
+    activations: float
+    trial: float
+    validation: float
+    growth: float
+    host: float
+    on_cpu: bool
+
+    @property
+    def step(self) -> float:
+        return self.weights + self.gradients + self.moments + self.activations
+
+    @property
+    def device(self) -> float:
+        """The most that one device must hold."""
+        return self.host if self.on_cpu else max(self.step, self.trial, self.validation)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Entries in a stage's state. ``moments``: those that come with moments into it; ``trained``: those it updates."""
+
+    parameters: float
+    moments: float
+    trained: float
+
+    @property
+    def start(self) -> float:
+        return self.parameters * FLOAT + self.moments * MOMENTS
+
+
+def stage_memories(recipe: Recipe, schedule: GrowthSchedule, *, bf16: bool, cuda: bool) -> Iterator[StageMemory]:
+    """The memory of each stage in turn."""
+    before = schedule.start_model
+    old = param_specs(before)
+    # A checkpoint that an extended run starts from brings the moments of everything.
+    with_moments = frozenset(old) if recipe.start is not None else frozenset()
+    for stage in schedule.stages:
+        specs = param_specs(stage.model)
+        born = {name: stage.index for name in specs if name not in old}
+        frozen = frozen_names(specs, born, stage.index, stage.freeze) if stage.freeze else frozenset()
+        with_moments &= specs.keys()
+        held = _Held(
+            parameters=sum(spec.numel for spec in specs.values()),
+            moments=sum(specs[name].numel for name in with_moments),
+            trained=sum(spec.numel for name, spec in specs.items() if name not in frozen),
+        )
+        states = held.start  # what the process holds when the stage is tried
+        growth = 0.0
+        if stage.model != before:
+            states, growth = _growth(recipe, stage, old, with_moments)
+        after = with_moments | (specs.keys() - frozen)
+        lasting = sum(specs[name].numel for name in after) * MOMENTS
+        yield _stage(recipe, stage, held, lasting, states, growth, bf16=bf16, cuda=cuda)
+        before, old, with_moments = stage.model, specs, frozenset(after)
+
+
+def _stage(
+    recipe: Recipe,
+    stage: Stage,
+    held: _Held,
+    moments: float,
+    states: float,
+    growth: float,
+    *,
+    bf16: bool,
+    cuda: bool,
+) -> StageMemory:
+    trainer, devices = recipe.trainer, recipe.trainer.devices
+    sharded = devices if trainer.strategy == "fsdp" else 1
+    weights, gradients = held.parameters * FLOAT, held.trained * FLOAT
+    elementwise: Counter[int | None] = Counter()
+    layers: Counter[int | None] = Counter()
+    for spec in param_specs(stage.model).values():
+        layers[spec.layer] += spec.numel
+        if not spec.is_matmul and spec.component == "norm":
+            elementwise[spec.layer] += spec.numel
+
+    def passes(adds_gradients: bool) -> tuple[float, float]:
+        """Most bytes beside weights and moments: on the way to the loss (gradients apart), and back."""
+        at = Pass(
+            rows=stage.micro_batch_size,
+            context=stage.context_length,
+            bf16=bf16,
+            cuda=cuda,
+            checkpoint_layers=trainer.checkpoint_layers,
+            chunk_tokens=trainer.loss_chunk_tokens,
+            z_loss=recipe.optim.z_loss > 0,
+            adds_gradients=adds_gradients,
+        )
+        both = trace(stage.model, at, elementwise)
+        return both.forward.peak, both.forward.change + both.backward.peak
+
+    frozen = weights - gradients  # the passes book a gradient for everything
+    if devices > 1:
+        # Gradients are there all the time: buckets they are summed in (ddp), or shards with whole ones passing.
+        forward, backward = passes(adds_gradients=True)
+        beyond = max(forward, backward) + (gradients if trainer.strategy == "ddp" else _gathered(layers))
+        peak = gradients / sharded + beyond
+    elif stage.accumulate > 1:
+        forward, backward = passes(adds_gradients=True)
+        peak = gradients + max(forward, backward)
+    else:  # the gradients of a step live until the next one's backward pass begins
+        forward, backward = passes(adds_gradients=False)
+        peak = max(gradients + forward, backward - frozen, gradients)
+    base = (weights + moments) / sharded
+    scored = stage.context_length - stage.context_length // 8  # eval/validate.py, unscored
+    windows = max(1, recipe.monitor.validation_tokens // scored)
+    rows = min(VALIDATION_ROWS, windows)
+    at = Pass(rows=rows, context=stage.context_length, bf16=bf16, cuda=cuda)
+    validation = base + gradients / sharded + evaluation_peak(stage.model, at, several=windows >= 2 * rows)
+    copies = weights + moments  # of the state, on the CPU, when the stage is over
+    trial = 0.0
+    if devices == 1:
+        forward, backward = passes(adds_gradients=False)
+        trial = weights + held.parameters * MOMENTS + max(forward, backward - frozen) + (weights if cuda else 0.0)
+    if cuda:
+        host = max(growth, held.start + copies)
+    else:
+        copied = base + gradients / sharded + copies
+        host = max(growth, states + trial, held.start + max(base + peak, validation, copied))
+    return StageMemory(
+        weights=weights / sharded,
+        gradients=gradients / sharded,
+        moments=moments / sharded,
+        activations=peak - gradients / sharded,
+        trial=trial,
+        validation=validation,
+        growth=growth,
+        host=host,
+        on_cpu=not cuda,
+    )
+
+
+def _gathered(layers: Mapping[int | None, float]) -> float:
+    """What FSDP holds besides its shards: the root's weights, those of two layers, a layer's gradients twice."""
+    largest = max((size for layer, size in layers.items() if layer is not None), default=0.0)
+    return FLOAT * (layers[None] + 4 * largest)
+
+
+def _growth(
+    recipe: Recipe, stage: Stage, old: Mapping[str, ParamSpec], with_moments: frozenset[str]
+) -> tuple[float, float]:
+    """(the states before and after, those and the certificate's work) in bytes of CPU memory. A parameter that keeps
+    its axes keeps its tensors; the certificate holds the grown model, its gradients, and those of PROBE_STEPS steps."""
+    specs = param_specs(stage.model)
+    before = sum(spec.numel * (FLOAT + (MOMENTS if name in with_moments else 0)) for name, spec in old.items())
+    made = {name: spec.numel for name, spec in specs.items() if name not in old or old[name].axes != spec.axes}
+    new = sum(size * (FLOAT + (MOMENTS if name in with_moments else 0)) for name, size in made.items())
+    parameters = sum(spec.numel for spec in specs.values())
+    context = stage.context_length
+    rows = max(1, recipe.monitor.probe_tokens // context)
+    probe = trace(dataclasses.replace(stage.model, dropout=0.0), Pass(rows=rows, context=context), {})
+    held = PROBE_STEPS * parameters * FLOAT  # the model, and the gradients of the steps before the last
+    backward = probe.forward.change + probe.backward.peak
+    last = max(probe.forward.peak, backward, 2 * parameters * FLOAT)  # a copy of the last gradients is the end of it
+    logits = rows * context * stage.model.vocab_size * 2 * (FLOAT64 + FLOAT)  # before and after, in two precisions
+    marks = sum(made.values())  # a truth value for each new entry
+    return before + new, before + new + marks + logits + held + last

@@ -1,0 +1,293 @@
+"""Layers, loss and model of the dry run: what lives together in one forward and one backward pass. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from growkit.models.config import Attention, DenseMLP, LayerSpec, ModelConfig, Pattention
+from growkit.planner.activations import (
+    BFLOAT,
+    FLOAT,
+    INDEX,
+    Block,
+    DenseFeedForward,
+    NormBlock,
+    Pass,
+    Weights,
+    projections,
+)
+from growkit.planner.ledger import Ledger, Trace
+
+HIDDEN = {"swiglu": 4, "gelu": 2}  # hidden widths alive at once when nothing is kept
+
+
+class AttentionBlock:
+    """models/layers.py, ``CausalAttention`` with a fused kernel, which holds no (T × T) scores. Reads float32."""
+
+    def __init__(self, at: Pass, spec: Attention, embed: int, *, lends_gradient: bool) -> None:
+        heads, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        self.read = projections(at, (spec.q, spec.k, spec.v), embed, (heads, kv, kv), is_wide=True)
+        (self.write,) = projections(at, (spec.o,), heads, (embed,), is_wide=False, lends_gradient=lends_gradient)
+        self.q, self.k, self.embed = at.narrow(heads), at.narrow(kv), at.wide(embed)
+        self.log_sum_exp = at.wide(spec.num_heads)
+        self.norms: list[tuple[NormBlock, float]] = []
+        if spec.qk_norm is not None:
+            q_norm = NormBlock(at, spec.qk_norm, spec.head_dim, spec.num_heads)
+            k_norm = NormBlock(at, spec.qk_norm, spec.head_dim, spec.num_kv_heads)
+            self.norms = [(q_norm, self.q), (k_norm, self.k)]
+        self.bf16 = at.bf16
+
+    def forward(self, ledger: Ledger) -> None:
+        for block in self.read:
+            block.forward(ledger)
+        for norm, _ in self.norms:
+            ledger.take(norm.whole if self.bf16 else 0.0)  # float32 copies in, narrow copies out
+            norm.forward(ledger)
+            if self.bf16:
+                ledger.take(norm.whole / 2)
+                ledger.give(norm.whole, norm.whole)
+        ledger.give(*(narrow for _, narrow in self.norms))
+        ledger.take(self.q, self.k)  # rotated
+        ledger.give(self.q, self.k)
+        ledger.take(self.q, self.log_sum_exp)
+        self.write.forward(ledger)
+
+    def backward(self, ledger: Ledger) -> None:
+        q, k = self.q, self.k
+        self.write.backward(ledger)
+        ledger.take(q, k, k)
+        ledger.give(q, q, k, k, q, self.log_sum_exp)  # the output's gradient; q, k, v, output
+        ledger.passing(k)  # rotated back
+        ledger.passing(q)
+        for norm, narrow in reversed(self.norms):
+            if self.bf16:
+                ledger.take(norm.whole)
+                ledger.give(narrow)
+            norm.backward(ledger)
+            if self.bf16:
+                ledger.take(narrow)
+                ledger.give(norm.whole)
+        for index, block in enumerate(reversed(self.read)):
+            block.backward(ledger)
+            if index:  # the gradients of one input add up
+                ledger.give(self.embed)
+
+
+class LayerPass:
+    """models/layers.py, ``Layer``: from the residual stream to the residual stream, both float32."""
+
+    def __init__(self, at: Pass, spec: LayerSpec, config: ModelConfig, dropout: bool) -> None:
+        self.at, self.dropout, embed = at, dropout, config.embed_dim
+        self.x, self.narrow = at.wide(embed), at.narrow(embed)
+        mask = 1 if at.cuda else at.element  # on a CPU, PyTorch draws a mask as wide as what it drops
+        self.mask = at.tokens * embed * mask if dropout else 0.0
+        lends = not at.bf16 and not dropout  # then a branch's gradient is the residual stream's own
+        self.lends = lends
+        mlp: Block
+        if isinstance(spec.mlp, DenseMLP):
+            mlp = DenseFeedForward(at, spec.mlp, embed, lends_gradient=lends)
+        else:
+            (mlp,) = projections(at, (spec.mlp.projection,), embed, (embed,), is_wide=True, lends_gradient=lends)
+        self.norm = NormBlock(at, config.norm, embed)
+        self.branches: list[Block] = [AttentionBlock(at, spec.mixer, embed, lends_gradient=lends), mlp]
+
+    def forward(self, ledger: Ledger) -> None:
+        for branch in self.branches:
+            self.norm.forward(ledger)
+            branch.forward(ledger)
+            if self.at.bf16:
+                ledger.give(self.x)  # the norm's output: products saved casts of it
+            if self.dropout:
+                ledger.take(self.mask, self.narrow)
+                ledger.give(self.narrow)
+            ledger.passing(self.x if self.at.bf16 else 0.0, self.x)
+            ledger.take(self.x)
+            ledger.give(self.narrow)
+        if not self.norm.holds_input:
+            ledger.give(self.x, self.x)
+
+    def backward(self, ledger: Ledger) -> None:
+        for branch in reversed(self.branches):
+            if self.at.bf16:
+                ledger.take(self.narrow)
+            if self.dropout:
+                ledger.take(self.narrow)
+                ledger.give(self.mask, self.narrow if self.at.bf16 else 0.0)
+            branch.backward(ledger)
+            if not self.at.bf16:
+                ledger.give(self.x)  # the norm's output
+            self.norm.backward(ledger)
+            ledger.give(self.x)  # added to the residual stream's
+
+
+class LossPass:
+    """models/loss.py, from the final norm's output."""
+
+    def __init__(self, at: Pass, config: ModelConfig) -> None:
+        count = at.chunk_tokens if 0 < at.chunk_tokens < at.tokens else at.tokens
+        self.chunks = -(-at.tokens // count)
+        self.at, self.h = at, at.wide(config.embed_dim)
+        self.logits, self.narrow_logits = count * config.vocab_size * FLOAT, count * config.vocab_size * at.element
+        self.chunk_h = count * config.embed_dim * at.element
+        self.scaled = config.logit_scale != 1
+        self.head = Weights(at, config.vocab_size * config.embed_dim)
+
+    def forward(self, ledger: Ledger) -> None:
+        """One chunk after the other; a single one leaves what its backward needs."""
+        if self.chunks == 1:
+            self._logits(ledger)
+            if self.at.bf16:
+                ledger.give(self.h)
+        else:
+            chunk = Ledger()
+            self._logits(chunk)
+            ledger.passing(chunk.peak)
+
+    def _logits(self, ledger: Ledger) -> None:
+        bf16 = self.at.bf16
+        ledger.take(self.chunk_h if bf16 else 0.0)
+        self.head.forward(ledger)
+        ledger.take(self.narrow_logits)
+        if bf16:
+            ledger.take(self.logits)
+            ledger.give(self.narrow_logits)
+        if self.scaled:
+            ledger.take(self.logits)
+            ledger.give(self.logits)
+        ledger.take(self.logits)  # log-softmax
+        if self.at.z_loss:
+            ledger.passing(self.logits)  # logsumexp, which saves them
+        else:
+            ledger.give(self.logits)
+
+    def backward(self, ledger: Ledger) -> None:
+        if self.chunks == 1:
+            self._backward(ledger)
+            return
+        part = self.chunk_h / self.at.element * FLOAT
+        self._logits(ledger)
+        self._backward(ledger)
+        ledger.take(self.h - 2 * part)  # what the chunks between first and last give
+        self._logits(ledger)
+        self._backward(ledger)
+        ledger.give(self.head.gradient - self.head.added)  # gradients of the head add up
+        ledger.take(self.h)
+        ledger.give(self.h)
+
+    def _backward(self, ledger: Ledger) -> None:
+        logits, bf16 = self.logits, self.at.bf16
+        if self.at.z_loss:
+            ledger.take(logits, logits, logits)
+            ledger.give(logits, logits, logits)  # what passes, and what logsumexp saved
+        ledger.take(logits, logits)
+        ledger.give(logits, logits)  # of the log-probabilities, and they themselves
+        if self.at.z_loss:
+            ledger.give(logits)
+        if self.scaled:
+            ledger.passing(logits)
+        if bf16:
+            ledger.take(self.narrow_logits)
+            ledger.give(logits)
+        ledger.take(self.chunk_h)
+        self.head.product(ledger)
+        ledger.give(self.narrow_logits)
+        self.head.backward(ledger)
+        if bf16:
+            wide = self.chunk_h / BFLOAT * FLOAT
+            ledger.give(self.chunk_h)
+            ledger.take(wide)
+            ledger.give(self.chunk_h)
+
+
+@dataclass(frozen=True)
+class Traces:
+    """``forward`` to the loss, and ``backward`` from it, which leaves the gradients unless they are added to others."""
+
+    forward: Trace
+    backward: Trace
+
+
+def trace(config: ModelConfig, at: Pass, elementwise: Mapping[int | None, float]) -> Traces:
+    """The passes of one micro-batch through ``config``. ``elementwise``: entries of the gains and biases of each layer,
+    by id; None: the model's own."""
+    ledger, back = Ledger(), Ledger()
+    embed, x = config.embed_dim, at.wide(config.embed_dim)
+    ropes = {(s.mixer.head_dim, s.mixer.rope_fraction, s.mixer.rope_base) for s in config.layers}
+    batch = 4 * INDEX * at.tokens + sum(FLOAT * at.context * dim * share for dim, share, _ in ropes)
+    ledger.take(batch, x)
+    known: dict[tuple[object, object], Traces] = {}
+    passes = []
+    for spec in config.layers:
+        if (spec.mixer, spec.mlp) not in known:
+            known[spec.mixer, spec.mlp] = _layer(spec, config, at)
+        passes.append(known[spec.mixer, spec.mlp])
+        ledger.replay(passes[-1].forward)
+    norm, loss = NormBlock(at, config.final_norm, embed), LossPass(at, config)
+    norm.forward(ledger)
+    if not norm.holds_input:
+        ledger.give(x)
+    loss.forward(ledger)
+
+    table = config.vocab_size * embed * FLOAT
+    loss.backward(back)
+    back.give(0.0 if at.bf16 and loss.chunks == 1 else x)
+    norm.backward(back)
+    for spec, layer in zip(reversed(config.layers), reversed(passes), strict=True):
+        back.replay(layer.backward)
+        if not at.adds_gradients:
+            back.take(elementwise.get(spec.id, 0.0) * FLOAT)
+    back.take(table)
+    back.give(x, batch)
+    if config.tied_head:  # the table's two gradients become one
+        back.give(table if not at.adds_gradients else 0.0)
+    if at.adds_gradients:
+        back.give(table)
+    else:
+        back.take(elementwise.get(None, 0.0) * FLOAT)
+    return Traces(ledger.close(), back.close())
+
+
+def _layer(spec: LayerSpec, config: ModelConfig, at: Pass) -> Traces:
+    layer = LayerPass(at, spec, config, config.dropout > 0)
+    ledger, back = Ledger(), Ledger()
+    layer.forward(ledger)
+    layer.backward(back)
+    if not at.checkpoint_layers:
+        return Traces(ledger.close(), back.close())
+    # Only the input stays. Backward runs the layer once more; its output is not kept.
+    again = Ledger()
+    again.replay(ledger.close())
+    again.give(layer.x if layer.norm.holds_input else 0.0)
+    again.replay(back.close())
+    again.give(0.0 if layer.norm.holds_input else layer.x)
+    return Traces(Trace(ledger.peak, layer.x), again.close())
+
+
+def evaluation_peak(config: ModelConfig, at: Pass, *, several: bool) -> float:
+    """Most bytes alive beside the weights while ``at`` is scored as validation does: nothing is kept for a backward
+    pass, but all logits of the pass are there at once, and, of ``several`` passes, those of the one before."""
+    x, widest = at.wide(config.embed_dim), 0.0
+    known = set()
+    for spec in config.layers:
+        if (spec.mixer, spec.mlp) in known:
+            continue
+        known.add((spec.mixer, spec.mlp))
+        mixer, mlp = spec.mixer, spec.mlp
+        heads, kv = at.narrow(mixer.num_heads * mixer.head_dim), at.narrow(mixer.num_kv_heads * mixer.head_dim)
+        if isinstance(mlp, DenseMLP):
+            hidden = at.narrow(HIDDEN[mlp.kind] * mlp.dim)
+        else:
+            hidden = _scored(mlp.projection, at)
+        read = [p for p in (mixer.q, mixer.k, mixer.v, mixer.o) if isinstance(p, Pattention)]
+        attention = 3 * (heads + kv) + max((_scored(p, at) for p in read), default=0.0)
+        widest = max(widest, attention, hidden)
+    logits = at.tokens * config.vocab_size
+    scoring = logits * (2 * FLOAT if not at.bf16 else 2 * FLOAT + BFLOAT)
+    before = logits * at.element if several else 0.0
+    return 2 * INDEX * at.tokens + max(3 * x + widest + before, scoring + x)
+
+
+def _scored(spec: Pattention, at: Pass) -> float:
+    """Scores of the tokens under one norm, three times over, as their Θ is taken."""
+    return 3 * at.narrow(max(spec.banks) if spec.scope == "bank" else spec.tokens)

@@ -1,0 +1,206 @@
+"""What a schedule costs before it is run: parameters, tokens, FLOPs, memory, time, money, energy. No torch here.
+
+Every figure is arithmetic on the recipe; docs/plan.md has the formulas and what they leave out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from growkit.config.recipe import Recipe
+from growkit.models.config import ModelConfig
+from growkit.models.spec import Component, param_specs
+from growkit.planner.hardware import THIS_MACHINE, Hardware
+from growkit.planner.memory import StageMemory, stage_memories
+from growkit.schedule.plan import GrowthSchedule, Stage
+
+COMPONENTS: tuple[str, ...] = get_args(Component)
+# Hoffmann et al. (arXiv 2203.15556): about 20 tokens a parameter spend a budget of C = 6 · parameters · tokens best.
+TOKENS_PER_PARAMETER = 20
+FLOPS_PER_PARAMETER = 6
+JOULES_PER_KWH = 3.6e6
+SMALL = 1e8  # parameters below which nobody should expect the usual share of a GPU's peak
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of some training: ``seconds`` of wall clock, ``dollars``, ``joules``, over all devices; None where unknown."""
+
+    seconds: float | None = None
+    dollars: float | None = None
+    joules: float | None = None
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage. ``parameters``: component → entries. ``fits``: None where the device's memory is unknown."""
+
+    stage: Stage
+    parameters: dict[str, int]
+    memory: StageMemory
+    cost: Cost
+    fits: bool | None
+
+    @property
+    def flops(self) -> float:
+        return self.stage.steps * self.stage.flops_per_step
+
+    @property
+    def num_params(self) -> int:
+        return sum(self.parameters.values())
+
+
+@dataclass(frozen=True)
+class FromScratch:
+    """What the schedule's FLOPs buy at once: ``tokens`` and ``steps`` of a model of ``parameters``."""
+
+    parameters: float
+    tokens: float
+    steps: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All stages and what they come to. ``hardware``: None if none was said. ``final_model``: the last stage's, trained
+    from scratch at its context and batch; ``compute_optimal``: by the 20-tokens-a-parameter rule of thumb."""
+
+    stages: tuple[StagePlan, ...]
+    hardware: Hardware | None
+    devices: int
+    precision: str
+    total: Cost
+    tokens: int
+    flops: float
+    final_model: FromScratch
+    compute_optimal: FromScratch
+    notes: tuple[str, ...]
+
+    @property
+    def tokens_per_joule(self) -> float | None:
+        return _ratio(self.tokens, self.total.joules)
+
+    @property
+    def tokens_per_dollar(self) -> float | None:
+        return _ratio(self.tokens, self.total.dollars)
+
+    @property
+    def fits(self) -> bool | None:
+        known = [stage.fits for stage in self.stages if stage.fits is not None]
+        return all(known) if known else None
+
+
+def plan(recipe: Recipe, schedule: GrowthSchedule, hardware: Hardware | None) -> Plan:
+    """The plan of a recipe whose ``schedule`` is given, on ``trainer.devices`` of ``hardware``. Without one, memory is
+    that of a CPU in float32 (unless trainer.precision says bf16), and cost is unknown. Raises ConfigError."""
+    trainer = recipe.trainer
+    fallback = "fp32" if trainer.precision == "auto" else trainer.precision
+    precision = hardware.precision(trainer) if hardware is not None else fallback
+    # Processes on one CPU share its cores, its price and its power, and each needs its memory.
+    devices = trainer.devices if hardware is not None and hardware.cuda else 1
+    rate = hardware.flops_per_second(precision) * devices if hardware is not None else None
+    room = hardware.memory_bytes if hardware is not None else None
+    memories = stage_memories(recipe, schedule, bf16=precision == "bf16", cuda=hardware is not None and hardware.cuda)
+    stages = tuple(
+        StagePlan(
+            stage=stage,
+            parameters=parameters(stage.model),
+            memory=memory,
+            cost=_cost(stage.steps * stage.flops_per_step, rate, hardware, devices),
+            fits=None if room is None else memory.device * (trainer.devices if memory.on_cpu else 1) <= room,
+        )
+        for stage, memory in zip(schedule.stages, memories, strict=True)
+    )
+    flops, last = schedule.flops, schedule.last
+    steps = math.floor(flops / last.flops_per_step)
+    best = math.sqrt(flops / (FLOPS_PER_PARAMETER * TOKENS_PER_PARAMETER))
+    return Plan(
+        stages=stages,
+        hardware=hardware,
+        devices=trainer.devices,
+        precision=precision,
+        total=_cost(flops, rate, hardware, devices),
+        tokens=schedule.tokens,
+        flops=flops,
+        final_model=FromScratch(stages[-1].num_params, steps * last.global_batch_tokens, steps),
+        compute_optimal=FromScratch(best, TOKENS_PER_PARAMETER * best, None),
+        notes=_notes(recipe, schedule, hardware),
+    )
+
+
+def parameters(model: ModelConfig) -> dict[str, int]:
+    """Component → parameters; a tied head has none of its own."""
+    counts = dict.fromkeys(COMPONENTS, 0)
+    for spec in param_specs(model).values():
+        counts[spec.component] += spec.numel
+    return counts
+
+
+def to_json(plan: Plan) -> dict[str, Any]:
+    """The plan as plain JSON values; bytes, seconds, US dollars and joules."""
+    stages = [
+        {
+            "name": stage.stage.name,
+            "grows": [f"{link.operator} {link.method}" for link in stage.stage.links],
+            "parameters": stage.num_params,
+            "parameters_by_component": stage.parameters,
+            "context_length": stage.stage.context_length,
+            "global_batch_tokens": stage.stage.global_batch_tokens,
+            "micro_batch_size": stage.stage.micro_batch_size,
+            "steps": stage.stage.steps,
+            "tokens": stage.stage.tokens,
+            "flops": stage.flops,
+            "memory": dataclasses.asdict(stage.memory) | {"step": stage.memory.step, "device": stage.memory.device},
+            "fits": stage.fits,
+            **dataclasses.asdict(stage.cost),
+        }
+        for stage in plan.stages
+    ]
+    return {
+        "hardware": dataclasses.asdict(plan.hardware) if plan.hardware is not None else None,
+        "devices": plan.devices,
+        "precision": plan.precision,
+        "stages": stages,
+        "total": {
+            "tokens": plan.tokens,
+            "flops": plan.flops,
+            **dataclasses.asdict(plan.total),
+            "tokens_per_joule": plan.tokens_per_joule,
+            "tokens_per_dollar": plan.tokens_per_dollar,
+            "fits": plan.fits,
+        },
+        "from_scratch": {
+            "final_model": dataclasses.asdict(plan.final_model),
+            "compute_optimal": dataclasses.asdict(plan.compute_optimal),
+        },
+        "notes": list(plan.notes),
+    }
+
+
+def _cost(flops: float, rate: float | None, hardware: Hardware | None, devices: int) -> Cost:
+    if rate is None or hardware is None:
+        return Cost()
+    seconds = flops / rate
+    dollars = None if hardware.price_per_hour is None else seconds / 3600 * hardware.price_per_hour * devices
+    joules = None if hardware.watts is None else seconds * hardware.watts * devices
+    return Cost(seconds, dollars, joules)
+
+
+def _ratio(count: float, of: float | None) -> float | None:
+    return count / of if of else None
+
+
+def _notes(recipe: Recipe, schedule: GrowthSchedule, hardware: Hardware | None) -> tuple[str, ...]:
+    notes = []
+    assumed = hardware is not None and hardware.cuda and hardware.name != THIS_MACHINE
+    if assumed and recipe.hardware.utilisation is None and schedule.stages[0].model.num_params() < SMALL:
+        notes.append("time is too short for small models: they reach far less of a GPU's peak (hardware.utilisation)")
+    if recipe.trainer.backend == "reference":
+        notes.append("memory is that of the compiled path; trainer.backend=reference needs more")
+    if recipe.trainer.compile:
+        notes.append("memory is that of eager training; trainer.compile moves it either way")
+    if recipe.trainer.devices > 1:
+        notes.append("memory with several devices is an estimate that no test holds to a measurement")
+    return tuple(notes)
