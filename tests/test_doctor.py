@@ -54,6 +54,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
         "extra": lambda: set_(doctor, "_version", lambda name: None if name == "tensorboard" else version(name)),
         "driver": lambda: set_(shutil, "which", lambda _: "/usr/bin/nvidia-smi"),
         "threads": lambda: set_(torch, "get_num_threads", lambda: 999),
+        "key": lambda: monkeypatch.setenv("WANDB_MODE", "offline"),
         "memory": lambda: set_(doctor, "_available_memory", lambda: 10**8),
         "bf16": lambda: set_(doctor.hardware, "measure_peak_flops", lambda _, d: 1e9 if d == torch.float32 else 9e9),
     }[fault]()
@@ -68,6 +69,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
         ("extra", "tensorboard", "note", "growkit[tensorboard]"),
         ("driver", "GPU", "problem", "CUDA build"),
         ("threads", "processor", "note", "run.threads="),
+        ("key", "Weights & Biases", "note", "wandb login"),
         ("memory", "memory", "note", "checkpoint_layers"),
         ("bf16", "matrix products", "note", "trainer.precision=bf16"),
     ],

@@ -47,7 +47,7 @@ class Finding:
 
 def examine(folder: Path, *, as_json: bool) -> int:
     """Prints what there is; the exit code is 1 if anything is a problem."""
-    findings = [*_software(), *_processor(), *_graphics(), *_room(folder)]
+    findings = [*_software(), *_processor(), *_graphics(), *_room(folder), *_logging()]
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(finding) for finding in findings]))
     else:
@@ -126,6 +126,18 @@ def _available_memory() -> int | None:
     except FileNotFoundError:
         return None
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _logging() -> Iterator[Finding]:
+    if _version("wandb") is None:  # said above
+        return
+    from growkit.train.loggers.wandb import has_key
+
+    if has_key():
+        yield Finding("Weights & Biases", "a key is there: logger.kind=wandb goes online")
+    else:
+        mend = "to go online: wandb login; `growkit sync RUN` sends a run later"
+        yield Finding("Weights & Biases", "no key, or told to stay offline: logger.kind=wandb writes files", NOTE, mend)
 
 
 def _room(folder: Path) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""``growkit``: train, resume, grow, validate, inspect, generate, report, compare, lineage, recipes."""
+"""``growkit``: every command, its options and its help; what they do is imported when they are called."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 recipes_app = typer.Typer(help="The recipes that come with growkit.", no_args_is_help=True)
-app.add_typer(recipes_app, name="recipes")
+# Commands by what they are for, in the order of --help.
+PLAN, TRAIN, LOOK = "Write and plan a recipe", "Train", "Look at runs"
+CHECKPOINTS, MACHINE = "Work with checkpoints", "Look at this machine"
+app.add_typer(recipes_app, name="recipes", rich_help_panel=PLAN)
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # of everything wrong with a command line; typer exports only this heir
 
@@ -68,62 +71,9 @@ def _root(
     """Train a language model by growing it."""
 
 
-@app.command(epilog="Example: growkit train quickstart data.source=my.txt stages.0.duration='200 steps'")
-def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Train a recipe from its beginning."""
-    from growkit.cli.training import start
-
-    raise typer.Exit(start(recipe, overrides or []))
-
-
-@app.command(epilog="Example: growkit resume runs/NAME --from 400 --as runs/branch")
-def resume(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
-    from_step: Annotated[int | None, typer.Option("--from", help="Step to go on from (default: the latest).")] = None,
-    as_new: Annotated[Path | None, typer.Option("--as", help="A new run folder; RUN is left untouched.")] = None,
-) -> None:
-    """Go on with a run that stopped, exactly as if it had not."""
-    from growkit.cli.training import go_on
-
-    raise typer.Exit(go_on(run, from_step, as_new))
-
-
-@app.command(epilog="Example: growkit extend runs/NAME more.yaml run.name=longer")
-def extend(
-    source: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="What to go on from.")],
-    recipe: Annotated[str, typer.Argument(help="A YAML file with further stages, and what shall differ; no model.")],
-    overrides: Overrides = None,
-    from_step: Annotated[int | None, typer.Option("--from", help="Step of the run (default: the latest).")] = None,
-) -> None:
-    """Train further stages on a run or a checkpoint, in a new run folder; lineage, moments and counts go on."""
-    from growkit.cli.training import extend as extend_checkpoint
-
-    raise typer.Exit(extend_checkpoint(source, recipe, overrides or [], from_step))
-
-
-@app.command(epilog="Example: growkit sync runs/NAME")
-def sync(run: Annotated[Path, typer.Argument(help="A run folder, of any logger.")]) -> None:
-    """Send to Weights & Biases what it lacks of a run."""
-    from growkit.cli.sync import sync_run
-
-    sync_run(run)
-
-
-@app.command(epilog="Example: growkit grow runs/NAME num_layers=8 -o grown methods.depth=identity")
-def grow(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or a run folder (its latest checkpoint).")],
-    targets: Annotated[list[str], typer.Argument(help="key=value: sizes to grow to, methods.OPERATOR=METHOD.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where the grown checkpoint goes.")],
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of what is drawn at random.")] = 0,
-    probe_tokens: Annotated[int, typer.Option(min=2, help="Random tokens the certificate is measured on.")] = 512,
-) -> None:
-    """Grow a checkpoint without training, with a certificate."""
-    from growkit.cli.checkpoints import grow_checkpoint
-
-    grow_checkpoint(checkpoint, targets, output, seed, probe_tokens)
-
-
-@app.command(epilog="Example: growkit init mine.yaml --data my.txt --size small --budget '20M tokens'")
+@app.command(
+    epilog="Example: growkit init mine.yaml --data my.txt --size small --budget '20M tokens'", rich_help_panel=PLAN
+)
 def init(
     file: Annotated[Path, typer.Argument(help="The recipe to write.")] = Path("recipe.yaml"),
     data: Annotated[str | None, typer.Option(help="Text: a file, a folder, hf:NAME or stdlib.")] = None,
@@ -139,15 +89,10 @@ def init(
     write_recipe(file, Answers(data, preset, size, budget, stages), ask=ask)
 
 
-@app.command(epilog="Example: growkit validate recipes/quickstart.yaml optim.lr=1e-3")
-def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Check a recipe and show its stages, without training or importing torch."""
-    from growkit.cli.recipes import show_schedule
-
-    show_schedule(recipe, overrides or [])
-
-
-@app.command(epilog="Example: growkit plan quickstart --hardware l4 stages.2.duration='1e15 flops' --png schedule.png")
+@app.command(
+    epilog="Example: growkit plan quickstart --hardware l4 stages.2.duration='1e15 flops' --png schedule.png",
+    rich_help_panel=PLAN,
+)
 def plan(
     recipe: RecipeArgument,
     overrides: Overrides = None,
@@ -168,7 +113,111 @@ def plan(
     show_plan(recipe, overrides or [], hardware, measure=measure, png=png, as_json=json)
 
 
-@app.command(epilog="Example: growkit inspect runs/NAME")
+@app.command(epilog="Example: growkit validate recipes/quickstart.yaml optim.lr=1e-3", rich_help_panel=PLAN)
+def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Check a recipe and show its stages, without training or importing torch."""
+    from growkit.cli.recipes import show_schedule
+
+    show_schedule(recipe, overrides or [])
+
+
+@app.command(
+    epilog="Example: growkit train quickstart data.source=my.txt stages.0.duration='200 steps'", rich_help_panel=TRAIN
+)
+def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Train a recipe from its beginning."""
+    from growkit.cli.training import start
+
+    raise typer.Exit(start(recipe, overrides or []))
+
+
+@app.command(epilog="Example: growkit resume runs/NAME --from 400 --as runs/branch", rich_help_panel=TRAIN)
+def resume(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    from_step: Annotated[int | None, typer.Option("--from", help="Step to go on from (default: the latest).")] = None,
+    as_new: Annotated[Path | None, typer.Option("--as", help="A new run folder; RUN is left untouched.")] = None,
+) -> None:
+    """Go on with a run that stopped, exactly as if it had not."""
+    from growkit.cli.training import go_on
+
+    raise typer.Exit(go_on(run, from_step, as_new))
+
+
+@app.command(epilog="Example: growkit extend runs/NAME more.yaml run.name=longer", rich_help_panel=TRAIN)
+def extend(
+    source: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="What to go on from.")],
+    recipe: Annotated[str, typer.Argument(help="A YAML file with further stages, and what shall differ; no model.")],
+    overrides: Overrides = None,
+    from_step: Annotated[int | None, typer.Option("--from", help="Step of the run (default: the latest).")] = None,
+) -> None:
+    """Train further stages on a run or a checkpoint, in a new run folder; lineage, moments and counts go on."""
+    from growkit.cli.training import extend as extend_checkpoint
+
+    raise typer.Exit(extend_checkpoint(source, recipe, overrides or [], from_step))
+
+
+@app.command(epilog="Example: growkit report runs/NAME", rich_help_panel=LOOK)
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; a run may still be going on.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="File to write. Default: RUN/report.html; for several runs report.html."),
+    ] = None,
+) -> None:
+    """Write one self-contained HTML file about a run, or about several on the same axes."""
+    from growkit.cli.reports import show_report
+
+    show_report(runs, output)
+
+
+@app.command(epilog="Example: growkit compare runs/static runs/grown --by flops --png curves.png", rich_help_panel=LOOK)
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; the first one is what the others are held to.")],
+    by: Annotated[Literal["flops", "tokens", "seconds"], typer.Option(help="Axis the runs are aligned on.")] = "flops",
+    png: Annotated[Path | None, typer.Option(help="Also draw the curves into this file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Set runs side by side: figures, scores at the same place, and what each needs to reach the first one's."""
+    from growkit.cli.reports import show_comparison
+
+    show_comparison(runs, by, png, as_json)
+
+
+@app.command(epilog="Example: growkit lineage runs/NAME", rich_help_panel=LOOK)
+def lineage(
+    run: Annotated[Path, typer.Argument(help="A run folder or a checkpoint.")],
+) -> None:
+    """Show where a model comes from: stages, growths with certificates, parents and branches."""
+    from growkit.cli.reports import show_lineage
+
+    show_lineage(run)
+
+
+@app.command(epilog="Example: growkit sync runs/NAME", rich_help_panel=LOOK)
+def sync(run: Annotated[Path, typer.Argument(help="A run folder, of any logger.")]) -> None:
+    """Send to Weights & Biases what it lacks of a run."""
+    from growkit.cli.sync import sync_run
+
+    sync_run(run)
+
+
+@app.command(
+    epilog="Example: growkit grow runs/NAME num_layers=8 -o grown methods.depth=identity", rich_help_panel=CHECKPOINTS
+)
+def grow(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or a run folder (its latest checkpoint).")],
+    targets: Annotated[list[str], typer.Argument(help="key=value: sizes to grow to, methods.OPERATOR=METHOD.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the grown checkpoint goes.")],
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of what is drawn at random.")] = 0,
+    probe_tokens: Annotated[int, typer.Option(min=2, help="Random tokens the certificate is measured on.")] = 512,
+) -> None:
+    """Grow a checkpoint without training, with a certificate."""
+    from growkit.cli.checkpoints import grow_checkpoint
+
+    grow_checkpoint(checkpoint, targets, output, seed, probe_tokens)
+
+
+@app.command(epilog="Example: growkit inspect runs/NAME", rich_help_panel=CHECKPOINTS)
 def inspect(checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or a run folder.")]) -> None:
     """Show what a checkpoint holds: model, progress, lineage with certificates; every file is verified."""
     from growkit.cli.checkpoints import inspect_checkpoint
@@ -176,22 +225,7 @@ def inspect(checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or a r
     inspect_checkpoint(checkpoint)
 
 
-@app.command(epilog="Example: growkit generate runs/NAME --prompt 'def ' --tokens 300")
-def generate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or a run folder.")],
-    prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "def ",
-    tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 200,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.8,
-    top_k: Annotated[int, typer.Option(min=0, help="Choose among the k most likely; 0: all.")] = 50,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the draws.")] = 0,
-) -> None:
-    """Write text with a trained model."""
-    from growkit.cli.checkpoints import generate_text
-
-    generate_text(checkpoint, prompt, tokens, temperature, top_k, seed)
-
-
-@app.command("eval", epilog="Example: growkit eval runs/NAME --data my.txt --context 512")
+@app.command("eval", epilog="Example: growkit eval runs/NAME --data my.txt --context 512", rich_help_panel=CHECKPOINTS)
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or a run folder.")],
     data: Annotated[str | None, typer.Option(help="Text to score, all of it (default: what the run held out).")] = None,
@@ -206,7 +240,22 @@ def evaluate(
     evaluation.evaluate(checkpoint, data, text_field, context, tokens, as_json=json)
 
 
-@app.command(epilog="Example: growkit profile quickstart --stage 3 -o trace.json")
+@app.command(epilog="Example: growkit generate runs/NAME --prompt 'def ' --tokens 300", rich_help_panel=CHECKPOINTS)
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or a run folder.")],
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "def ",
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Choose among the k most likely; 0: all.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the draws.")] = 0,
+) -> None:
+    """Write text with a trained model."""
+    from growkit.cli.checkpoints import generate_text
+
+    generate_text(checkpoint, prompt, tokens, temperature, top_k, seed)
+
+
+@app.command(epilog="Example: growkit profile quickstart --stage 3 -o trace.json", rich_help_panel=MACHINE)
 def profile(
     recipe: RecipeArgument,
     overrides: Overrides = None,
@@ -221,7 +270,7 @@ def profile(
     profile_recipe(recipe, overrides or [], stage, steps, output)
 
 
-@app.command(epilog="Example: growkit doctor")
+@app.command(epilog="Example: growkit doctor", rich_help_panel=MACHINE)
 def doctor(
     folder: Annotated[Path, typer.Option(help="Where runs would go.")] = Path("runs"),
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -230,43 +279,6 @@ def doctor(
     from growkit.cli.doctor import examine
 
     raise typer.Exit(examine(folder, as_json=json))
-
-
-@app.command(epilog="Example: growkit report runs/NAME")
-def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders; a run may still be going on.")],
-    output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", help="File to write. Default: RUN/report.html; for several runs report.html."),
-    ] = None,
-) -> None:
-    """Write one self-contained HTML file about a run, or about several on the same axes."""
-    from growkit.cli.reports import show_report
-
-    show_report(runs, output)
-
-
-@app.command(epilog="Example: growkit compare runs/static runs/grown --by flops --png curves.png")
-def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders; the first one is what the others are held to.")],
-    by: Annotated[Literal["flops", "tokens", "seconds"], typer.Option(help="Axis the runs are aligned on.")] = "flops",
-    png: Annotated[Path | None, typer.Option(help="Also draw the curves into this file.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
-) -> None:
-    """Set runs side by side: figures, scores at the same place, and what each needs to reach the first one's."""
-    from growkit.cli.reports import show_comparison
-
-    show_comparison(runs, by, png, as_json)
-
-
-@app.command(epilog="Example: growkit lineage runs/NAME")
-def lineage(
-    run: Annotated[Path, typer.Argument(help="A run folder or a checkpoint.")],
-) -> None:
-    """Show where a model comes from: stages, growths with certificates, parents and branches."""
-    from growkit.cli.reports import show_lineage
-
-    show_lineage(run)
 
 
 @recipes_app.command("list")

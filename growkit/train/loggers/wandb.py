@@ -68,7 +68,7 @@ class Session:
         self.folder, self.state = folder, WandbState.load(folder.path)
         self.recipe = load_recipe(folder.recipe, [], PRESETS)
         self.rows, self.log = Rows(), LogReader(folder.metrics)
-        self.online = _has_key() if mode == "auto" else mode == "online"
+        self.online = has_key() if mode == "auto" else mode == "online"
         if not self.online:
             self._set_aside_unfinished()
             why = "no API key was found" if mode == "auto" else "as logger.mode says"
@@ -199,12 +199,12 @@ class Session:
                 fragment.rename(fragment.with_name(f"unfinished-{fragment.name}"))
 
 
-def _has_key() -> bool:
+def has_key() -> bool:
     """Whether wandb finds an API key (environment, netrc, settings) and is not told to stay offline."""
     if os.environ.get("WANDB_MODE", "online") not in ("online", "run"):
         return False
     try:
-        return bool(wandb.login(verify=False))
+        return bool(wandb.login(verify=False, prompt=False))
     except wandb.errors.UsageError:  # what it raises where it cannot ask
         return False
 
