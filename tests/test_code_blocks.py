@@ -27,14 +27,16 @@ from tests.support import cli, corpus_file, recipe_dict, write_recipe
 # What is done with a block, by its language. ``text`` is for what is no code: output, formulas, folder trees.
 CLASSES = {"bash": "run", "python": "run", "yaml": "read", "json": "read", "text": "shown"}
 # Blocks that are not run, by page; each gives its reason behind its fence.
-NOT_RUN: dict[str, int] = {}
+NOT_RUN = {"docs/logging.md": 1}
 # Lines that are parsed by the real command line and not run: a word of the line, and why.
 PARSED_ONLY = {
     "data.source=hf:NAME": "needs the network",
+    "logger.kind=wandb": "starts wandb; the tests of the logger do, against a stand-in server",
+    "sync": "needs an account of Weights & Biases",
 }
 # Texts that pages name; all are the same small one.
 TEXTS = ("my.txt", "tinyshakespeare.txt", "path/to/file-or-folder", "path/to/folder/notes.md")
-RUN = "NAME"  # the run that pages name without making it
+RUNS = ("NAME", "A", "B", "static", "grown")  # runs that pages name without making them; all are the same small one
 MORE = "stages: [{name: more, duration: 2 steps, grow: {num_layers: 4}}]"  # more.yaml, for `growkit extend`
 # Put behind every command that trains: one process, few tokens; and each stage to two steps.
 SMALL = (
@@ -121,7 +123,9 @@ def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(recipes_folder(), folder / "recipes")
     small = recipe_dict(folder, run={"folder": "runs"}, trainer={"keep_last": 10})
     with contextlib.chdir(folder):
-        assert cli("train", write_recipe(folder, small), f"run.name={RUN}")[0] == 0
+        assert cli("train", write_recipe(folder, small), f"run.name={RUNS[0]}")[0] == 0
+    for copy in RUNS[1:]:
+        shutil.copytree(folder / "runs" / RUNS[0], folder / "runs" / copy)
     (folder / "more.yaml").write_text(MORE)
     return folder
 
