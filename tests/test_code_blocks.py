@@ -32,6 +32,7 @@ NOT_RUN = {"docs/logging.md": 1}
 PARSED_ONLY = {
     "data.source=hf:NAME": "needs the network",
     "logger.kind=wandb": "starts wandb; the tests of the logger do, against a stand-in server",
+    "--measure": "times the machine, and keeps the result in the reader's home",
     "sync": "needs an account of Weights & Biases",
 }
 # Texts that pages name; all are the same small one.
