@@ -45,7 +45,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "model": {"embed_dim": 128, "num_layers": 2, "num_heads": 4, "attention_tokens": 64, "mlp_tokens": 256},
         "context_length": 256,
         "global_batch_tokens": 2048,
-        "steps": 60,
+        "steps": 50,
     },
     "3M": {
         "model": {"embed_dim": 256, "num_layers": 3, "num_heads": 4, "attention_tokens": 256, "mlp_tokens": 1024},
@@ -120,6 +120,7 @@ def measure(recipe: Recipe, corpus: Corpus, kind: str) -> dict[str, float]:
     taken = marks[-1] - marks[0]
     return {
         "step_seconds": taken / (LOG_EVERY * (len(marks) - 1)),
+        "listener_seconds": inside / len(marks),
         "listener_share": inside / taken,
         "processes_cpu_share": (_cpu_of_children() - before) / (taken * (os.cpu_count() or 1)),
     }
@@ -136,6 +137,7 @@ def summary(name: str, recipe: Recipe, rounds: list[dict[str, dict[str, float]]]
     for kind in ARMS[1:]:
         arms[kind] = {
             "step_time_ratio": _spread([r[kind]["step_seconds"] / r["none"]["step_seconds"] for r in rounds]),
+            "listener_seconds_per_log": _spread([r[kind]["listener_seconds"] for r in rounds]),
             "listener_share": _spread([r[kind]["listener_share"] for r in rounds]),
             "processes_cpu_share": _spread([r[kind]["processes_cpu_share"] for r in rounds]),
         }

@@ -35,6 +35,7 @@ class LocalLogger:
         with _Warned(self):
             shutil.rmtree(self._place, ignore_errors=True)
             self._logger = _tensorboard(self._place) if self._tensorboard else _csv(self._place)
+            assert self._logger.experiment  # made now: TensorBoard's import takes a second that no step is to wait
         self._log(read_log(self._metrics))
         return self
 
