@@ -115,8 +115,12 @@ BOTH: dict[str, dict[str, Any]] = {
     "gainless layernorm, two micro-batches": {"norm": "layernorm_gainless", "shape": (4, 128, 2)},
 }
 ONE = {
-    "transformer": {"gelu": {"mlp": "gelu"}},
+    "transformer": {
+        "gelu": {"mlp": "gelu"},
+        "wide, its backward pass the peak": {"num_layers": 1, "mlp_dim": 1536, "shape": (8, 128, 2)},
+    },
     "tokenformer": {
+        "wide, its backward pass the peak": {"num_layers": 1, "mlp_tokens": 3072, "shape": (8, 128, 2)},
         "gelu before the norm": {"theta": "gelu_l2_norm"},
         "softmax": {"theta": "softmax", "token_norm": "shared"},
     },
