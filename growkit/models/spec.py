@@ -34,13 +34,13 @@ class ParamSpec:
     local: str = ""
     bank: int | None = None
 
-    @cached_property
+    @property
     def shape(self) -> tuple[int, ...]:
         return tuple(axis.size for axis in self.axes)
 
     @cached_property
     def numel(self) -> int:
-        return math.prod(self.shape)
+        return math.prod(axis.size for axis in self.axes)
 
     @property
     def is_matmul(self) -> bool:
