@@ -360,6 +360,8 @@ def test_the_lineage_of_a_checkpoint_agrees_with_the_log(world: Path, tmp_path: 
             same = ("index", "name", "parameters", "step", "tokens", "flops", "growth", "ended")
             assert [getattr(stage, key) for key in same] == [getattr(logged, key) for key in same]
             assert stage.bits_per_byte == pytest.approx(logged.bits_per_byte, rel=1e-12)
+    manifest = read(world / "static/checkpoints/step-00000018", verify=False)
+    assert [stage.parameters for stage in stages_of_manifest(manifest)] == [manifest.model.num_params()]
     code, out, _ = cli("lineage", world / "run/checkpoints/step-00000016")
     assert code == 0 and "now at step 16" in out and "to step 12" in out
     assert cli("grow", world / "run", "num_layers=3", "-o", tmp_path / "grown")[0] == 0
