@@ -4,6 +4,7 @@ was never stopped. Accumulation, shuffling and dropout are on; the run crosses t
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import os
 import signal
@@ -16,7 +17,7 @@ import torch
 
 from growkit import faults
 from growkit.checkpoint import manifest as manifests
-from growkit.checkpoint import store
+from growkit.checkpoint import run_folder, store
 from growkit.checkpoint.run_folder import RunFolder, step_name
 from tests.support import cli, in_child, recipe_dict, records, start_child, write_recipe
 
@@ -100,6 +101,18 @@ def test_killed_at_a_fault_point(point: str, nth: int, whole: tuple[Path, Path],
     assert in_child("resume", run) == 0
     assert_same_run(run, reference)
     assert not list((run / "checkpoints").glob(f"{store.WRITING}*")), "left-overs of the killed save"
+
+
+def test_a_look_at_a_run_does_not_keep_it_from_being_resumed(
+    whole: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A report asks who writes the run by taking its lock for an instant: a resume in that instant waits for it."""
+    with open(whole[1] / "run.lock") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        monkeypatch.setattr(run_folder.time, "sleep", lambda _: fcntl.flock(looking, fcntl.LOCK_UN))
+        folder = RunFolder.open(whole[1])
+        folder.lock()
+        folder.unlock()
 
 
 def test_every_fault_point_is_hit() -> None:

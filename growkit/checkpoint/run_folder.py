@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from growkit.checkpoint import store
 
 _STEP = re.compile(r"step-(\d{8,})", re.ASCII)
+LOOK_SECONDS = 0.2  # that a look at who holds the lock may take
 MARK = "run.json"  # says that the folder is a run of growkit, and where it came from
 
 
@@ -109,7 +111,11 @@ class RunFolder:
         except OSError as error:
             raise cannot_write(self.path, error) from error
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # it may be somebody who only looks, as ``writer`` does
+                time.sleep(LOOK_SECONDS)
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             handle.seek(0)
             owner = handle.read().strip() or "unknown"
