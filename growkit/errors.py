@@ -55,5 +55,5 @@ class TrainingError(GrowkitError):
 
 def cannot_write(path: Path, error: BaseException) -> CheckpointError:
     """What a full or read-only disk is reported as."""
-    mend = "free space or name another place (run.folder, --output, --as); earlier checkpoints are untouched"
+    mend = "free space, or name a place that is there (run.folder, --output, --as); earlier checkpoints are untouched"
     return CheckpointError("cannot-write", f"cannot be written ({error})", key=str(path), mend=mend)

@@ -14,7 +14,9 @@ T = TypeVar("T")
 def closest(name: str, allowed: Iterable[str]) -> str:
     """``"did you mean 'x'? Allowed: ..."`` for an error's mend."""
     names = sorted(allowed)
-    near = difflib.get_close_matches(name, names, n=1)
+    low = name.lower()
+    near = [other for other in names if other.lower().startswith(low)] if low else []
+    near = near or difflib.get_close_matches(low, names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{hint}allowed: {', '.join(names)}"
 

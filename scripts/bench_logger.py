@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,24 +46,25 @@ SIZES: dict[str, dict[str, Any]] = {
         "model": {"embed_dim": 128, "num_layers": 2, "num_heads": 4, "attention_tokens": 64, "mlp_tokens": 256},
         "context_length": 256,
         "global_batch_tokens": 2048,
-        "steps": 50,
+        "steps": 200,
     },
     "3M": {
         "model": {"embed_dim": 256, "num_layers": 3, "num_heads": 4, "attention_tokens": 256, "mlp_tokens": 1024},
         "context_length": 128,
         "global_batch_tokens": 1024,
-        "steps": 30,
+        "steps": 60,
     },
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "bench_logger.json")
     parser.add_argument("--quick", action="store_true", help="one short round of the smaller model; writes nothing")
     options = parser.parse_args()
     os.environ["WANDB_MODE"] = "offline"
+    torch.set_num_threads(1)  # the other cores are for the logger's processes, and for what else a machine does
     results = []
     for name, size in SIZES.items():
         steps = 4 * LOG_EVERY if options.quick else size["steps"]
@@ -76,13 +78,13 @@ def main() -> None:
         if options.quick:
             return
     machine = hardware.environment(hardware.accelerator(recipe.trainer), hardware.training_dtype(recipe.trainer), 1)
+    machine["load_average"] = os.getloadavg()  # of the time just past: much above one core's makes ratios noise
     report = {"goal": GOAL, "log_every_steps": LOG_EVERY, "rounds": options.rounds, "cores": os.cpu_count()}
     options.output.write_text(json.dumps(report | {"machine": machine, "models": results}, indent=1) + "\n")
 
 
 def recipe_of(size: dict[str, Any], steps: int) -> Recipe:
     sections = {
-        "run": {"threads": 1},  # a shared machine's other cores are for the logger's processes, and for others
         "model": {"preset": "tokenformer"} | size["model"],
         "trainer": {"precision": "fp32", "save_every": f"{steps} steps"},
         "monitor": {"log_every": LOG_EVERY, "validation_tokens": 256, "ngram_order": 0, "sample_tokens": 0},

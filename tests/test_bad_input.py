@@ -602,6 +602,7 @@ def _bare_checkpoint(text: str) -> Arrange:
 MORE = "stages: [{name: more, duration: 2 steps}]\n"
 
 EXTEND_CASES = [
+    Case("resume a checkpoint", f"resume {LAST}", "not-a-run", LAST, "is a checkpoint", "extend take checkpoints"),
     Case("extend nothing", "extend nope more.yaml", "not-a-checkpoint", "nope", "does not exist", "name a checkpoint",
          _further(MORE)),
     Case("extend by no recipe", "extend runs/run nope.yaml", "no-such-recipe", "recipe", "'nope.yaml'", "YAML file"),

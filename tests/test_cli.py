@@ -20,6 +20,7 @@ from growkit.config.load import parse_recipe
 from growkit.eval.generate import sample_text
 from growkit.models.decoder import DecoderLM, build
 from growkit.models.presets import PRESETS
+from growkit.registry import closest
 from growkit.schedule.plan import growth_schedule
 from tests import support
 from tests.support import cli, recipe_dict, records, write_recipe
@@ -98,6 +99,11 @@ def test_a_closed_output_does_not_stop_a_run(tmp_path: Path) -> None:
     assert RunFolder.open(tmp_path / "runs" / "r").load().manifest.progress.step == 18
 
 
+def test_a_wrong_name_is_answered_with_the_one_that_was_meant() -> None:
+    for name, meant in (("H100", "h100-sxm"), ("a100", "a100-40gb"), ("quikstart", "quickstart"), ("", "allowed")):
+        assert meant in closest(name, ["v100", "a10", "a100-40gb", "h100-sxm", "quickstart"]).partition("?")[0]
+
+
 def test_the_log_counts_compute(run: tuple[Path, str]) -> None:
     folder, _ = run
     steps = records(folder, "step")
@@ -173,8 +179,9 @@ def test_validate_shows_the_schedule_and_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_recipes_are_listed_shown_and_copied(tmp_path: Path) -> None:
-    code, out, _ = cli("recipes", "list")
-    assert code == 0 and all(name in out for name in built_in())
+    for words in (("recipes", "list"), ("recipes",)):
+        code, out, _ = cli(*words)
+        assert code == 0 and all(name in out for name in built_in())
     code, shown, _ = cli("recipes", "show", "quickstart")
     assert code == 0 and shown == built_in()["quickstart"].read_text()
     copy = tmp_path / "mine.yaml"

@@ -117,7 +117,10 @@ def test_a_checkpoint_grown_by_hand_is_trained_on(source: Path, tmp_path: Path) 
         assert torch.equal(tensor, after.state.params[name]) == (
             name not in before.manifest.born or before.manifest.born[name] < 3
         ), name
-    assert len(records(source.parent / "by-hand", "step")) == 3, "the log of a bare checkpoint begins with it"
+    run = source.parent / "by-hand"
+    assert [r["step"] for r in records(run, "step")] == list(range(1, 22)), "the log goes on through the growth by hand"
+    assert [r["name"] for r in records(run, "growth")] == ["tokens", "deeper", "grown"]
+    assert json.loads((run / "run.json").read_text())["parent"] == {"run": "source", "step": 18}
 
 
 def test_a_bare_checkpoint_needs_what_a_recipe_would_say(tmp_path: Path, source: Path) -> None:

@@ -44,6 +44,7 @@ def test_it_asks_what_is_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(sys, "stdin", io.StringIO("my text: 'a' # b\n\nsmall\n\n"))
     code, out, err = cli("init", tmp_path / "mine.yaml", "--ask", "--stages", "2")
     assert code == 0, err
+    assert "note: my text: 'a' # b is not there yet" in out
     assert "Text to learn" in out + err and "Size at the end" in out + err and "Stages" not in out + err
     recipe, schedule = read(str(tmp_path / "mine.yaml"), [])
     assert (recipe.data.source, recipe.model.preset, len(schedule.stages)) == ("my text: 'a' # b", "tokenformer", 2)

@@ -98,6 +98,14 @@ def test_costs_by_hand(tmp_path: Path) -> None:
     assert (two.total.dollars, two.total.joules) == pytest.approx((one.total.dollars, one.total.joules), rel=ROUNDING)
 
 
+def test_measured_steps_cost_what_they_took(tmp_path: Path) -> None:
+    """Each stage its own time, not its share of the FLOPs."""
+    recipe, schedule = read(str(write_recipe(tmp_path)), [])
+    made = plan(recipe, schedule, HARDWARE.get("l4", key="test"), step_seconds=(0.5, 0.1, 0.2))
+    assert [stage.cost.seconds for stage in made.stages] == pytest.approx([6 * 0.5, 6 * 0.1, 6 * 0.2])
+    assert made.total.seconds == pytest.approx(6 * 0.8)
+
+
 def test_the_same_budget_from_scratch(tmp_path: Path) -> None:
     recipe, schedule = read(str(write_recipe(tmp_path)), [])
     made, last = plan(recipe, schedule, None), schedule.last

@@ -38,10 +38,9 @@ class MetricsLog:
         self.listeners: list[Callable[[Record], None]] = []
 
     def write(self, record: Record) -> None:
-        """Writes and passes on one record; numbers that are not finite become null."""
-        line = json.dumps(without_nan(record), allow_nan=False)
+        """Writes and passes on one record."""
         try:
-            self._file.write(line.encode() + b"\n")
+            self._file.write(encoded(record))
             self._file.flush()
         except OSError as error:
             raise cannot_write(self._path, error) from error
@@ -60,6 +59,11 @@ class MetricsLog:
     def close(self) -> None:
         with contextlib.suppress(OSError):  # what could not be written has been reported by write
             self._file.close()
+
+
+def encoded(record: Record) -> bytes:
+    """A record as a line of a log; numbers that are not finite become null."""
+    return json.dumps(without_nan(record), allow_nan=False).encode() + b"\n"
 
 
 def read_log(path: Path) -> Iterator[Record]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from growkit.checkpoint import store
 
 _STEP = re.compile(r"step-(\d{8,})", re.ASCII)
+LOG = "metrics.jsonl"
 LOOK_SECONDS = 0.2  # that a look at who holds the lock may take
 MARK = "run.json"  # says that the folder is a run of growkit, and where it came from
 
@@ -42,7 +43,7 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
+        return self.path / LOG
 
     @property
     def curve(self) -> Path:
@@ -100,7 +101,9 @@ class RunFolder:
         """An existing run folder, not yet locked. Raises CheckpointError if it is none."""
         if not os.path.isfile(path / MARK):
             problem = "does not exist" if not os.path.exists(path) else "is not a run of growkit"
-            mend = "name a folder that `growkit train` made"
+            mend = "name a folder that `growkit train` or `extend` made"
+            if (path / manifests.NAME).is_file():
+                problem, mend = "is a checkpoint, not a run", "name its run; inspect, eval and extend take checkpoints"
             raise CheckpointError("not-a-run", problem, key=str(path), mend=mend)
         return cls(path)
 
@@ -225,10 +228,22 @@ class RunFolder:
         new = RunFolder.create(path, self.recipe.read_text(encoding="utf-8"), parent=parent, key="--as")
         with new.beginning():
             shutil.copytree(checkpoint.folder, new.checkpoint(step))
-            new.copy_log(self, checkpoint.manifest.log_bytes)
+            new.metrics.write_bytes(log_before(checkpoint.folder, checkpoint.manifest))
         return new
 
-    def copy_log(self, other: RunFolder, size: int) -> None:
-        """Takes over the first ``size`` bytes of another run's log."""
-        with open(other.metrics, "rb") as log:
-            self.metrics.write_bytes(log.read(size))
+
+def run_of(checkpoint: Path) -> RunFolder | None:
+    """The run that a checkpoint folder lies in, if it does."""
+    run = checkpoint.parent.parent
+    return RunFolder(run) if (run / MARK).is_file() else None
+
+
+def log_before(checkpoint: Path, manifest: manifests.Manifest) -> bytes:
+    """The metrics log up to a checkpoint: its run's, or, of one that lies in no run, what lies in its folder. Empty if
+    there is none."""
+    run = run_of(checkpoint)
+    try:
+        with open(run.metrics if run is not None else checkpoint / LOG, "rb") as log:
+            return log.read(manifest.log_bytes)
+    except FileNotFoundError:
+        return b""

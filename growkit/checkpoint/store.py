@@ -21,6 +21,7 @@ from torch import Tensor
 from growkit import faults
 from growkit.checkpoint import manifest as manifests
 from growkit.checkpoint.manifest import Manifest
+from growkit.checkpoint.run_folder import LOG
 from growkit.errors import CheckpointError, cannot_write
 from growkit.growth.state import Moments, TrainState
 from growkit.models.spec import param_specs
@@ -38,11 +39,16 @@ class Checkpoint:
     state: TrainState
 
 
-def write(folder: Path, state: TrainState, manifest: Manifest) -> None:
-    """Writes a checkpoint at ``folder``, where none is yet. Raises CheckpointError when the disk will not."""
+def write(folder: Path, state: TrainState, manifest: Manifest, *, log: bytes = b"") -> None:
+    """Writes a checkpoint at ``folder``, where none is yet; ``log``: the metrics log behind one that lies in no run.
+    Raises CheckpointError when the disk will not."""
     with writing(folder) as unfinished:
         files = _write_group(unfinished, "params", state.params, fault=True)
         files += _write_group(unfinished, "moments", flat_moments(state.moments))
+        if log:
+            (unfinished / LOG).write_bytes(log)
+            fsync(unfinished / LOG)
+            files.append(LOG)
         steps = {name: state.moments[name].step for name in state.moments}
         seal(unfinished, dataclasses.replace(manifest, adam_steps=steps, born=dict(state.born)), files)
 

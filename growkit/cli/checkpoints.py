@@ -14,7 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from growkit.checkpoint import store
-from growkit.checkpoint.run_folder import MARK, RunFolder
+from growkit.checkpoint.metrics_log import encoded
+from growkit.checkpoint.run_folder import MARK, RunFolder, log_before, run_of
 from growkit.checkpoint.store import Checkpoint
 from growkit.config.load import apply_override
 from growkit.duration import quantity
@@ -40,12 +41,6 @@ def open_any(folder: Path, step: int | None = None) -> Checkpoint:
     return store.read(folder)
 
 
-def run_of(checkpoint: Path) -> RunFolder | None:
-    """The run that a checkpoint folder lies in, if it does."""
-    run = checkpoint.parent.parent
-    return RunFolder(run) if (run / MARK).is_file() else None
-
-
 def grow_checkpoint(source: Path, targets: Sequence[str], output: Path, seed: int, probe_tokens: int) -> None:
     """Grows ``source`` into a new checkpoint at ``output``; tensors stream, so memory holds a few at a time
     (the certificate's gradient check holds the model once)."""
@@ -69,10 +64,19 @@ def grow_checkpoint(source: Path, targets: Sequence[str], output: Path, seed: in
     report = growth_report(checkpoint.state, grown, links, probe)
     step = checkpoint.manifest.progress.step
     event = {"kind": "growth", "stage": stage, "name": output.name, "step": step} | report.record()
+    run, at = run_of(checkpoint.folder), checkpoint.manifest.progress
+    if run is not None:
+        event["run"] = run.path.name
+    place = {"tokens": at.tokens, "flops": at.flops, "seconds": checkpoint.manifest.seconds}
+    log = log_before(checkpoint.folder, checkpoint.manifest) + encoded(event | place)
     manifest = dataclasses.replace(
-        checkpoint.manifest, model=wanted, lineage=(*checkpoint.manifest.lineage, event), layout="whole"
+        checkpoint.manifest,
+        model=wanted,
+        lineage=(*checkpoint.manifest.lineage, event),
+        log_bytes=len(log),
+        layout="whole",
     )
-    store.write(output, grown, manifest)
+    store.write(output, grown, manifest, log=log)
     console.print(growth_table(event))
     console.print(f"wrote {output}", soft_wrap=True, markup=False)
 
@@ -99,7 +103,8 @@ def inspect_checkpoint(folder: Path) -> None:
         if entry["kind"] == "growth":
             console.print(growth_table(entry))
         else:
-            loss = f"validation loss {entry['validation_loss']:.4f} nats ({bits(entry['validation_loss']):.3f} bits)"
+            nats = entry["validation_loss"]
+            loss = f"validation loss {nats:.4f} nats ({bits(nats):.3f} bits per byte)"
             console.print(f"stage {entry['name']} ended at step {entry['step']}: {loss}", markup=False)
     console.print(", ".join(f"{key} {value}" for key, value in manifest.environment.items()), soft_wrap=True)
 

@@ -74,6 +74,9 @@ def write_recipe(target: Path, answers: Answers, *, ask: bool | None) -> None:
     write_new(target, text, key="file")
     sizes = " → ".join(quantity(stage.model.num_params()) for stage in schedule.stages)
     typer.echo(f"wrote {target}: {sizes} parameters, {quantity(schedule.tokens)} tokens, {schedule.flops:.3g} FLOPs")
+    data = answers.data or "stdlib"
+    if not (data == "stdlib" or data.startswith("hf:") or Path(data).expanduser().exists()):
+        typer.echo(f"note: {data} is not there yet")
     typer.echo(f"next: growkit plan {target}; growkit train {target}")
 
 

@@ -22,7 +22,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-recipes_app = typer.Typer(help="The recipes that come with growkit.", no_args_is_help=True)
+recipes_app = typer.Typer(help="The recipes that come with growkit; alone: list them.", invoke_without_command=True)
 # Commands by what they are for, in the order of --help.
 PLAN, TRAIN, LOOK = "Write and plan a recipe", "Train", "Look at runs"
 CHECKPOINTS, MACHINE = "Work with checkpoints", "Look at this machine"
@@ -90,7 +90,7 @@ def init(
 
 
 @app.command(
-    epilog="Example: growkit plan quickstart --hardware l4 stages.2.duration='1e15 flops' --png schedule.png",
+    epilog="Example: growkit plan quickstart --hardware l4 --png schedule.png",
     rich_help_panel=PLAN,
 )
 def plan(
@@ -281,7 +281,13 @@ def doctor(
     raise typer.Exit(examine(folder, as_json=json))
 
 
-@recipes_app.command("list")
+@recipes_app.callback(epilog="Example: growkit recipes")
+def _recipes(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        recipes_list()
+
+
+@recipes_app.command("list", epilog="Example: growkit recipes list")
 def recipes_list() -> None:
     """Names of the built-in recipes."""
     from growkit.cli.recipes import list_recipes
@@ -289,7 +295,7 @@ def recipes_list() -> None:
     list_recipes()
 
 
-@recipes_app.command("show")
+@recipes_app.command("show", epilog="Example: growkit recipes show quickstart")
 def recipes_show(name: Annotated[str, typer.Argument(help="Name of a built-in recipe.")]) -> None:
     """Print a built-in recipe."""
     from growkit.cli.recipes import show_recipe
@@ -297,7 +303,7 @@ def recipes_show(name: Annotated[str, typer.Argument(help="Name of a built-in re
     show_recipe(name)
 
 
-@recipes_app.command("copy")
+@recipes_app.command("copy", epilog="Example: growkit recipes copy quickstart mine.yaml")
 def recipes_copy(
     name: Annotated[str, typer.Argument(help="Name of a built-in recipe.")],
     target: Annotated[Path | None, typer.Argument(help="File to write (default: NAME.yaml here).")] = None,

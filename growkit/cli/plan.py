@@ -30,10 +30,11 @@ def show_plan(
 ) -> None:
     """Prints the plan of the recipe ``name``; ``device`` stands in the place of its hardware.preset."""
     recipe, schedule = read(name, overrides)
+    steps = None
     if measure:
-        _measure(recipe, schedule, device, quiet=as_json)
+        steps = _measure(recipe, schedule, device, quiet=as_json)
         device = THIS_MACHINE
-    made = plan(recipe, schedule, hardware(recipe.hardware, device))
+    made = plan(recipe, schedule, hardware(recipe.hardware, device), step_seconds=steps)
     if png is not None:
         draw_schedule(schedule, png)
     if as_json:
@@ -44,7 +45,8 @@ def show_plan(
         console.print(f"wrote {png}", soft_wrap=True, markup=False)
 
 
-def _measure(recipe: Recipe, schedule: GrowthSchedule, device: str | None, *, quiet: bool) -> None:
+def _measure(recipe: Recipe, schedule: GrowthSchedule, device: str | None, *, quiet: bool) -> tuple[float, ...]:
+    """Measures this machine for later plans; returns the seconds of a step in each stage of this one."""
     if device not in (None, THIS_MACHINE):
         mend = f"drop --measure, or use --hardware {THIS_MACHINE}"
         raise ConfigError("not-this-machine", "cannot be measured here", key="--hardware", value=device, mend=mend)
@@ -54,8 +56,9 @@ def _measure(recipe: Recipe, schedule: GrowthSchedule, device: str | None, *, qu
         if not quiet:
             console.print(f"measured {line}", soft_wrap=True, markup=False)
 
-    path = keep(measure(recipe, schedule, listener))
-    listener(f"and kept in {path}")
+    machine, steps = measure(recipe, schedule, listener)
+    listener(f"and kept in {keep(machine)}")
+    return steps
 
 
 def _show(made: Plan, schedule: GrowthSchedule) -> None:
@@ -88,7 +91,7 @@ def _hardware_line(made: Plan) -> str:
 
 def _table(title: str, *headers: str) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("stage", overflow="fold", min_width=5)
+    table.add_column("stage", overflow="ellipsis", min_width=5)
     for header in headers:
         table.add_column(header, justify="right", no_wrap=True)
     return table

@@ -24,8 +24,8 @@ def sync_run(path: Path) -> None:
     finally:
         folder.unlock()
     if process.failure is not None:
-        mend = "log in with `wandb login`, or set WANDB_API_KEY, and run it again; nothing is sent twice"
-        _refuse(path, f"Weights & Biases did not take it: {process.failure}", mend)
+        mend = "see to that (`wandb login`, or WANDB_API_KEY), and run it again; nothing is sent twice"
+        _refuse(path, f"Weights & Biases did not get it: {process.failure}", mend)
 
 
 def _refuse(path: Path, problem: str, mend: str) -> None:

@@ -16,10 +16,10 @@ from rich.markup import escape
 from growkit.checkpoint import store
 from growkit.checkpoint.extension import extended_recipe, first_progress
 from growkit.checkpoint.metrics_log import read_log
-from growkit.checkpoint.run_folder import RunFolder
+from growkit.checkpoint.run_folder import RunFolder, log_before, run_of
 from growkit.checkpoint.store import Checkpoint
 from growkit.cli import recipes
-from growkit.cli.checkpoints import open_any, run_of
+from growkit.cli.checkpoints import open_any
 from growkit.config.load import load_recipe, read_text, to_yaml
 from growkit.config.recipe import Recipe
 from growkit.data.corpus import Corpus
@@ -109,24 +109,31 @@ def extend(source: Path, name: str, overrides: Sequence[str], from_step: int | N
     loggers.require(recipe.logger)
     corpus = prepare_corpus(recipe, schedule)
     hardware.accelerator(recipe.trainer)
-    log = run_of(checkpoint.folder)
-    step = manifest.progress.step
-    parent = {"run": log.path.name if log else str(checkpoint.folder), "step": step}
+    step, log = manifest.progress.step, log_before(checkpoint.folder, manifest)
+    parent = {"run": _origin(checkpoint), "step": step}
     folder = RunFolder.create(_new_folder(recipe, path), to_yaml(recipe), parent=parent)
     first = dataclasses.replace(
         manifest,
         progress=first_progress(manifest, recipe, corpus.sha256),
         recipe=to_yaml(recipe),
         corpus={"name": corpus.name, "sha256": corpus.sha256},
-        log_bytes=manifest.log_bytes if log else 0,
+        log_bytes=len(log),
         layout="whole",
     )
     with folder.beginning():
-        if log is not None:
-            folder.copy_log(log, manifest.log_bytes)
+        folder.metrics.write_bytes(log)
         store.write(folder.checkpoint(step), checkpoint.state, first)
     os.environ[FOLDER_VARIABLE] = str(folder.path)
     return _run(Run(recipe, schedule, folder, corpus, folder.load()), schedule)
+
+
+def _origin(checkpoint: Checkpoint) -> str:
+    """The run a checkpoint is of, also when it was grown by hand since; else its folder."""
+    run = run_of(checkpoint.folder)
+    if run is not None:
+        return run.path.name
+    by_hand = checkpoint.manifest.lineage[-1] if checkpoint.manifest.lineage else {}
+    return str(by_hand.get("run", checkpoint.folder))
 
 
 def _require_same(checkpoint: Checkpoint, schedule: GrowthSchedule, corpus: Corpus, folder: RunFolder) -> None:

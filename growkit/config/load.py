@@ -90,7 +90,13 @@ def parse_recipe(
     recipe: Recipe = _read(raw, Recipe, "")
     if recipe.start is not None and recipe.model is not None:
         mend = "drop model: the checkpoint's own is trained on; stages.N.grow enlarges it"
-        raise ConfigError("model-in-extension", "stands beside start", key="model", value=recipe.model, mend=mend)
+        raise ConfigError(
+            "model-in-extension",
+            "stands in a recipe that extends a checkpoint",
+            key="model",
+            value=recipe.model,
+            mend=mend,
+        )
     recipe.model = model
     return recipe
 
@@ -216,7 +222,7 @@ def _escaped(value: Any) -> Any:
 
 def _model_preset(model: Any) -> str:
     if not isinstance(model, dict):
-        mend = "write model.preset and sizes"
+        mend = "write model.preset and sizes; stages for a model that is there go by `growkit extend RUN RECIPE`"
         raise ConfigError("no-model", "is missing or not a mapping", key="model", value=model, mend=mend)
     name = model.get("preset")
     if not isinstance(name, str):

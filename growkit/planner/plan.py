@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -92,15 +93,27 @@ class Plan:
         return all(known) if known else None
 
 
-def plan(recipe: Recipe, schedule: GrowthSchedule, hardware: Hardware | None) -> Plan:
+def plan(
+    recipe: Recipe,
+    schedule: GrowthSchedule,
+    hardware: Hardware | None,
+    *,
+    step_seconds: Sequence[float] | None = None,
+) -> Plan:
     """The plan of a recipe whose ``schedule`` is given, on ``trainer.devices`` of ``hardware``. Without one, memory is
-    that of a CPU in float32 (unless trainer.precision says bf16), and cost is unknown. Raises ConfigError."""
+    that of a CPU in float32 (unless trainer.precision says bf16), and cost is unknown. ``step_seconds``: of each stage,
+    by one process, where they were measured. Raises ConfigError."""
     trainer = recipe.trainer
     fallback = "fp32" if trainer.precision == "auto" else trainer.precision
     precision = hardware.precision(trainer) if hardware is not None else fallback
     # Processes on one CPU share its cores, its price and its power, and each needs its memory.
     devices = trainer.devices if hardware is not None and hardware.cuda else 1
-    rate = hardware.flops_per_second(precision) * devices if hardware is not None else None
+    rates: list[float | None] = [None] * len(schedule.stages)
+    if step_seconds is not None:
+        measured = zip(schedule.stages, step_seconds, strict=True)
+        rates = [stage.flops_per_step / seconds * devices for stage, seconds in measured]
+    elif hardware is not None:
+        rates = [hardware.flops_per_second(precision) * devices] * len(schedule.stages)
     room = hardware.memory_bytes if hardware is not None else None
     memories = stage_memories(recipe, schedule, bf16=precision == "bf16", cuda=hardware is not None and hardware.cuda)
     stages = tuple(
@@ -108,10 +121,10 @@ def plan(recipe: Recipe, schedule: GrowthSchedule, hardware: Hardware | None) ->
             stage=stage,
             parameters=parameters(stage.model),
             memory=memory,
-            cost=_cost(stage.steps * stage.flops_per_step, rate, hardware, devices),
+            cost=_cost(_seconds(stage, rate), hardware, devices),
             fits=None if room is None else memory.device * (trainer.devices if memory.on_cpu else 1) <= room,
         )
-        for stage, memory in zip(schedule.stages, memories, strict=True)
+        for stage, memory, rate in zip(schedule.stages, memories, rates, strict=True)
     )
     flops, last = schedule.flops, schedule.last
     steps = math.floor(flops / last.flops_per_step)
@@ -121,7 +134,7 @@ def plan(recipe: Recipe, schedule: GrowthSchedule, hardware: Hardware | None) ->
         hardware=hardware,
         devices=trainer.devices,
         precision=precision,
-        total=_cost(flops, rate, hardware, devices),
+        total=_cost(_sum([stage.cost.seconds for stage in stages]), hardware, devices),
         tokens=schedule.tokens,
         flops=flops,
         final_model=FromScratch(stages[-1].num_params, steps * last.global_batch_tokens, steps),
@@ -179,10 +192,18 @@ def to_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _cost(flops: float, rate: float | None, hardware: Hardware | None, devices: int) -> Cost:
-    if rate is None or hardware is None:
+def _seconds(stage: Stage, rate: float | None) -> float | None:
+    return None if rate is None else stage.steps * stage.flops_per_step / rate
+
+
+def _sum(seconds: Sequence[float | None]) -> float | None:
+    known = [part for part in seconds if part is not None]
+    return sum(known) if len(known) == len(seconds) else None
+
+
+def _cost(seconds: float | None, hardware: Hardware | None, devices: int) -> Cost:
+    if seconds is None or hardware is None:
         return Cost()
-    seconds = flops / rate
     dollars = None if hardware.price_per_hour is None else seconds / 3600 * hardware.price_per_hour * devices
     joules = None if hardware.watts is None else seconds * hardware.watts * devices
     return Cost(seconds, dollars, joules)

@@ -85,7 +85,9 @@ def reached(x: Column, y: Column, target: float) -> float | None:
 def differing(recipes: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]]:
     """Dotted key → the value in every recipe, for the keys that do not say the same everywhere."""
     flat = [dict(_flat(recipe, "")) for recipe in recipes]
-    keys = dict.fromkeys(key for one in flat for key in one if not key.startswith(UNSAID))
+    extended = any(recipe.get("start") for recipe in recipes)  # by a run that has no model section to compare
+    unsaid = (*UNSAID, "model") if extended else UNSAID
+    keys = dict.fromkeys(key for one in flat for key in one if not key.startswith(unsaid))
     rows = {key: tuple(one.get(key, NOT_SET) for one in flat) for key in keys}
     return {key: row for key, row in rows.items() if any(value != row[0] for value in row)}
 

@@ -30,8 +30,10 @@ def draw_curves(runs: Sequence[History], path: Path, *, x: str = "flops") -> Non
         smooth = smoothed(values, max(1, len(values) // 50))
         at = kept(smooth, POINTS)
         name = run.name.replace("$", r"\$")  # not a formula
-        axes.plot(run.steps[x][at], smooth[at], color=color, alpha=0.6, linewidth=1, label=f"{name}, training")
-        axes.plot(*run.validations(x), "o-", color=color, label=f"{name}, validation")
+        if len(at):
+            axes.plot(run.steps[x][at], smooth[at], color=color, alpha=0.6, linewidth=1, label=f"{name}, training")
+        if len(run.validations(x)[1]):
+            axes.plot(*run.validations(x), "o-", color=color, label=f"{name}, validation")
         for event in run.kind("growth"):
             place = number(event.get(x))
             if not np.isfinite(place):
@@ -49,11 +51,14 @@ def draw_curves(runs: Sequence[History], path: Path, *, x: str = "flops") -> Non
                 fontsize=8,
                 color=color,
             )
-    for order, score in sorted({(r["order"], number(r["bits_per_byte"])) for run in runs for r in run.kind("ngram")}):
-        axes.axhline(score, color="gray", linestyle="--", linewidth=1, label=f"{order}-gram (Kneser–Ney)")
-    lows = [low for run in runs for low in run.validations(x)[1]]
-    if lows:
-        axes.set_ylim(min(lows) * 0.9, min(min(lows) * 2.5, 8))
+    ngrams = sorted({(r["order"], number(r["bits_per_byte"])) for run in runs for r in run.kind("ngram")})
+    for index, (order, score) in enumerate(ngrams):
+        once = "" if index else f"{order}-gram (Kneser–Ney)"
+        axes.axhline(score, color="gray", linestyle="--", linewidth=1, label=once)
+    scores = [score for run in runs for score in run.validations(x)[1]]
+    if scores:  # the first steps of training would flatten the rest
+        lowest = min([*scores, *(score for _, score in ngrams)])
+        axes.set_ylim(lowest * 0.95, min(max([*scores, 1.5 * lowest]) * 1.05, 8))
     axes.set_xlabel(AXES[x])
     axes.set_ylabel("bits per byte")
     if axes.get_legend_handles_labels()[1]:

@@ -58,11 +58,12 @@ def draw_schedule(schedule: GrowthSchedule, path: Path) -> None:
         panel.set_ylim(bottom=0, top=1.15 * max(values))
         panel.grid(alpha=0.3)
         behind = 0
-        for stage in schedule.stages:
+        for position, stage in enumerate(schedule.stages):
             if behind:
                 panel.axvline(behind, color="gray", linestyle=":", linewidth=1)
             if panel is panels[0]:
-                panel.annotate(stage.name, (behind, 1.02), xycoords=("data", "axes fraction"), fontsize=8, rotation=15)
+                place = (behind, 1.03 + 0.13 * (position % 4))  # on steps: short stages begin close together
+                panel.annotate(stage.name, place, xycoords=("data", "axes fraction"), fontsize=8)
             behind += stage.tokens
     panels[-1].set_xlabel("tokens")
     figure.tight_layout()

@@ -23,26 +23,29 @@ FEWEST, MOST = 3, 50  # of them
 PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
-def measure(recipe: Recipe, schedule: GrowthSchedule, listener: Callable[[str], None]) -> Hardware:
-    """This machine in the recipe's precision. Its utilisation is what the recipe's stages reach together, each with
-    its share of the time; ``listener`` is told of each. A precision measured before stays. Raises ConfigError."""
+def measure(
+    recipe: Recipe, schedule: GrowthSchedule, listener: Callable[[str], None]
+) -> tuple[Hardware, tuple[float, ...]]:
+    """(This machine in the recipe's precision, the seconds of a step in each stage). Its utilisation is what the stages
+    reach together, each with its share of the time; ``listener`` is told of each. A precision measured before stays.
+    Raises ConfigError."""
     device, dtype = accelerator(recipe.trainer), training_dtype(recipe.trainer)
     if recipe.run.threads is not None:
         torch.set_num_threads(recipe.run.threads)
     precision = PRECISIONS[dtype]
     peak = measure_peak_flops(device, dtype)
-    flops = seconds = 0.0
+    steps = []
     for stage in schedule.stages:
-        step = step_seconds(recipe, stage, device, dtype)
-        listener(f"{stage.name}: {step:.3g} s a step, {stage.flops_per_step / step / peak:.0%} of the peak")
-        seconds += stage.steps * step
-        flops += stage.steps * stage.flops_per_step
+        steps.append(step_seconds(recipe, stage, device, dtype))
+        share = stage.flops_per_step / steps[-1] / peak
+        listener(f"{stage.name}: {steps[-1]:.3g} s a step, {share:.0%} of the peak")
+    seconds = sum(stage.steps * step for stage, step in zip(schedule.stages, steps, strict=True))
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     before = _before(device == "cuda")
-    return Hardware(
+    machine = Hardware(
         THIS_MACHINE,
         peaks=before.get("peaks", {}) | {precision: peak},
-        utilisations=before.get("utilisations", {}) | {precision: flops / seconds / peak},
+        utilisations=before.get("utilisations", {}) | {precision: schedule.flops / seconds / peak},
         memory_bytes=_memory(device),
         price_per_hour=None,
         watts=None,
@@ -50,6 +53,7 @@ def measure(recipe: Recipe, schedule: GrowthSchedule, listener: Callable[[str], 
         cuda=device == "cuda",
         automatic=PRECISIONS[training_dtype(TrainerConfig())],
     )
+    return machine, tuple(steps)
 
 
 def step_seconds(recipe: Recipe, stage: Stage, device: str, dtype: torch.dtype) -> float:
