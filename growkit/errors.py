@@ -55,5 +55,6 @@ class TrainingError(GrowkitError):
 
 def cannot_write(path: Path, error: BaseException) -> CheckpointError:
     """What a full or read-only disk is reported as."""
-    mend = "free space, or name a place that is there (run.folder, --output, --as); earlier checkpoints are untouched"
+    place = "another place that is there (run.folder, --output, --as)"
+    mend = f"free space or name {place}; earlier checkpoints are untouched"
     return CheckpointError("cannot-write", f"cannot be written ({error})", key=str(path), mend=mend)

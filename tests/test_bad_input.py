@@ -572,7 +572,7 @@ LOGGER_CASES = [
          "'tensorboard'", "growkit[tensorboard]", _no_tensorboard),
     Case("sync nothing", "sync nope", "not-a-run", "nope", "does not exist", "growkit train"),
     Case("sync a file", "sync recipe.yaml", "not-a-run", "recipe.yaml", "is not a run", "growkit train"),
-    Case("sync a checkpoint", f"sync {LAST}", "not-a-run", LAST, "is not a run", "growkit train"),
+    Case("sync a checkpoint", f"sync {LAST}", "not-a-run", LAST, "is a checkpoint", "name its run"),
     Case("sync a damaged log", "sync runs/run", "damaged-log", "metrics.jsonl", "line 1", "delete that line",
          lambda _: _write("runs/run/metrics.jsonl", "{}\n{}\n")),
     Case("sync an empty log", "sync runs/run", "not-synced", "runs/run", "nothing yet", "train it",
@@ -700,7 +700,7 @@ def _second_run_and_broken_log(patch: pytest.MonkeyPatch) -> None:
 REPORT_CASES = [
     Case("report on nothing", "report runs/none", "not-a-run", "runs/none", "does not exist", "growkit train"),
     Case("report on a folder", "report runs", "not-a-run", "runs", "not a run", "growkit train"),
-    Case("report on a checkpoint", f"report {LAST}", "not-a-run", LAST, "not a run", "growkit train"),
+    Case("report on a checkpoint", f"report {LAST}", "not-a-run", LAST, "is a checkpoint", "name its run"),
     Case("report on a damaged log", "report runs/run", "damaged-log", "metrics.jsonl", "line 1", "delete", _break_log),
     Case("report on no log file", "report runs/run", "unreadable", "metrics.jsonl", "directory", "permissions",
          _log_is_a_folder),

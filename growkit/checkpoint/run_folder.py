@@ -102,7 +102,7 @@ class RunFolder:
         if not os.path.isfile(path / MARK):
             problem = "does not exist" if not os.path.exists(path) else "is not a run of growkit"
             mend = "name a folder that `growkit train` or `extend` made"
-            if (path / manifests.NAME).is_file():
+            if os.path.isfile(path / manifests.NAME):
                 problem, mend = "is a checkpoint, not a run", "name its run; inspect, eval and extend take checkpoints"
             raise CheckpointError("not-a-run", problem, key=str(path), mend=mend)
         return cls(path)
