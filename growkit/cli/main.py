@@ -303,7 +303,7 @@ def recipes_show(name: Annotated[str, typer.Argument(help="Name of a built-in re
     show_recipe(name)
 
 
-@recipes_app.command("copy", epilog="Example: growkit recipes copy quickstart mine.yaml")
+@recipes_app.command("copy", epilog="Example: growkit recipes copy quickstart copy.yaml")
 def recipes_copy(
     name: Annotated[str, typer.Argument(help="Name of a built-in recipe.")],
     target: Annotated[Path | None, typer.Argument(help="File to write (default: NAME.yaml here).")] = None,
