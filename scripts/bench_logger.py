@@ -59,7 +59,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "bench_logger.json")
     parser.add_argument("--quick", action="store_true", help="one short round of the smaller model; writes nothing")
     options = parser.parse_args()
