@@ -46,13 +46,13 @@ SIZES: dict[str, dict[str, Any]] = {
         "model": {"embed_dim": 128, "num_layers": 2, "num_heads": 4, "attention_tokens": 64, "mlp_tokens": 256},
         "context_length": 256,
         "global_batch_tokens": 2048,
-        "steps": 200,
+        "steps": 50,
     },
     "3M": {
         "model": {"embed_dim": 256, "num_layers": 3, "num_heads": 4, "attention_tokens": 256, "mlp_tokens": 1024},
         "context_length": 128,
         "global_batch_tokens": 1024,
-        "steps": 60,
+        "steps": 30,
     },
 }
 
