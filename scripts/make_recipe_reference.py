@@ -1,14 +1,13 @@
 """Writes docs/recipe-reference.md: every key of a recipe, from the dataclasses that read it.
 
-    python scripts/make_recipe_reference.py [--check]
+    python scripts/make_recipe_reference.py
 
-A key's line is the comment behind its field; ``LINES`` has those of fields whose name seemed to say it all. ``--check``
-writes nothing and fails if the file is not up to date.
+A key's line is the comment behind its field; ``LINES`` has those of fields whose name seemed to say it all.
+tests/test_docs.py fails if the file is not up to date.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import inspect
 import io
@@ -235,15 +234,8 @@ def render() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="fail if the file is not up to date")
-    text = render()
-    if parser.parse_args().check:
-        if not OUTPUT.is_file() or OUTPUT.read_text(encoding="utf-8") != text:
-            raise SystemExit(f"{OUTPUT.relative_to(ROOT)} is not up to date: run scripts/make_recipe_reference.py")
-    else:
-        OUTPUT.write_text(text, encoding="utf-8")
-        print(f"wrote {OUTPUT.relative_to(ROOT)}")
+    OUTPUT.write_text(render(), encoding="utf-8")
+    print(f"wrote {OUTPUT.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

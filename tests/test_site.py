@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -14,9 +13,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import yaml
 
+from tests.browser import browser, missing
 from tests.documents import DOCS, ROOT
-
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 
 class Page(HTMLParser):
@@ -102,27 +100,15 @@ def test_links_inside_lead_somewhere(site: Path, parsed: dict[Path, Page]) -> No
                 assert unquote(parts.fragment) in parsed[target].anchors, f"{path.relative_to(site)}: {link}"
 
 
-@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
-def test_search_works_from_the_disk(site: Path) -> None:
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+def test_search_works_from_the_disk(site: Path, tmp_path: Path) -> None:
     """In a real browser that reaches no network, without an error in its console."""
-    from selenium import webdriver
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    browser = webdriver.Chrome(options, webdriver.ChromeService(str(DRIVER)))
-    try:
-        browser.get((site / "index.html").as_uri())
-        browser.execute_script("document.querySelector('#__search').click()")
-        browser.find_element(By.CSS_SELECTOR, "input[name=query]").send_keys("certificate")
-        found = (By.CSS_SELECTOR, "a.md-search-result__link")
-        WebDriverWait(browser, 60).until(lambda _: browser.find_elements(*found))
-        targets = [link.get_attribute("href") or "" for link in browser.find_elements(*found)]
+    with browser(tmp_path / "profile") as page:
+        page.driver.get((site / "index.html").as_uri())
+        page.run("document.querySelector('#__search').click()")
+        page.find("input[name=query]").send_keys("certificate")
+        links = "return [...document.querySelectorAll('a.md-search-result__link')].map(link => link.href)"
+        page.until(f"{links}.length")
+        targets = page.run(links)
         assert any("read-a-certificate.html" in target for target in targets), targets
-        assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-    finally:
-        browser.quit()
+        assert not [entry for entry in page.driver.get_log("browser") if entry["level"] == "SEVERE"]

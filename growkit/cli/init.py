@@ -14,10 +14,10 @@ from growkit.config.load import parse_recipe
 from growkit.duration import Duration, quantity
 from growkit.errors import ConfigError
 from growkit.models.presets import PRESETS
+from growkit.planner.plan import TOKENS_PER_PARAMETER
 from growkit.registry import closest
 from growkit.schedule.plan import GrowthSchedule, growth_schedule
 
-TOKENS_PER_PARAMETER = 20  # a default budget: about where compute is well spent (Hoffmann et al., arXiv 2203.15556)
 # Shares of the FLOPs by number of stages: the small models cost little and do the steep part of the curve.
 SHARES = {1: (100.0,), 2: (12.0, 88.0), 3: (3.0, 12.0, 85.0), 4: (2.0, 6.0, 20.0, 72.0)}
 

@@ -140,7 +140,7 @@ def _stage(
         forward, backward = passes(adds_gradients=False)
         peak = max(gradients + forward, backward - frozen, gradients)
     base = (weights + moments) / sharded
-    scored = stage.context_length - stage.context_length // 8  # eval/validate.py, unscored
+    scored = stage.context_length - unscored(stage.context_length)
     windows = max(1, recipe.monitor.validation_tokens // scored)
     rows = min(VALIDATION_ROWS, windows)
     at = Pass(rows=rows, context=stage.context_length, bf16=bf16, cuda=cuda)
@@ -166,6 +166,11 @@ def _stage(
         host=host,
         on_cpu=not cuda,
     )
+
+
+def unscored(context_length: int) -> int:
+    """Targets of a validation's window that are only context: eval/validate.py, unscored."""
+    return context_length // 8
 
 
 def _gathered(layers: Mapping[int | None, float]) -> float:
