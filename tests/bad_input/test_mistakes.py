@@ -1,0 +1,175 @@
+"""Every mistake a user can make ends in one message with the key, the value, the mend and a code, and leaves what was
+there bitwise as it was. The table below covers every code that growkit can raise, and docs/errors.md explains each."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import growkit
+from growkit import errors
+from growkit.errors import ConfigError, GrowkitError
+from growkit.growth.path import path
+from growkit.models.config import from_json
+from growkit.ops.dispatch import resolve_backend
+from growkit.registry import Registry
+from growkit.train import hardware
+from tests.bad_input.of_commands import EVAL_CASES, INIT_CASES, LOGGER_CASES, PLANNER_CASES, PROFILE_CASES, REPORT_CASES
+from tests.bad_input.of_recipes import DATA_CASES, RECIPE_CASES
+from tests.bad_input.of_runs import CHECKPOINT_CASES, EXTEND_CASES, RUN_CASES
+from tests.bad_input.support import Case, assert_one_message, contents
+from tests.bad_input.test_damage import BUSY
+from tests.support import cli, model_config
+
+PACKAGE = Path(growkit.__file__).parent
+DOCUMENT = PACKAGE.parent / "docs" / "errors.md"
+
+CASES = [
+    *RECIPE_CASES,
+    *DATA_CASES,
+    *RUN_CASES,
+    *CHECKPOINT_CASES,
+    *EXTEND_CASES,
+    *EVAL_CASES,
+    *INIT_CASES,
+    *PROFILE_CASES,
+    *LOGGER_CASES,
+    *PLANNER_CASES,
+    *REPORT_CASES,
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_mistake_is_named_and_nothing_is_half_written(
+    case: Case, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        if case.arrange is not None:
+            case.arrange(patch)
+        before = contents(world)
+        code, _, err = cli(*shlex.split(case.words))
+    assert_one_message(case, code, err)
+    after = contents(world)
+    assert not [name for name in after if ".writing-" in name]
+    if case.leaves:  # a run that had started may leave its folder, and no part of a checkpoint in it
+        assert {name: after.get(name) for name in before} == before
+        assert not list(Path("runs/new").glob("checkpoints/*/*")) or case.code == "not-finite"
+    else:
+        assert after == before
+
+
+def test_the_names_of_the_cases_are_their_own() -> None:
+    names = [case.name for case in CASES]
+    assert len(set(names)) == len(names) >= 40
+
+
+CALLS: list[tuple[str, Callable[[], object], str, str, str]] = [
+    (
+        "no chain leads there",
+        lambda: path(model_config("tokenformer"), model_config("tokenformer", vocab_size=99), {}),
+        "unreachable-target",
+        "grow",
+        "vocab_size",
+    ),
+    ("a model that is a number", lambda: from_json(3), "bad-model", "model", "mapping"),
+    ("a model with a strange field", lambda: from_json({"wings": 2}), "bad-model", "model", "'wings'"),
+    ("a model without layers", lambda: from_json({"vocab_size": 3}), "bad-model", "model", "'embed_dim'"),
+    ("a backend", lambda: resolve_backend("pattention", "magic"), "unknown-choice", "trainer.backend", "compiled"),
+    ("a choice", lambda: Registry("colour").get("red", key="paint"), "unknown-choice", "paint", "colour"),
+]
+
+
+@pytest.mark.parametrize(("call", "code", "key", "part"), [c[1:] for c in CALLS], ids=[c[0] for c in CALLS])
+def test_a_call_with_bad_input_names_it(call: Callable[[], object], code: str, key: str, part: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        call()
+    assert (caught.value.code, caught.value.key) == (code, key)
+    assert part in str(caught.value)
+
+
+USAGE = [
+    ("no command", "", ""),
+    ("no such command", "nope", "nope"),
+    ("no recipe", "train", "recipe"),
+    ("no run", "resume", "run"),
+    ("no run to sync", "sync", "run"),
+    ("step is a word", "resume runs/run --from x", "--from"),
+    ("no targets", "grow runs/run -o grown", "targets"),
+    ("no output", "grow runs/run num_layers=2", "--output"),
+    ("negative seed", "grow runs/run num_layers=2 -o grown --seed -1", "--seed"),
+    ("seed too large", f"generate runs/run --seed {2**63}", "--seed"),
+    ("no probe", "grow runs/run num_layers=2 -o grown --probe-tokens 0", "--probe-tokens"),
+    ("no tokens", "generate runs/run --tokens 0", "--tokens"),
+    ("not a temperature", "generate runs/run --temperature nan", "--temperature"),
+    ("unknown option", "train recipe.yaml --fast", "--fast"),
+    ("extend by nothing", "extend runs/run", "recipe"),
+    ("extend from a word", "extend runs/run recipe.yaml --from x", "--from"),
+    ("no tokens to score", "eval runs/run --tokens 0", "--tokens"),
+    ("a context of none", "eval runs/run --context 0", "--context"),
+    ("stages in words", "init new.yaml --stages three", "--stages"),
+    ("profile no steps", "profile recipe.yaml --steps 0", "--steps"),
+    ("the doctor and a patient", "doctor now", "now"),
+    ("the doctor in haste", "doctor --fast", "--fast"),
+    ("the doctor in no folder", "doctor --folder", "--folder"),
+    ("the doctor with a value", "doctor --json=yes", "--json"),
+    ("the doctor misspelt", "docter", "docter"),
+    ("no run to report on", "report", "runs"),
+    ("no run to compare", "compare", "runs"),
+    ("an axis there is not", "compare runs/run runs/run --by steps", "--by"),
+    ("no run to tell the lineage of", "lineage", "run"),
+    ("two runs to tell the lineage of", "lineage runs/run runs/run", "unexpected"),
+]
+
+
+@pytest.mark.parametrize(("words", "part"), [u[1:] for u in USAGE], ids=[u[0] for u in USAGE])
+def test_a_wrong_command_line_exits_with_2_and_says_what_is_wrong(words: str, part: str, world: Path) -> None:
+    before = contents(world)
+    code, out, err = cli(*shlex.split(words))
+    assert code == 2
+    assert part in err and "Traceback" not in err and "Usage" in out + err
+    assert "[bad-command-line]" in err
+    assert contents(world) == before
+
+
+def raised_codes() -> dict[str, list[str]]:
+    """Code → where it is raised, from the syntax trees of the whole package."""
+    kinds = {name for name, item in vars(errors).items() if isinstance(item, type) and issubclass(item, GrowkitError)}
+    found: dict[str, list[str]] = {}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
+            if name not in kinds:
+                continue
+            where = f"{file.relative_to(PACKAGE)}:{node.lineno}"
+            first = node.args[0]
+            if isinstance(first, ast.Constant) and isinstance(first.value, str):
+                found.setdefault(first.value, []).append(where)
+            else:  # an error passed on under its own code
+                assert isinstance(first, ast.Attribute) and first.attr == "code", f"{where}: the code is not literal"
+    return found
+
+
+def test_every_code_is_documented_and_every_documented_code_is_raised() -> None:
+    rows = re.findall(r"^\| `([a-z0-9-]+)` \| (.+) \| (.+) \|$", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE)
+    codes = [row[0] for row in rows]
+    assert codes == sorted(set(codes))
+    assert set(codes) == set(raised_codes())
+
+
+def test_every_code_is_exercised() -> None:
+    exercised = {case.code for case in (*CASES, BUSY)} | {call[2] for call in CALLS} | {"bad-command-line"}  # USAGE
+    assert exercised == set(raised_codes())
+
+
+def test_the_collector_sees_every_kind_of_error() -> None:
+    codes = raised_codes()
+    assert {"bad-duration", "corpus-empty", "damaged", "not-finite", "not-preserved"} <= set(codes)
+    assert sum(map(len, codes.values())) > 90
+    assert hardware.accelerator.__module__  # the package under test is the one that is imported
