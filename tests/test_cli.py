@@ -14,16 +14,19 @@ import torch
 
 from growkit.checkpoint import store
 from growkit.checkpoint.run_folder import RunFolder
+from growkit.cli import training
 from growkit.cli.main import app, main
 from growkit.cli.recipes import built_in
 from growkit.config.load import parse_recipe
+from growkit.config.recipe import Recipe, RunConfig
+from growkit.errors import CheckpointError
 from growkit.eval.generate import sample_text
 from growkit.models.decoder import DecoderLM, build
 from growkit.models.presets import PRESETS
 from growkit.registry import closest
 from growkit.schedule.plan import growth_schedule
 from tests import support
-from tests.support import cli, recipe_dict, records, write_recipe
+from tests.support import cli, held_by_another_process, recipe_dict, records, write_recipe
 
 MILLISECOND = 1e-3  # what times are rounded to in the log
 
@@ -85,6 +88,26 @@ def _unread(words: list[str]) -> None:
     sys.stdout = open(1, "w", closefd=False)
     sys.argv = ["growkit", *words]
     main()
+
+
+def test_runs_of_one_second_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training.time, "strftime", lambda form: "now")
+    recipe = Recipe(run=RunConfig(folder=str(tmp_path / "runs")))
+    names = [training._new_folder(recipe, Path("x/small.yaml")).name for _ in range(3)]
+    assert names == ["small-now", "small-now-2", "small-now-3"]
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        training._new_folder(Recipe(run=RunConfig(folder=str(tmp_path / "link"))), Path("small.yaml"))
+
+
+def test_a_run_that_another_process_is_beginning_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    path.mkdir()
+    with held_by_another_process(path) as process:  # it has made and locked the folder, and written nothing yet
+        (path / "recipe.yaml").write_text("theirs")
+        with pytest.raises(CheckpointError, match=f"written by process {process}"), RunFolder(path).beginning():
+            RunFolder(path).lock()
+        assert (path / "recipe.yaml").read_text() == "theirs"
 
 
 def test_a_closed_output_does_not_stop_a_run(tmp_path: Path) -> None:
@@ -176,6 +199,11 @@ def test_validate_shows_the_schedule_and_writes_nothing(tmp_path: Path) -> None:
     code, out, _ = cli("validate", write_recipe(tmp_path))
     assert code == 0 and "valid: 2,304 tokens" in out and "deeper" in out
     assert not (tmp_path / "runs").exists()
+
+
+def test_validate_says_what_is_not_on_this_machine(tmp_path: Path) -> None:
+    code, out, _ = cli("validate", write_recipe(tmp_path), "data.source=elsewhere/text.txt")
+    assert code == 0 and "valid: " in out and "elsewhere/text.txt" in out and "does not exist" in out
 
 
 def test_recipes_are_listed_shown_and_copied(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -72,7 +72,8 @@ class RunFolder:
         cls, path: Path, recipe: str, *, parent: dict[str, Any] | None = None, key: str = "run.name"
     ) -> RunFolder:
         """Makes and locks a new run folder for ``recipe``; ``key`` is what said ``path``. Raises ConfigError if
-        something is there already, and CheckpointError, leaving nothing, if it cannot be written."""
+        something is there already, and CheckpointError, leaving nothing, if it cannot be written or another process
+        is beginning it."""
         if os.path.exists(path) and (not path.is_dir() or any(path.iterdir())):
             mend = f"choose another {key}, or go on with `growkit resume {path}`"
             raise ConfigError("run-exists", "is already there", key=key, value=str(path), mend=mend)
@@ -86,12 +87,17 @@ class RunFolder:
 
     @contextmanager
     def beginning(self) -> Iterator[None]:
-        """What puts a first checkpoint into a new run; if it fails, the folder is removed. Raises CheckpointError."""
+        """What puts a first checkpoint into a new run; if it fails, the folder is removed, unless another process has
+        it. Raises CheckpointError."""
         try:
             yield
         except (GrowkitError, OSError) as error:
-            self.unlock()
-            shutil.rmtree(self.path, ignore_errors=True)
+            if self._lock is not None:
+                shutil.rmtree(self.path, ignore_errors=True)
+                self.unlock()
+            else:
+                with suppress(OSError):
+                    self.path.rmdir()  # which leaves a folder that holds anything
             if isinstance(error, OSError):
                 raise cannot_write(self.path, error) from error
             raise
@@ -236,6 +242,18 @@ def run_of(checkpoint: Path) -> RunFolder | None:
     """The run that a checkpoint folder lies in, if it does."""
     run = checkpoint.parent.parent
     return RunFolder(run) if (run / MARK).is_file() else None
+
+
+def manifest_of(path: Path) -> manifests.Manifest:
+    """What a checkpoint, or a run's newest one, says of itself; its tensors are not looked at. Raises CheckpointError
+    if there is none."""
+    if not (path / MARK).is_file():
+        return manifests.read(path, verify=False)
+    found = RunFolder(path).last_manifest()
+    if found is None:
+        mend = f"let it come to its first one: `growkit resume {path}`"
+        raise CheckpointError("no-checkpoint", "has no sound checkpoint", key=str(path), mend=mend)
+    return found
 
 
 def log_before(checkpoint: Path, manifest: manifests.Manifest) -> bytes:

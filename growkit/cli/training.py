@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import time
 from collections.abc import Sequence
@@ -147,7 +148,21 @@ def _require_same(checkpoint: Checkpoint, schedule: GrowthSchedule, corpus: Corp
 
 
 def _new_folder(recipe: Recipe, source: Path) -> Path:
-    return Path(recipe.run.folder) / (recipe.run.name or f"{source.stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+    """The folder that run.name says; without a name, one of the recipe's name and the time that is there, empty, for
+    this run alone. Raises CheckpointError if it cannot be made."""
+    folder = Path(recipe.run.folder)
+    if recipe.run.name is not None:
+        return folder / recipe.run.name
+    stem = f"{source.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in itertools.count(1):
+        path = folder / (stem if number == 1 else f"{stem}-{number}")
+        try:
+            path.mkdir(parents=True)
+            break
+        except OSError as error:
+            if not os.path.lexists(path):  # else begun in the same second: runs of a sweep, say
+                raise cannot_write(path, error) from error
+    return path
 
 
 def _joined_folder() -> RunFolder | None:
