@@ -156,7 +156,7 @@ def records(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
 
 context = multiprocessing.get_context("forkserver")
 # The server imports torch once; each child is a fork of it, so a process costs milliseconds instead of seconds.
-context.set_forkserver_preload(["growkit.cli.training", "growkit.cli.checkpoints", "tests.support"])
+context.set_forkserver_preload(["tests.warm"])
 
 
 def in_child(*words: object, env: dict[str, str] | None = None) -> int:

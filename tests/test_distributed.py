@@ -16,7 +16,7 @@ from growkit.checkpoint import store
 from growkit.checkpoint.run_folder import RunFolder
 from tests.support import in_child, recipe_dict, records, start_child, write_recipe
 
-# Sums over two processes are taken in another order than in one: float32 roundings of 6e-8, through 18 steps.
+# Sums over two processes are taken in another order than in one: float32 roundings of 6e-8, through 12 steps.
 LOSS_TOLERANCE = 1e-5
 FSDP = ("trainer.strategy=fsdp", "trainer.devices=2")
 
@@ -45,39 +45,48 @@ def two_processes(*words: object, run: Path) -> list[int]:
 def distributed_recipe(folder: Path) -> Path:
     recipe = recipe_dict(folder)
     recipe["model"]["dropout"] = 0.0  # what is dropped depends on the process
+    recipe["trainer"]["save_every"] = "3 steps"
     for stage in recipe["stages"]:
-        stage["micro_batch_size"] = 2
+        stage |= {"micro_batch_size": 2, "duration": "4 steps"}
     return write_recipe(folder, recipe)
-
-
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_agree_with_one(strategy: str, tmp_path: Path) -> None:
-    recipe = distributed_recipe(tmp_path)
-    runs = tmp_path / "runs"
-    assert in_child("train", recipe, "run.name=one") == 0
-    options = (f"trainer.strategy={strategy}", "trainer.devices=2", "run.name=two")
-    assert two_processes("train", recipe, *options, run=runs / "two") == [0, 0]
-    for kind in ("step", "validation"):
-        one, two = records(runs / "one", kind), records(runs / "two", kind)
-        assert [r["step"] for r in one] == [r["step"] for r in two]
-        for a, b in zip(one, two, strict=True):
-            assert abs(a["loss"] - b["loss"]) <= LOSS_TOLERANCE, (a["step"], a["loss"], b["loss"])
-    growths = records(runs / "two", "growth")
-    assert len(growths) == 2 and all(g["certificate"]["delta_logits_float64"] <= 1e-10 for g in growths)
-    checkpoint = RunFolder.open(runs / "two").load()
-    assert checkpoint.manifest.layout == ("sharded" if strategy == "fsdp" else "whole")
-    reference = RunFolder.open(runs / "one").load().state
-    for name in reference.params:
-        assert torch.allclose(checkpoint.state.params[name], reference.params[name], atol=1e-4), name
 
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(recipe, run folder) of a sharded run that was never stopped."""
     folder = tmp_path_factory.mktemp("sharded")
-    recipe, run = distributed_recipe(folder), folder / "runs" / "whole"
-    assert two_processes("train", recipe, *FSDP, "run.name=whole", run=run) == [0, 0]
+    recipe, run = distributed_recipe(folder), folder / "runs" / "fsdp"
+    assert two_processes("train", recipe, *FSDP, "run.name=fsdp", run=run) == [0, 0]
     return recipe, run
+
+
+@pytest.fixture(scope="module")
+def alone(sharded: tuple[Path, Path]) -> Path:
+    """The same run in one process."""
+    recipe, run = sharded
+    assert in_child("train", recipe, "run.name=alone") == 0
+    return run.parent / "alone"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_agree_with_one(strategy: str, sharded: tuple[Path, Path], alone: Path) -> None:
+    recipe, fsdp = sharded
+    run = fsdp.parent / strategy
+    if strategy == "ddp":
+        options = ("trainer.strategy=ddp", "trainer.devices=2", "run.name=ddp")
+        assert two_processes("train", recipe, *options, run=run) == [0, 0]
+    for kind in ("step", "validation"):
+        one, two = records(alone, kind), records(run, kind)
+        assert [r["step"] for r in one] == [r["step"] for r in two]
+        for a, b in zip(one, two, strict=True):
+            assert abs(a["loss"] - b["loss"]) <= LOSS_TOLERANCE, (a["step"], a["loss"], b["loss"])
+    growths = records(run, "growth")
+    assert len(growths) == 2 and all(g["certificate"]["delta_logits_float64"] <= 1e-10 for g in growths)
+    checkpoint = RunFolder.open(run).load()
+    assert checkpoint.manifest.layout == ("sharded" if strategy == "fsdp" else "whole")
+    reference = RunFolder.open(alone).load().state
+    for name in reference.params:
+        assert torch.allclose(checkpoint.state.params[name], reference.params[name], atol=1e-4), name
 
 
 # mid_shard is reached by both processes; the renames by the first alone, and the second must not wait for it for ever.

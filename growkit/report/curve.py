@@ -64,6 +64,6 @@ def draw_curves(runs: Sequence[History], path: Path, *, x: str = "flops") -> Non
     if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
-    figure.tight_layout()
+    figure.subplots_adjust(left=0.08, right=0.98, bottom=0.1, top=0.95)  # tight_layout would draw everything twice
     figure.savefig(path, format="png")
     plt.close(figure)
