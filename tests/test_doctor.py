@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
+import tempfile
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     version = doctor._version
     {
         "disk": lambda: set_(shutil, "disk_usage", lambda _: Usage(10, 9, 1)),
-        "forbidden": lambda: set_(os, "access", lambda _, mode, **__: mode != os.W_OK),
+        "forbidden": lambda: set_(tempfile, "TemporaryFile", Mock(side_effect=PermissionError)),
         "library": lambda: set_(doctor, "_version", lambda name: None if name == "plotly" else version(name)),
         "extra": lambda: set_(doctor, "_version", lambda name: None if name == "tensorboard" else version(name)),
         "driver": lambda: set_(shutil, "which", lambda _: "/usr/bin/nvidia-smi"),

@@ -76,6 +76,19 @@ def test_what_the_recipe_does_not_say_is_the_sources(source: Path, extended: Pat
     assert [stage["context_length"] for stage in new["stages"]] == [32, 32], "the context of the source's last stage"
 
 
+def test_further_stages_are_planned_and_checked_before_they_are_trained(source: Path, extended: Path) -> None:
+    recipe = further(source.parent.parent)
+    schedule = growth_schedule(parse_recipe((extended / "recipe.yaml").read_text(), [], PRESETS, name="recipe"))
+    code, out, err = cli("plan", recipe, "--extend", source, "--json")
+    stages = json.loads(out)["stages"]
+    assert (code, err) == (0, "") and sum(stage["flops"] for stage in stages) == pytest.approx(schedule.flops)
+    assert [stage["parameters"] for stage in stages] == [stage.model.num_params() for stage in schedule.stages]
+    code, out, _ = cli("validate", recipe, "--extend", RunFolder.open(source).checkpoint(18))
+    assert code == 0 and "wider" in out and f"valid: {schedule.tokens:,} tokens" in out
+    code, _, err = cli("validate", recipe)
+    assert code == 2 and "--extend" in err
+
+
 def test_the_learning_rate_goes_on_from_where_it_was(source: Path, extended: Path) -> None:
     rates = [record["lr"] for record in records(extended, "step")]
     last, peak = rates[17], 3e-3

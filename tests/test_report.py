@@ -119,6 +119,19 @@ def test_a_page_does_not_grow_with_the_run(tmp_path: Path) -> None:
         assert len(curve["value"]) == len(found["places"][curve["at"]]["step"]) <= pages.POINTS
 
 
+def test_an_extended_run_is_scored_from_its_extension_on(tmp_path: Path) -> None:
+    """Before, it may have been validated on another text, beside that text's n-gram."""
+    ngram = {"kind": "ngram", "order": 2, "bits_per_byte": 1.5}
+    before = [step(0) | ngram, step(4), validation(4, 1.0)]
+    recipe = "start: {stage: 1, step: 4}\nstages: [{name: b}]\n"
+    run = RunSummary.read(made(tmp_path / "begun", before, recipe))
+    assert (run.last, run.best, run.ngram) == (1.0, 1.0, None)
+    after = [step(4) | ngram | {"bits_per_byte": 3.5}, step(6), validation(6, 2.0), validation(8, 2.5)]
+    run = RunSummary.read(made(tmp_path / "on", before + after, recipe))
+    assert (run.last, run.best, run.ngram) == (2.5, 2.0, (2, 3.5))
+    assert RunSummary.read(made(tmp_path / "alone", before + after)).best == 1.0
+
+
 def test_a_report_tells_what_the_run_did(world: Path) -> None:
     run = RunSummary.read(world / "run")
     told = run_data(run)
@@ -350,6 +363,11 @@ def test_the_lineage_is_a_tree(world: Path) -> None:
     ]
     code, out, _ = cli("lineage", world / "run")
     assert code == 0 and "branch branched at step 8" in out and "largest |Δlogit|" in out and "to step 18" in out
+    code, out, _ = cli("lineage", world)  # a folder of runs: all their families
+    assert code == 0 and "branch branched at step 8" in out and "\nstatic\n" in out
+    code, out, _ = cli("lineage", world, "--json")
+    assert [node["name"] for node in json.loads(out)] == ["run", "static"]
+    assert json.loads(out)[0]["branches"][0]["from_step"] == 8
 
 
 def test_the_lineage_of_a_checkpoint_agrees_with_the_log(world: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,6 +141,15 @@ def _logging() -> Iterator[Finding]:
         yield Finding("Weights & Biases", "no key, or told to stay offline: logger.kind=wandb writes files", NOTE, mend)
 
 
+def _writable(place: Path) -> bool:
+    """Tried, not asked: of /proc or a read-only disk, permissions say nothing to root."""
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            return True
+    except OSError:
+        return False
+
+
 def _room(folder: Path) -> Iterator[Finding]:
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     available = _available_memory()
@@ -153,7 +163,7 @@ def _room(folder: Path) -> Iterator[Finding]:
         place = place.parent
     free = shutil.disk_usage(place).free
     found = f"{quantity(free)}B free at {place}"
-    if not (place.is_dir() and os.access(place, os.W_OK)):
+    if not _writable(place):
         mend = "name a folder with run.folder that can be written to"
         yield Finding("disk", f"{place} cannot be written to", PROBLEM, mend)
     elif free < LEAST_DISK:

@@ -28,6 +28,11 @@ PLAN, TRAIN, LOOK = "Write and plan a recipe", "Train", "Look at runs"
 CHECKPOINTS, MACHINE = "Work with checkpoints", "Look at this machine"
 app.add_typer(recipes_app, name="recipes", rich_help_panel=PLAN)
 
+Extends = Annotated[
+    Path | None, typer.Option("--extend", help="The run or checkpoint that the recipe's stages go on from.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
+
 UsageError: Any = typer.BadParameter.__mro__[1]  # of everything wrong with a command line; typer exports only this heir
 
 
@@ -105,20 +110,21 @@ def plan(
     ] = None,
     measure: Annotated[bool, typer.Option("--measure", help="First time this machine on the recipe's stages.")] = False,
     png: Annotated[Path | None, typer.Option(help="Draw the schedule into this file.")] = None,
+    extend: Extends = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes, seconds, US dollars, joules.")] = False,
 ) -> None:
     """Reckon what a recipe costs: parameters, FLOPs, memory, time, price, energy; nothing is trained."""
     from growkit.cli.plan import show_plan
 
-    show_plan(recipe, overrides or [], hardware, measure=measure, png=png, as_json=json)
+    show_plan(recipe, overrides or [], hardware, extends=extend, measure=measure, png=png, as_json=json)
 
 
 @app.command(epilog="Example: growkit validate recipes/quickstart.yaml optim.lr=1e-3", rich_help_panel=PLAN)
-def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+def validate(recipe: RecipeArgument, overrides: Overrides = None, extend: Extends = None) -> None:
     """Check a recipe and show its stages, without training or importing torch."""
     from growkit.cli.recipes import show_schedule
 
-    show_schedule(recipe, overrides or [])
+    show_schedule(recipe, overrides or [], extend)
 
 
 @app.command(
@@ -175,7 +181,7 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders; the first one is what the others are held to.")],
     by: Annotated[Literal["flops", "tokens", "seconds"], typer.Option(help="Axis the runs are aligned on.")] = "flops",
     png: Annotated[Path | None, typer.Option(help="Also draw the curves into this file.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Set runs side by side: figures, scores at the same place, and what each needs to reach the first one's."""
     from growkit.cli.reports import show_comparison
@@ -185,12 +191,13 @@ def compare(
 
 @app.command(epilog="Example: growkit lineage runs/NAME", rich_help_panel=LOOK)
 def lineage(
-    run: Annotated[Path, typer.Argument(help="A run folder or a checkpoint.")],
+    run: Annotated[Path, typer.Argument(help="A run folder, a checkpoint, or a folder of runs.")],
+    as_json: AsJson = False,
 ) -> None:
     """Show where a model comes from: stages, growths with certificates, parents and branches."""
     from growkit.cli.reports import show_lineage
 
-    show_lineage(run)
+    show_lineage(run, as_json)
 
 
 @app.command(epilog="Example: growkit sync runs/NAME", rich_help_panel=LOOK)
@@ -273,12 +280,12 @@ def profile(
 @app.command(epilog="Example: growkit doctor", rich_help_panel=MACHINE)
 def doctor(
     folder: Annotated[Path, typer.Option(help="Where runs would go.")] = Path("runs"),
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Look at this machine: torch, kernels, GPU, memory, disk, W&B; say what to do about what is missing."""
     from growkit.cli.doctor import examine
 
-    raise typer.Exit(examine(folder, as_json=json))
+    raise typer.Exit(examine(folder, as_json=as_json))
 
 
 @recipes_app.callback(epilog="Example: growkit recipes")
@@ -325,7 +332,7 @@ def main() -> None:
         _fail(
             ConfigError(
                 "bad-command-line",
-                mistake.format_message().rstrip(".") or "a command is missing",
+                mistake.format_message().replace("Value error, ", "").rstrip(".") or "a command is missing",
                 mend="--help says what there is",
             )
         )

@@ -23,13 +23,21 @@ from growkit.schedule.plan import GrowthSchedule
 
 console = Console(highlight=False)
 UNKNOWN = "–"
+LEGEND = "trial: the first pass, tried beside room for the moments; growth: while a stage's model becomes the next"
 
 
 def show_plan(
-    name: str, overrides: Sequence[str], device: str | None, *, measure: bool, png: Path | None, as_json: bool
+    name: str,
+    overrides: Sequence[str],
+    device: str | None,
+    *,
+    extends: Path | None,
+    measure: bool,
+    png: Path | None,
+    as_json: bool,
 ) -> None:
     """Prints the plan of the recipe ``name``; ``device`` stands in the place of its hardware.preset."""
-    recipe, schedule = read(name, overrides)
+    recipe, schedule = read(name, overrides, extends)
     steps = None
     if measure:
         steps = _measure(recipe, schedule, device, quiet=as_json)
@@ -66,6 +74,8 @@ def _show(made: Plan, schedule: GrowthSchedule) -> None:
     tables = [_stages(made), _parameters(made), _memory(made)]
     for table in [*tables, _costs(made)] if made.hardware is not None else tables:
         console.print(table)
+        if table is tables[-1]:
+            console.print(LEGEND, style="dim", soft_wrap=True)
     for line in schedule_lines(schedule, min(console.width, 100)):
         console.print(line, markup=False, no_wrap=True)
     console.print()
@@ -149,12 +159,16 @@ def _count(number: int) -> str:
 
 def _cost(cost: Cost) -> tuple[str, str, str]:
     dollars = UNKNOWN if cost.dollars is None else _money(cost.dollars)
-    energy = UNKNOWN if cost.joules is None else quantity(cost.joules / JOULES_PER_KWH)
+    energy = UNKNOWN if cost.joules is None else _energy(cost.joules / JOULES_PER_KWH)
     return _time(cost.seconds), dollars, energy
 
 
 def _money(dollars: float) -> str:
     return f"{dollars:,.0f}" if dollars >= 100 else f"{dollars:.2f}" if dollars >= 0.01 else "<0.01"
+
+
+def _energy(kwh: float) -> str:
+    return quantity(kwh) if kwh >= 0.001 else "<0.001"
 
 
 def _time(seconds: float | None) -> str:

@@ -12,10 +12,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from growkit.checkpoint.extension import extended_recipe
+from growkit.checkpoint.run_folder import manifest_of
 from growkit.config.load import load_recipe, read_text
 from growkit.config.recipe import Recipe
+from growkit.data.corpus import source_kind
 from growkit.duration import quantity
-from growkit.errors import ConfigError
+from growkit.errors import ConfigError, DataError
 from growkit.models.presets import PRESETS
 from growkit.registry import closest
 from growkit.schedule.plan import GrowthSchedule, growth_schedule, settled
@@ -47,9 +50,14 @@ def find_recipe(name: str) -> Path:
     raise ConfigError("no-such-recipe", problem, key="recipe", value=name, mend=mend)
 
 
-def read(name: str, overrides: Sequence[str]) -> tuple[Recipe, GrowthSchedule]:
-    """The recipe with everything settled, and its schedule. Raises ConfigError."""
-    recipe = load_recipe(find_recipe(name), overrides, PRESETS)
+def read(name: str, overrides: Sequence[str], extends: Path | None = None) -> tuple[Recipe, GrowthSchedule]:
+    """The recipe with everything settled, and its schedule; ``extends``: the run or checkpoint its stages go on from.
+    Raises ConfigError and CheckpointError."""
+    path = find_recipe(name)
+    if extends is None:
+        recipe = load_recipe(path, overrides, PRESETS)
+    else:
+        recipe = extended_recipe(manifest_of(extends), str(extends), read_text(path), overrides, name=str(path))
     schedule = growth_schedule(recipe)
     return settled(recipe, schedule), schedule
 
@@ -88,8 +96,8 @@ def write_new(target: Path, text: str, *, key: str) -> None:
         raise ConfigError("cannot-write", f"cannot be written ({error})", key=str(target), mend=mend) from error
 
 
-def show_schedule(name: str, overrides: Sequence[str]) -> None:
-    _, schedule = read(name, overrides)
+def show_schedule(name: str, overrides: Sequence[str], extends: Path | None) -> None:
+    recipe, schedule = read(name, overrides, extends)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for header in ("stage", "grows", "params", "context", "batch", "steps", "tokens", "FLOPs"):
         table.add_column(header, no_wrap=True)
@@ -113,3 +121,7 @@ def show_schedule(name: str, overrides: Sequence[str]) -> None:
     if any(stage.links for stage in schedule.stages):
         console.print("growth keeps what the model computes, but where it says (not exact)")
     console.print(f"valid: {schedule.tokens:,} tokens, {schedule.flops:.3g} FLOPs in all")
+    try:
+        source_kind(recipe.data.source)
+    except DataError as missing:  # no fault of the recipe: it may be meant for another machine
+        console.print(f"but to train it here: {missing}", soft_wrap=True, markup=False)

@@ -22,7 +22,7 @@ from growkit.errors import ConfigError, cannot_write
 from growkit.report.comparison import MOST_DIFFERENCES, Comparison, compare, shown
 from growkit.report.curve import draw_curves
 from growkit.report.history import AXES
-from growkit.report.lineage import Growth, Node, Stage, stages_of_manifest, tree
+from growkit.report.lineage import Growth, Node, Stage, forest, stages_of_manifest, tree
 from growkit.report.page import write_report
 from growkit.report.run_summary import RunSummary, read_runs
 
@@ -61,14 +61,19 @@ def show_comparison(paths: Sequence[Path], axis: str, png: Path | None, as_json:
         console.print(f"picture: {png}", soft_wrap=True, markup=False)
 
 
-def show_lineage(path: Path) -> None:
-    """The tree of a run folder and its family, or of one checkpoint. Files of tensors are not read: `growkit inspect`
-    verifies them."""
+def show_lineage(path: Path, as_json: bool) -> None:
+    """The tree of a run folder and its family, of one checkpoint, or of all runs in a folder. Files of tensors are not
+    read: `growkit inspect` verifies them."""
     if (path / MARK).is_file():
-        node = tree(RunFolder.open(path))
-    else:
-        node = Node(path.resolve().name, stages_of_manifest(manifests.read(path, verify=False)), here=True)
-    Console(highlight=False).print(_branch(node))
+        nodes: tuple[Node, ...] = (tree(RunFolder.open(path)),)
+    elif (path / manifests.NAME).is_file() or not (nodes := forest(path)):
+        found = manifests.read(path, verify=False)
+        nodes = (Node(path.resolve().name, stages_of_manifest(found), here=True),)
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(node) for node in nodes], indent=1, allow_nan=False))
+        return
+    for node in nodes:
+        Console(highlight=False).print(_branch(node))
 
 
 def plain(found: Comparison) -> dict[str, Any]:

@@ -222,7 +222,7 @@ def _escaped(value: Any) -> Any:
 
 def _model_preset(model: Any) -> str:
     if not isinstance(model, dict):
-        mend = "write model.preset and sizes; stages for a model that is there go by `growkit extend RUN RECIPE`"
+        mend = "write model.preset and sizes; further stages of a run are for `growkit extend`, and --extend of others"
         raise ConfigError("no-model", "is missing or not a mapping", key="model", value=model, mend=mend)
     name = model.get("preset")
     if not isinstance(name, str):

@@ -154,14 +154,15 @@ def whole_text(data: DataConfig) -> NDArray[np.uint8]:
 
 
 def _documents(data: DataConfig) -> list[Document]:
-    documents = [doc for doc in SOURCES.get(_kind(data.source), key="data.source")(data) if doc.text]
+    documents = [doc for doc in SOURCES.get(source_kind(data.source), key="data.source")(data) if doc.text]
     if not documents:
         mend = "name a file or folder with text" + (f" matching {data.pattern!r}" if data.pattern != "**/*" else "")
         raise DataError("corpus-empty", "has no text", key="data.source", value=data.source, mend=mend)
     return documents
 
 
-def _kind(source: str) -> str:
+def source_kind(source: str) -> str:
+    """stdlib | path | hub. Raises DataError for a path where nothing is."""
     if source == "stdlib":
         return "stdlib"
     if source and os.path.exists(os.path.expanduser(source)):

@@ -119,16 +119,28 @@ def tree(folder: RunFolder, *, history: History | None = None) -> Node:
     of runs. ``history``: of ``folder``, if it has been read already. Raises CheckpointError if its log is damaged."""
     here = folder.path.resolve()
     family = _family(here.parent)
-    top, seen = here.name, {here.name}
-    while (above := _parent(family.get(top))) is not None and above not in seen:
-        top = above
-        seen.add(top)
     known = {here.name: history} if history is not None else {}
-    return _node(top, family, known, here.name, None, frozenset())
+    return _node(_top(here.name, family), family, known, here.name, None, frozenset())
+
+
+def forest(place: Path) -> tuple[Node, ...]:
+    """The families of all runs in the folder ``place``; none of them is ``here``."""
+    family = _family(place)
+    tops = dict.fromkeys(_top(name, family) for name in family)
+    return tuple(_node(top, family, {}, "", None, frozenset()) for top in tops)
 
 
 def _family(place: Path) -> dict[str, RunFolder]:
     return {path.parent.name: RunFolder(path.parent) for path in sorted(place.glob(f"*/{MARK}"))}
+
+
+def _top(name: str, family: Mapping[str, RunFolder]) -> str:
+    """The first known parent's parent's ... name."""
+    top, seen = name, {name}
+    while (above := _parent(family.get(top))) is not None and above not in seen:
+        top = above
+        seen.add(top)
+    return top
 
 
 def _parent(folder: RunFolder | None) -> str | None:

@@ -18,7 +18,8 @@ from growkit.report.history import History, finite, labels, number
 class RunSummary:
     """``state``: complete | running (another process writes it) | unfinished (it can be resumed) | empty (no step yet,
     and nobody writes it). ``parameters``: at the start and now. ``tokens``, ``flops``, ``seconds``: so far; None where
-    the log does not say. ``last``, ``best``: validation in bits per byte. ``ngram``: its order and score.
+    the log does not say. ``last``, ``best``: validation in bits per byte; of an extended run from its extension on, as
+    it may score another text. ``ngram``: its order and score on the same text.
     ``max_delta_logits``: the largest over all growths, in float64. ``corpus``: hash of the text, of the last
     checkpoint. ``environment``: what the last checkpoint says of the machine. ``recipe``: as a mapping, empty if it
     cannot be read."""
@@ -54,9 +55,13 @@ class RunSummary:
         place = history.place
         sizes = [number(stage.get("parameters")) for stage in history.kind("stage")]
         sizes = [size for size in sizes if math.isfinite(size)]
-        scores = history.validations("step")[1]
+        begun = number(_start(recipe).get("step", 0))
+        at, scores = history.validations("step")
+        if (at > begun).any():
+            scores = scores[at > begun]
         contexts = [finite(number(record.get("context_length"))) for record in history.kind("validation")]
-        scored = [(number(r.get("order")), number(r.get("bits_per_byte"))) for r in history.kind("ngram")]
+        beside = [r for r in history.kind("ngram") if number(r.get("step")) >= begun]
+        scored = [(number(r.get("order")), number(r.get("bits_per_byte"))) for r in beside]
         ngrams = [(int(order), score) for order, score in scored if math.isfinite(order + score)]
         deltas = [
             number((growth.get("certificate") or {}).get("max_delta_logits_float64"))
@@ -95,10 +100,15 @@ def _state(folder: RunFolder, history: History, recipe: dict[str, Any]) -> str:
         return "running"
     if not len(history.steps["step"]):
         return "empty"
-    stages, start = recipe.get("stages"), recipe.get("start")
-    first = number(start.get("stage")) if isinstance(start, dict) else 0  # of an extended run
+    stages, first = recipe.get("stages"), number(_start(recipe).get("stage", 0))
     ended = {record.get("stage") for record in history.kind("validation") if record.get("end_of_stage") is True}
     return "complete" if isinstance(stages, list) and first + len(stages) - 1 in ended else "unfinished"
+
+
+def _start(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Where an extended run begins; empty for a run from the beginning."""
+    start = recipe.get("start")
+    return start if isinstance(start, dict) else {}
 
 
 def _mapping(text: str, name: str) -> dict[str, Any]:
