@@ -27,7 +27,7 @@ quickstart: .venv/.installed
 	$(BIN)/growkit train recipes/quickstart.yaml
 
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/.installed
 	$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check . && $(BIN)/python -m mypy

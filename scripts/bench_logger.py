@@ -1,20 +1,21 @@
-"""What a logger costs a run: step times with and without it, taken in turns.
+"""What a logger costs a run, measured so that it can be told from what else the machine does.
 
-    python scripts/bench_logger.py [--quick]
+    python scripts/bench_logger.py [--minutes 3]
 
-Every arm trains the same model as ``growkit train`` does, with log_every 10, after the first stretch between two logs:
-wandb offline, TensorBoard, CSV, and none. Arms take turns, so that whatever else the machine does hits all; a ratio is
-of two runs of one round. Three figures: the step time relative to the run without a logger; the share of the time that
-the training itself spends in the logger's listener, which noise hardly moves; and the CPU time of the logger's own
-processes, start and end included, as a share of all cores' time.
+Weights & Biases runs in processes beside the training. While a model trains, they are stopped and continued in turns,
+for one stretch between two logs each (10 steps), and each stretch with them is held against the two beside it without.
+What waited while they were stopped is done when they go on, so all of their work is in the stretches with them.
+TensorBoard and CSV write in the training's own thread: what they cost is the share of its time that it spends in them,
+as it is for the look that W&B's listener takes at its process.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
-import resource
+import signal
 import statistics
 import sys
 import tempfile
@@ -22,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 
@@ -32,7 +34,6 @@ from growkit.checkpoint.metrics_log import Record  # noqa: E402
 from growkit.checkpoint.run_folder import RunFolder  # noqa: E402
 from growkit.config.load import parse_recipe, to_yaml  # noqa: E402
 from growkit.config.recipe import LoggerConfig, Recipe  # noqa: E402
-from growkit.data.corpus import Corpus  # noqa: E402
 from growkit.models.presets import PRESETS  # noqa: E402
 from growkit.schedule.plan import growth_schedule  # noqa: E402
 from growkit.train import hardware, loggers  # noqa: E402
@@ -40,116 +41,132 @@ from growkit.train.run import Run, prepare_corpus  # noqa: E402
 
 GOAL = 0.01  # of the step time
 LOG_EVERY = 10
-ARMS = ("none", "wandb", "tensorboard", "csv")
-SIZES: dict[str, dict[str, Any]] = {
+START_SECONDS = 20.0  # in which wandb starts, which happens once and is not counted
+MODELS: dict[str, dict[str, Any]] = {
+    "quickstart's first stage": {
+        "model": {"embed_dim": 128, "num_layers": 1, "num_heads": 4, "attention_tokens": 20, "mlp_tokens": 76},
+        "context_length": 128,
+        "global_batch_tokens": 1024,
+    },
     "quickstart's last stage": {
         "model": {"embed_dim": 128, "num_layers": 2, "num_heads": 4, "attention_tokens": 64, "mlp_tokens": 256},
         "context_length": 256,
         "global_batch_tokens": 2048,
-        "steps": 50,
-    },
-    "3M": {
-        "model": {"embed_dim": 256, "num_layers": 3, "num_heads": 4, "attention_tokens": 256, "mlp_tokens": 1024},
-        "context_length": 128,
-        "global_batch_tokens": 1024,
-        "steps": 30,
     },
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=3.0, help="of each of the W&B arms")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "bench_logger.json")
-    parser.add_argument("--quick", action="store_true", help="one short round of the smaller model; writes nothing")
     options = parser.parse_args()
     os.environ["WANDB_MODE"] = "offline"
-    torch.set_num_threads(1)  # the other cores are for the logger's processes, and for what else a machine does
+    cores = len(os.sched_getaffinity(0))
     results = []
-    for name, size in SIZES.items():
-        steps = 4 * LOG_EVERY if options.quick else size["steps"]
-        recipe = recipe_of(size, steps)
-        corpus = prepare_corpus(recipe, growth_schedule(recipe))
-        rounds = []
-        for _ in range(1 if options.quick else options.rounds):
-            rounds.append({kind: measure(recipe, corpus, kind) for kind in ARMS})
-            print(name, json.dumps(rounds[-1]), flush=True)
-        results.append(summary(name, recipe, rounds))
-        if options.quick:
-            return
-    machine = hardware.environment(hardware.accelerator(recipe.trainer), hardware.training_dtype(recipe.trainer), 1)
-    machine["load_average"] = os.getloadavg()  # of the time just past: much above one core's makes ratios noise
-    report = {"goal": GOAL, "log_every_steps": LOG_EVERY, "rounds": options.rounds, "cores": os.cpu_count()}
+    for name, size in MODELS.items():
+        for threads in sorted({1, cores}):
+            torch.set_num_threads(threads)
+            arms = {"wandb": measure(size, "wandb", options.minutes)}
+            arms |= {kind: measure(size, kind, min(0.5, options.minutes)) for kind in ("tensorboard", "csv")}
+            results.append({"model": name, "threads": threads, "arms": arms})
+            print(json.dumps(results[-1], indent=1), flush=True)
+    machine = hardware.environment(hardware.accelerator(recipe_of(size, 1).trainer), torch.float32, 1)
+    report = {"goal": GOAL, "log_every_steps": LOG_EVERY, "minutes": options.minutes, "cores": cores}
     options.output.write_text(json.dumps(report | {"machine": machine, "models": results}, indent=1) + "\n")
 
 
-def recipe_of(size: dict[str, Any], steps: int) -> Recipe:
+def recipe_of(size: dict[str, Any], minutes: float) -> Recipe:
+    stage = {"name": "only", "duration": "10M steps"} | {k: v for k, v in size.items() if k != "model"}
+    monitor = {"log_every": LOG_EVERY, "validation_tokens": 256, "ngram_order": 0, "sample_tokens": 0}
     sections = {
         "model": {"preset": "tokenformer"} | size["model"],
-        "trainer": {"precision": "fp32", "save_every": f"{steps} steps"},
-        "monitor": {"log_every": LOG_EVERY, "validation_tokens": 256, "ngram_order": 0, "sample_tokens": 0},
-        "stages": [{"name": "only", "duration": f"{steps} steps"}],
+        "trainer": {"precision": "fp32", "save_every": "10M steps", "max_minutes": minutes},
+        "monitor": monitor | {"peak_flops_per_second": 1e12},
+        "stages": [stage],
     }
-    sections["monitor"]["peak_flops_per_second"] = 1e12
-    for key in ("context_length", "global_batch_tokens"):
-        sections["stages"][0][key] = size[key]
     return parse_recipe(yaml.safe_dump(sections), [], PRESETS, name="bench")
 
 
-def measure(recipe: Recipe, corpus: Corpus, kind: str) -> dict[str, float]:
-    """Seconds of a step; the listener's share of the time; the logger's processes' share of all cores' time."""
-    marks: list[float] = []
-    inside = 0.0
+def measure(size: dict[str, Any], kind: str, minutes: float) -> dict[str, Any]:
+    """Trains for ``minutes`` with the logger ``kind``."""
+    recipe = recipe_of(size, minutes)
     recipe.logger = LoggerConfig(kind=kind)
-    before = _cpu_of_children()
+    schedule = growth_schedule(recipe)
+    turns = Turns()
+    inside: list[float] = []
     with tempfile.TemporaryDirectory() as place:
         folder = RunFolder.create(Path(place) / "run", to_yaml(recipe))
-        run = Run(recipe, growth_schedule(recipe), folder, corpus)
-        with loggers.open_logger(recipe.logger, folder, lambda line: None) as logger:
+        run = Run(recipe, schedule, folder, prepare_corpus(recipe, schedule))
+        with loggers.open_logger(recipe.logger, folder, lambda line: None) as logger, contextlib.closing(turns):
+            assert logger is not None
 
             def listen(record: Record) -> None:
-                nonlocal inside
+                began = time.perf_counter()
+                logger(record)
+                inside.append(time.perf_counter() - began)
                 if record["kind"] == "step":
-                    marks.append(time.perf_counter())
-                if logger is not None:
-                    began = time.perf_counter()
-                    logger(record)
-                    inside += time.perf_counter() - began
+                    turns.next(stop=kind == "wandb")
 
             run.log.listeners.append(listen)
             run.train()
+            turns.close()  # before the logger is: it waits for its process
         folder.unlock()
-    taken = marks[-1] - marks[0]
-    return {
-        "step_seconds": taken / (LOG_EVERY * (len(marks) - 1)),
-        "listener_seconds": inside / len(marks),
-        "listener_share": inside / taken,
-        "processes_cpu_share": (_cpu_of_children() - before) / (taken * (os.cpu_count() or 1)),
+    steps = len(turns.marks) * LOG_EVERY
+    found: dict[str, Any] = {
+        "steps": steps,
+        "step_seconds": round(statistics.median(np.diff(turns.marks)) / LOG_EVERY, 6),
+        "listener_share": round(sum(inside) / (turns.marks[-1] - turns.marks[0]), 6),
     }
+    return found | (turns.ratio() if kind == "wandb" else {})
 
 
-def _cpu_of_children() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+class Turns:
+    """Stops and continues all processes below this one, in turns, at every call of ``next``."""
 
+    def __init__(self) -> None:
+        self.marks: list[float] = []
+        self.stopped: list[bool] = []  # during the stretch that ends at the mark
+        self._now = False
 
-def summary(name: str, recipe: Recipe, rounds: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
-    stage = recipe.stages[0]
-    arms: dict[str, Any] = {"none": {"step_seconds": _spread([r["none"]["step_seconds"] for r in rounds])}}
-    for kind in ARMS[1:]:
-        arms[kind] = {
-            "step_time_ratio": _spread([r[kind]["step_seconds"] / r["none"]["step_seconds"] for r in rounds]),
-            "listener_seconds_per_log": _spread([r[kind]["listener_seconds"] for r in rounds]),
-            "listener_share": _spread([r[kind]["listener_share"] for r in rounds]),
-            "processes_cpu_share": _spread([r[kind]["processes_cpu_share"] for r in rounds]),
+    def next(self, *, stop: bool) -> None:
+        self.marks.append(time.perf_counter())
+        self.stopped.append(self._now)
+        if stop and self.marks[-1] - self.marks[0] > START_SECONDS:
+            self._now = not self._now
+            _signal_children(signal.SIGSTOP if self._now else signal.SIGCONT)
+
+    def close(self) -> None:
+        self._now = False
+        _signal_children(signal.SIGCONT)
+
+    def ratio(self) -> dict[str, Any]:
+        """Time of a stretch with the processes over the mean of the two beside it without: the median of all, and an
+        interval that holds the true one in 95 of 100 resamples of the stretches."""
+        took, without = np.diff(self.marks), np.array(self.stopped[1:])
+        here = [i for i in range(1, len(took) - 1) if not without[i] and without[i - 1] and without[i + 1]]
+        ratios = np.array([2 * took[i] / (took[i - 1] + took[i + 1]) for i in here])
+        draws = np.random.default_rng(0).choice(ratios, (2000, len(ratios)))
+        low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
+        return {
+            "stretches": len(ratios),
+            "step_time_ratio": round(float(np.median(ratios)), 4),
+            "interval_95": [round(float(low), 4), round(float(high), 4)],
         }
-    scale = {"steps": stage.duration, "context_length": stage.context_length, "tokens": stage.global_batch_tokens}
-    return {"model": name, "parameters": growth_schedule(recipe).stages[0].model.num_params()} | scale | {"arms": arms}
 
 
-def _spread(values: list[float]) -> dict[str, float]:
-    ordered = {"min": min(values), "median": statistics.median(values), "max": max(values)}
-    return {key: round(value, 6) for key, value in ordered.items()}
+def _signal_children(number: int) -> None:
+    """To every process below this one, the youngest last."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    below = {os.getpid()}
+    while more := {child for child, parent in parents.items() if parent in below} - below:
+        below |= more
+    for child in below - {os.getpid()}:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, number)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ import torch
 from growkit.checkpoint import store
 from growkit.checkpoint.run_folder import RunFolder
 from tests.support import in_child, recipe_dict, records, start_child, write_recipe
+from tests.test_loggers import rows_of
 
 # Sums over two processes are taken in another order than in one: float32 roundings of 6e-8, through 12 steps.
 LOSS_TOLERANCE = 1e-5
@@ -114,6 +116,22 @@ def test_a_sharded_run_resumes(sharded: tuple[Path, Path], tmp_path: Path) -> No
     # A sharded checkpoint is grown and read by one process like any other.
     assert in_child("grow", cut, "num_layers=3", "-o", tmp_path / "grown") == 0
     assert in_child("generate", tmp_path / "grown", "--tokens", "5") == 0
+
+
+def test_one_process_and_then_two_are_one_run_of_wandb(sharded: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe, fsdp = sharded
+    run, offline = fsdp.parent / "logged", {"WANDB_MODE": "offline", "HOME": str(tmp_path)}
+    words = ("run.name=logged", "logger.kind=wandb", "trainer.max_minutes=1e-9")
+    assert in_child("train", recipe, *words, env=offline) == 3
+    text = (run / "recipe.yaml").read_text().replace("max_minutes: 1.0e-09", "max_minutes: null")
+    (run / "recipe.yaml").write_text(
+        text.replace("strategy: single", "strategy: ddp").replace("devices: 1", "devices: 2")
+    )
+    assert finish(start_two("resume", run, run=run, env=offline)) == [0, 0]
+    fragments = sorted((run / "wandb").glob("offline-run-*/*.wandb"))
+    identity = json.loads((run / "wandb.json").read_text())["id"]
+    assert len(fragments) == 2 and all(file.stem.endswith(identity) for file in fragments)
+    assert [row["_step"] for row in rows_of(fragments)] == list(range(13)), "of each process, or of one alone"
 
 
 def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path: Path) -> None:

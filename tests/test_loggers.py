@@ -79,6 +79,12 @@ def expected(run: Path) -> dict[int, dict[str, float]]:
     return rows
 
 
+def rows_of(fragments: list[Path]) -> list[dict[str, Any]]:
+    """The history in offline files, one after the other."""
+    items = [r.history.item for file in fragments for r in wandb_records(file) if r.HasField("history")]
+    return [{"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in row} for row in items]
+
+
 def assert_rows_are_the_log(rows: list[dict[str, Any]], run: Path) -> None:
     """``rows`` have every step once, in order, and in them what metrics.jsonl says, to the last bit."""
     assert [row["_step"] for row in rows] == list(range(19))
@@ -132,12 +138,10 @@ def test_offline_a_kill_and_a_resume_give_fragments_that_the_printed_command_joi
     state = json.loads((run / "wandb.json").read_text())
     fragments = sorted((run / "wandb").glob("offline-run-*/*.wandb"))
     assert len(fragments) == 2 and all(map(is_whole, fragments))
-    rows, configs, axes = [], [], set()
+    rows, configs, axes = rows_of(fragments), [], set()
     for fragment in fragments:
         for record in wandb_records(fragment):
-            if record.HasField("history"):
-                rows.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item})
-            elif record.HasField("run"):
+            if record.HasField("run"):
                 assert record.run.run_id == state["id"] and record.run.display_name == "offline"
                 configs.append({item.key: json.loads(item.value_json) for item in record.run.config.update})
             elif record.HasField("metric"):

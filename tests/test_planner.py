@@ -254,7 +254,7 @@ def test_large_recipes_are_planned_without_torch(tmp_path: Path) -> None:
         "import sys\nfrom growkit.cli.plan import show_plan\n"
         f"for name in {list(LARGE)!r}:\n"
         f"    path = {str(tmp_path)!r} + '/' + name + '.yaml'\n"
-        "    show_plan(path, [], 'h100-sxm', measure=False, png=None, as_json=False)\n"
+        "    show_plan(path, [], 'h100-sxm', extends=None, measure=False, png=None, as_json=False)\n"
         "assert not {'torch', 'lightning', 'numpy', 'matplotlib'} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -23,7 +23,7 @@ from growkit.schedule.plan import GrowthSchedule
 
 console = Console(highlight=False)
 UNKNOWN = "–"
-LEGEND = "trial: the first pass, tried beside room for the moments; growth: while a stage's model becomes the next"
+LEGEND = "trial: a first pass before the stage; growth: while one model becomes the next"
 
 
 def show_plan(
