@@ -31,6 +31,7 @@ from growkit.train.loggers.wandb_process import FAILED
 from growkit.train.loggers.wandb_state import OFFLINE, WandbState, only_one
 
 POLL_SECONDS = 1.0  # between two looks at the log
+NICENESS = 10  # the training's threads go first where there are no more cores than they
 GROUPS = ("train", "validation", "optim", "gradients", "speed", "growth", "samples")
 
 
@@ -38,6 +39,7 @@ def main(words: list[str]) -> None:
     path, mode, init_seconds, finish_seconds = words
     for number in (signal.SIGINT, signal.SIGTERM):  # meant for the run, which will say when it ends
         signal.signal(number, signal.SIG_IGN)
+    os.nice(NICENESS)
     folder = RunFolder(Path(path))
     with _Reported(), only_one(folder.path):
         session = Session(folder, mode, float(init_seconds), float(finish_seconds))
