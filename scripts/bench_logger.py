@@ -140,8 +140,8 @@ class Turns:
         _signal_children(signal.SIGCONT)
 
     def ratio(self) -> dict[str, Any]:
-        """Step time with the processes over that without, from every stretch with them and the two beside it: the median
-        and its bootstrapped 95 % interval."""
+        """Step time with the processes over that without, from every stretch with them and the two beside it: the
+        median and its bootstrapped 95 % interval."""
         took, without = np.diff(self.marks), np.array(self.stopped[1:])
         here = [i for i in range(1, len(took) - 1) if not without[i] and without[i - 1] and without[i + 1]]
         ratios = np.array([(1 + 2 * took[i] / (took[i - 1] + took[i + 1])) / 2 for i in here])
