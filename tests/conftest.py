@@ -3,9 +3,17 @@ Property tests draw the same examples every time, and a slow machine does not fa
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
 settings.register_profile("growkit", derandomize=True, database=None, deadline=None)
 settings.load_profile("growkit")
+
+# Files of a minute each go first, or the last of them would run alone while the other process has nothing left.
+LONG = ("test_distributed.py", "test_resume.py", "test_loggers.py", "test_code_blocks.py", "test_mistakes.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
