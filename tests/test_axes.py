@@ -1,4 +1,4 @@
-"""The arithmetic all dense growth rests on: where old indices go, and what expansion keeps of weights and moments."""
+"""The arithmetic all dense growth rests on: what a grown axis holds, what expansion keeps of weights and moments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from growkit.growth.expand import expand, expand_moments
 from growkit.growth.state import Moments
-from growkit.models.axes import NAMES, AnyAxis, Axis, Concat, Product, index_map
+from growkit.models.axes import NAMES, NEW, AnyAxis, Axis, Concat, Product, index_map
 
 Placements = dict[str, list[int]]
 GrownShapes = tuple[tuple[AnyAxis, ...], tuple[AnyAxis, ...], Placements]
@@ -22,12 +22,13 @@ TOLERANCE = 1e-12
 
 @st.composite
 def factors(draw: st.DrawFn, most: int = 5) -> tuple[Axis, Axis, list[int]]:
-    """A named axis before and after growth, and where its indices go: anywhere, in any order."""
+    """A named axis before and after growth, and what it holds: the old indices in any order, some of them cloned."""
     name = draw(st.sampled_from(NAMES))
     old = draw(st.integers(1, most))
     new = old + draw(st.integers(0, 3))
-    places = draw(st.permutations(range(new)))[:old] if new != old else list(range(old))
-    return Axis(name, old), Axis(name, new), list(places)
+    more = draw(st.lists(st.integers(NEW, old - 1), min_size=new - old, max_size=new - old))
+    held = draw(st.permutations([*range(old), *more])) if new != old else list(range(old))
+    return Axis(name, old), Axis(name, new), list(held)
 
 
 @st.composite
@@ -56,29 +57,29 @@ def grown_axes(draw: st.DrawFn) -> tuple[AnyAxis, AnyAxis, Placements | None]:
     return Concat(tuple(old for old, _ in parts)), Concat(tuple(new for _, new in parts)), placement
 
 
-def position(axis_old: Axis, axis_new: Axis, placement: Placements | None, index: int) -> int:
+def held(axis_old: Axis, axis_new: Axis, placement: Placements | None, index: int) -> int:
     if placement and axis_old.name in placement and axis_old.size != axis_new.size:
         return placement[axis_old.name][index]
-    return index
+    return index if index < axis_old.size else NEW
 
 
 def expected(old: AnyAxis, new: AnyAxis, placement: Placements | None) -> list[int]:
-    """The map by coordinates: take an index apart, move each coordinate, put it together in the larger shape."""
+    """The map by coordinates: take an index apart, look each coordinate up, put it together in the smaller shape."""
     if isinstance(old, Axis) and isinstance(new, Axis):
-        return [position(old, new, placement, i) for i in range(old.size)]
+        return [held(old, new, placement, i) for i in range(new.size)]
     if isinstance(old, Product) and isinstance(new, Product):
-        shape = tuple(axis.size for axis in new.axes)
+        shape = tuple(axis.size for axis in old.axes)
         numbers = torch.arange(math.prod(shape)).view(shape)
         result = []
-        for coordinates in itertools.product(*(range(axis.size) for axis in old.axes)):
-            moved = tuple(position(a, b, placement, i) for a, b, i in zip(old.axes, new.axes, coordinates))
-            result.append(int(numbers[moved]))
+        for coordinates in itertools.product(*(range(axis.size) for axis in new.axes)):
+            found = tuple(held(a, b, placement, i) for a, b, i in zip(old.axes, new.axes, coordinates))
+            result.append(NEW if NEW in found else int(numbers[found]))
         return result
     assert isinstance(old, Concat) and isinstance(new, Concat)
     result, start = [], 0
     for a, b in zip(old.parts, new.parts):
-        result += [start + i for i in expected(a, b, placement)]
-        start += b.size
+        result += [NEW if i == NEW else start + i for i in expected(a, b, placement)]
+        start += a.size
     return result
 
 
@@ -86,12 +87,11 @@ def expected(old: AnyAxis, new: AnyAxis, placement: Placements | None) -> list[i
 def test_index_map(axes: tuple[AnyAxis, AnyAxis, Placements | None]) -> None:
     old, new, placement = axes
     indices = index_map(old, new, placement)
-    assert len(indices) == old.size
-    assert len(set(indices)) == len(indices), "two indices in one place"
-    assert min(indices) >= 0 and max(indices) < new.size
+    assert len(indices) == new.size
+    assert set(indices) - {NEW} == set(range(old.size)), "an index is lost"
     assert indices == expected(old, new, placement)
     if placement is None:
-        assert indices == sorted(indices), "order is kept"
+        assert [i for i in indices if i != NEW] == list(range(old.size)), "once each, in order"
         if old == new:
             assert indices == list(range(old.size))
 
@@ -101,18 +101,18 @@ def test_growing_twice_is_growing_once(sizes: list[int]) -> None:
     axes = [Product((Axis("heads", n), Axis("head_dim", n + 1))) for n in sorted(sizes)]
     chained = list(range(axes[0].size))
     for before, after in itertools.pairwise(axes):
-        step = index_map(before, after)
-        chained = [step[i] for i in chained]
+        chained = [NEW if i == NEW else chained[i] for i in index_map(before, after)]
     assert chained == index_map(axes[0], axes[-1])
 
 
 def test_by_hand() -> None:
     heads = Product((Axis("heads", 2), Axis("head_dim", 2)))
     wider = Product((Axis("heads", 3), Axis("head_dim", 4)))
-    assert index_map(heads, wider) == [0, 1, 4, 5]
-    assert index_map(heads, wider, {"heads": [2, 0]}) == [8, 9, 0, 1]
+    assert index_map(heads, wider) == [0, 1, -1, -1, 2, 3, -1, -1, -1, -1, -1, -1]
+    assert index_map(heads, wider, {"heads": [1, -1, 0]}) == [2, 3, -1, -1, -1, -1, -1, -1, 0, 1, -1, -1]
+    assert index_map(heads, wider, {"heads": [1, 0, 1]}) == [2, 3, -1, -1, 0, 1, -1, -1, 2, 3, -1, -1]
     gate_up = Concat((Axis("mlp", 2), Axis("mlp", 2)))
-    assert index_map(gate_up, Concat((Axis("mlp", 5), Axis("mlp", 5)))) == [0, 1, 5, 6]
+    assert index_map(gate_up, Concat((Axis("mlp", 3), Axis("mlp", 3)))) == [0, 1, -1, 2, 3, -1]
     assert (heads.size, gate_up.size, Concat((heads, Axis("mlp", 3))).size) == (4, 4, 7)
     assert Concat((heads, Axis("mlp", 3))).names == {"heads", "head_dim", "mlp"}
 
@@ -122,10 +122,10 @@ def test_by_hand() -> None:
     [
         (Axis("mlp", 3), Axis("mlp", 2), None),  # smaller
         (Axis("mlp", 2), Axis("embed", 3), None),  # another axis
-        (Axis("mlp", 2), Axis("mlp", 4), {"mlp": [1, 4]}),  # beyond the end
-        (Axis("mlp", 2), Axis("mlp", 4), {"mlp": [1]}),  # one left out
-        (Axis("mlp", 2), Axis("mlp", 4), {"mlp": [1, 1]}),  # two in one place
-        (Axis("mlp", 2), Axis("mlp", 4), {"mlp": [0, -1]}),  # before the start
+        (Axis("mlp", 2), Axis("mlp", 4), {"mlp": [0, 1, 2, -1]}),  # one that was not there
+        (Axis("mlp", 2), Axis("mlp", 4), {"mlp": [0, 1, -1]}),  # one place is left out
+        (Axis("mlp", 2), Axis("mlp", 4), {"mlp": [1, 1, -1, -1]}),  # an old one is lost
+        (Axis("mlp", 2), Axis("mlp", 4), {"mlp": [0, 1, -2, -1]}),  # before the start
         (Axis("mlp", 2), Product((Axis("mlp", 2),)), None),  # another structure
     ],
 )
@@ -154,12 +154,17 @@ def sizes(axes: tuple[AnyAxis, ...]) -> tuple[int, ...]:
     return tuple(axis.size for axis in axes)
 
 
-def taken_back(
+def laid_out(
     tensor: torch.Tensor, old: tuple[AnyAxis, ...], new: tuple[AnyAxis, ...], placement: Placements
 ) -> torch.Tensor:
-    for dim, (a, b) in enumerate(zip(old, new)):
-        tensor = tensor.index_select(dim, torch.tensor(index_map(a, b, placement)))
-    return tensor
+    """Entry by entry; NaN where nothing old is held."""
+    maps = [expected(a, b, placement) for a, b in zip(old, new)]
+    result = torch.full(sizes(new), torch.nan, dtype=tensor.dtype)
+    for place in itertools.product(*(range(len(m)) for m in maps)):
+        found = tuple(m[i] for m, i in zip(maps, place))
+        if NEW not in found:
+            result[place] = tensor[found]
+    return result
 
 
 @given(grown_shapes(), st.integers(0, 99))
@@ -169,31 +174,31 @@ def test_expand_keeps_the_old_bits_and_touches_nothing_else(shape: GrownShapes, 
     old = torch.randn(sizes(old_axes), generator=generator)
     into = torch.full(sizes(new_axes), torch.nan)
     result = expand(old, old_axes, into, new_axes, placement)
-    assert torch.equal(taken_back(result, old_axes, new_axes, placement), old)
-    assert int(result.isnan().sum()) == result.numel() - old.numel()
+    assert torch.equal(result.nan_to_num(9.0), laid_out(old, old_axes, new_axes, placement).nan_to_num(9.0))
 
 
 @given(grown_shapes(), st.integers(0, 99), st.sampled_from([1.0, 0.5, 2.0, 0.3]))
-def test_expand_moments(shape: GrownShapes, seed: int, scale: float) -> None:
-    """weight × exp_avg and weight² × exp_avg_sq are conserved where the weight was multiplied by ``scale``; new entries
-    have no direction yet and the old ones' mean size; the step is carried; the input stays as it was."""
+def test_expand_moments(shape: GrownShapes, seed: int, gradient: float) -> None:
+    """exp_avg goes with the gradient and exp_avg_sq with its square; new entries have no direction yet and the old
+    ones' mean size; the step is carried; the input stays as it was."""
     old_axes, new_axes, placement = shape
     generator = torch.Generator().manual_seed(seed)
-    weight, exp_avg = (torch.randn(sizes(old_axes), generator=generator, dtype=torch.float64) for _ in range(2))
+    exp_avg = torch.randn(sizes(old_axes), generator=generator, dtype=torch.float64)
     exp_avg_sq = torch.rand(sizes(old_axes), generator=generator, dtype=torch.float64) + 0.1
     old = Moments(exp_avg, exp_avg_sq, 123.0)
     copies = exp_avg.clone(), exp_avg_sq.clone()
-    now = expand_moments(old, old_axes, new_axes, scale=scale, placement=placement)
+    now = expand_moments(old, old_axes, new_axes, gradient=gradient, placement=placement)
+    by_entry = torch.full(sizes(new_axes), gradient, dtype=torch.float64)
+    again = expand_moments(old, old_axes, new_axes, gradient=by_entry, placement=placement)
+    assert torch.equal(now.exp_avg, again.exp_avg) and torch.equal(now.exp_avg_sq, again.exp_avg_sq)
     assert now.step == old.step
-    first, second = (taken_back(t, old_axes, new_axes, placement) for t in (now.exp_avg, now.exp_avg_sq))
-    torch.testing.assert_close(weight * scale * first, weight * exp_avg, rtol=TOLERANCE, atol=0)
-    torch.testing.assert_close((weight * scale) ** 2 * second, weight**2 * exp_avg_sq, rtol=TOLERANCE, atol=0)
-    is_new = torch.isnan(expand(exp_avg, old_axes, torch.full(sizes(new_axes), torch.nan), new_axes, placement))
+    first, second = (laid_out(t, old_axes, new_axes, placement) for t in (exp_avg, exp_avg_sq))
+    is_new = first.isnan()
+    torch.testing.assert_close(now.exp_avg[~is_new], gradient * first[~is_new], rtol=TOLERANCE, atol=0)
+    torch.testing.assert_close(now.exp_avg_sq[~is_new], gradient**2 * second[~is_new], rtol=TOLERANCE, atol=0)
     assert not now.exp_avg[is_new].any()
     if is_new.any():
         fresh = now.exp_avg_sq[is_new]
         assert (fresh == fresh[0]).all()
-        assert math.isclose(float(fresh[0]), float(second.mean()), rel_tol=TOLERANCE)
+        assert math.isclose(float(fresh[0]), float(now.exp_avg_sq[~is_new].mean()), rel_tol=TOLERANCE)
     assert torch.equal(old.exp_avg, copies[0]) and torch.equal(old.exp_avg_sq, copies[1])
-    if scale == 1.0:
-        assert torch.equal(first, exp_avg) and torch.equal(second, exp_avg_sq)

@@ -11,7 +11,7 @@ import torch
 from growkit.errors import PreservationError
 from growkit.growth import engine, expand
 from growkit.growth.operator import OPERATORS, Exactness, Grown, TensorGrowth
-from growkit.growth.operators import dense, param_tokens
+from growkit.growth.operators import dense, head_dim, param_tokens, width
 from growkit.growth.state import Moments
 from growkit.growth.verify import Certificate
 from growkit.models import axes
@@ -52,7 +52,7 @@ def zero_keys_and_zero_values(patch: Patch) -> None:
 
 def stale_eps(patch: Patch) -> None:
     """eps stays what it was for the narrow model."""
-    patch.setattr(dense, "padded_norm", lambda norm, ratio: norm)
+    patch.setattr(width, "padded_norm", lambda norm, ratio: norm)
 
 
 def unscaled_gain(patch: Patch) -> None:
@@ -67,7 +67,7 @@ def unscaled_gain(patch: Patch) -> None:
 def unscaled_moments(patch: Patch) -> None:
     original = expand.expand_moments
 
-    def unscaled(old, old_axes, new_axes, *, scale=1.0, placement=None):  # type: ignore[no-untyped-def]
+    def unscaled(old, old_axes, new_axes, *, gradient=1.0, placement=None):  # type: ignore[no-untyped-def]
         return original(old, old_axes, new_axes, placement=placement)
 
     patch.setattr(engine, "expand_moments", unscaled)
@@ -88,8 +88,8 @@ def misplaced_moments(patch: Patch) -> None:
     """Moments stay at the front while the weights went elsewhere."""
     original = expand.expand_moments
 
-    def misplaced(old, old_axes, new_axes, *, scale=1.0, placement=None):  # type: ignore[no-untyped-def]
-        return original(old, old_axes, new_axes, scale=scale)
+    def misplaced(old, old_axes, new_axes, *, gradient=1.0, placement=None):  # type: ignore[no-untyped-def]
+        return original(old, old_axes, new_axes, gradient=gradient)
 
     patch.setattr(engine, "expand_moments", misplaced)
 
@@ -104,7 +104,8 @@ def misordered_concat(patch: Patch) -> None:
     original = axes.index_map
 
     def flat(old, new, placement=None):  # type: ignore[no-untyped-def]
-        return list(range(old.size)) if isinstance(old, axes.Concat) else original(old, new, placement)
+        front = [*range(old.size), *[axes.NEW] * (new.size - old.size)]
+        return front if isinstance(old, axes.Concat) else original(old, new, placement)
 
     patch.setattr(expand, "index_map", flat)
 
@@ -164,7 +165,71 @@ def forgotten_moments(patch: Patch) -> None:
 
 def random_writes(patch: Patch) -> None:
     """Width: what writes the new dimensions is not zero."""
-    patch.setattr(dense.Width, "zero_side", "in")
+    patch.setattr(width.Width, "zero_side", "in")
+
+
+def appended_pairs(patch: Patch) -> None:
+    """New rotary pairs behind the old ones, which then turn at other speeds."""
+    front = [*range(12), *[axes.NEW] * 36]
+    patch.setattr(head_dim, "rotary_placement", lambda before, after, clones=False: front)
+
+
+def unscaled_queries(patch: Patch) -> None:
+    """Scores are divided by the root of a larger width."""
+
+    def plain(growth: TensorGrowth, out: Grown) -> Grown:
+        return Grown(out.value / 2, placement=out.placement) if growth.spec.local == "attention.q.weight" else out
+
+    _grow_tensor(patch, "head_dim", plain)
+
+
+def stale_qk_eps(patch: Patch) -> None:
+    patch.setattr(head_dim, "_widened", lambda mixer, dim: dataclasses.replace(mixer, head_dim=dim))
+
+
+def random_keys_under_a_norm(patch: Patch) -> None:
+    """Under QK-norm the new dimensions of a key count in its norm."""
+    original = head_dim.rotary_placement
+    patch.setattr(head_dim, "rotary_placement", lambda before, after, clones=False: original(before, after))
+
+
+def zero_keys_and_zero_queries(patch: Patch) -> None:
+    def dead(growth: TensorGrowth, out: Grown) -> Grown:
+        new = torch.zeros_like(out.value)
+        if growth.spec.local != "attention.k.weight":
+            return out
+        assert growth.old is not None and growth.old_spec is not None
+        old = expand.expand(growth.old, growth.old_spec.axes, new, growth.spec.axes, out.placement)
+        return dataclasses.replace(out, value=old)
+
+    _grow_tensor(patch, "head_dim", dead)
+
+
+def undivided_clones(patch: Patch) -> None:
+    def whole(growth: TensorGrowth, out: Grown) -> Grown:
+        return Grown(out.value * 3, placement=out.placement) if growth.spec.local == "attention.k.weight" else out
+
+    _grow_tensor(patch, "width", whole)
+
+
+def unshared_gradients(patch: Patch) -> None:
+    """What writes clones keeps its moments as they were."""
+    _grow_tensor(patch, "width", lambda growth, out: dataclasses.replace(out, gradient=1.0))
+
+
+def forgotten_logit_scale(patch: Patch) -> None:
+    original = width.Width.target
+
+    def target(self, config, fields, method):  # type: ignore[no-untyped-def]
+        return dataclasses.replace(original(self, config, fields, method), logit_scale=1.0)
+
+    patch.setattr(width.Width, "target", target)
+
+
+def biased_noise(patch: Patch) -> None:
+    """The noise does not sum to zero over the clones."""
+    original = width._uneven
+    patch.setattr(width, "_uneven", lambda *words: original(*words) + 0.01)
 
 
 MUTANTS: list[tuple[Callable[[Patch], None], str, str]] = [
@@ -186,21 +251,41 @@ MUTANTS: list[tuple[Callable[[Patch], None], str, str]] = [
     (global_randomness, "param_tokens", "bank"),
     (forgotten_moments, "depth", "identity"),
     (random_writes, "width", "pad"),
+    (appended_pairs, "head_dim", "interleave"),
+    (unscaled_queries, "head_dim", "interleave"),
+    (stale_qk_eps, "head_dim", "interleave"),
+    (random_keys_under_a_norm, "head_dim", "interleave"),
+    (zero_keys_and_zero_queries, "head_dim", "interleave"),
+    (undivided_clones, "width", "clone"),
+    (unshared_gradients, "width", "clone"),
+    (forgotten_logit_scale, "width", "clone"),
+    (biased_noise, "width", "clone_noise"),
+    (biased_noise, "width", "clone_split"),
 ]
+# The family a mutant is tried on, where it is not the operator's first.
+FAMILY = {
+    misplaced_moments: "transformer-gqa",  # order matters
+    misordered_heads: "transformer-gqa",
+    appended_pairs: "transformer",
+    unscaled_queries: "transformer",
+    stale_qk_eps: "transformer-gqa",  # has QK-norm
+    random_keys_under_a_norm: "transformer-gqa",
+    zero_keys_and_zero_queries: "transformer",
+    undivided_clones: "transformer",
+}
 
 
-def _first_case(operator: str, method: str) -> contract.Case:
-    """The case a mutant is tried on: for heads the grouped family, where order matters; else the first one."""
+def _first_case(operator: str, method: str, family: str = "") -> contract.Case:
     found = [case for case in contract.cases() if (case.operator, case.method) == (operator, method)]
-    grouped = [case for case in found if case.family == "transformer-gqa"]
-    return grouped[0] if operator == "heads" else found[0]
+    return next(case for case in found if family in ("", case.family))
 
 
 @pytest.mark.parametrize(("mutant", "operator", "method"), MUTANTS, ids=lambda value: getattr(value, "__name__", value))
 def test_mutant_is_killed(mutant: Callable[[Patch], None], operator: str, method: str, monkeypatch: Patch) -> None:
-    contract.check(_first_case(operator, method))  # sound before
+    family = FAMILY.get(mutant, "")
+    contract.check(_first_case(operator, method, family))  # sound before
     mutant(monkeypatch)
-    case = _first_case(operator, method)
+    case = _first_case(operator, method, family)
     with pytest.raises((AssertionError, PreservationError)):
         contract.check(case)
 
@@ -236,4 +321,14 @@ def test_the_certificate_looks_into_enlarged_parameters(monkeypatch: Patch) -> N
     with monkeypatch.context() as patch:
         _new_units(patch, lambda units: units.copy_(units[0].clone()))
         copies = certificate()
-        assert not copies.dead and copies.locked_rows == 2 * (added - 1) * len(case.source.layers)
+        assert not copies.dead and copies.locked_rows == 3 * (added - 1) * len(case.source.layers), "gate, up, down"
+
+
+@pytest.mark.parametrize("preset", ["tokenformer", "transformer"])
+def test_the_certificate_tells_clones_that_are_locked_from_those_that_are_not(preset: str) -> None:
+    for method in width.Width.methods:
+        case = _first_case("width", method, preset)
+        state = contract.trained_like(case.source)
+        found = engine.grow(state, case.target, case.methods, contract.generator(), contract.probe(case.source))[1]
+        assert found.certificate is not None and found.certificate.exact
+        assert (found.certificate.locked_rows > 0) == (method == "clone"), method

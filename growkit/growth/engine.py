@@ -110,16 +110,42 @@ def lazy_state(state: TrainState, links: list[Link], generator: torch.Generator,
 
 
 def new_entries(state: TrainState, links: list[Link]) -> dict[str, Tensor]:
-    """Where the grown state holds entries that did not exist before (bool), of the parameters that have any."""
-    one = torch.ones(())  # carried along as a moment, a one marks an old entry: moments start new entries at zero
-    ones = {name: Moments(one.expand(p.shape), one.expand(p.shape), 0.0) for name, p in state.params.items()}
-    marked = lazy_state(TrainState(state.config, state.params, ones), links, torch.Generator())
+    """Where the grown state holds entries that did not exist before (bool), of the parameters that have any. Of the
+    clones of an entry all but the first are new."""
+    marked = lazy_state(TrainState(state.config, state.params, _Numbered(state.params)), links, torch.Generator())
     entries = {}
     for name, spec in param_specs(marked.config).items():
-        old = marked.moments[name].exp_avg if name in marked.moments else torch.zeros(spec.shape)
-        if not old.all():
-            entries[name] = old == 0
+        if name not in marked.moments:
+            entries[name] = torch.ones(spec.shape, dtype=torch.bool)
+            continue
+        moments = marked.moments[name]  # both have the factors of gradients in them, which the quotient has not
+        numbers = (moments.exp_avg / moments.exp_avg_sq.sqrt()).round()
+        new = numbers == 0
+        if int((~new).sum()) > state.params[name].numel():
+            ordered, places = numbers.flatten().sort(stable=True)
+            again = places[1:][ordered[1:] == ordered[:-1]]
+            new.view(-1)[again] = True
+        if new.any():
+            entries[name] = new
     return entries
+
+
+class _Numbered(Mapping[str, Moments]):
+    """Carried along as moments, numbers from 1 on tell old entries apart; new entries start at zero."""
+
+    def __init__(self, params: Mapping[str, Tensor]) -> None:
+        self._params = params
+
+    def __getitem__(self, name: str) -> Moments:
+        shape = self._params[name].shape
+        numbers = torch.arange(1, shape.numel() + 1, dtype=torch.float64).view(shape)
+        return Moments(numbers, torch.ones((), dtype=torch.float64).expand(shape), 0.0)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._params)
+
+    def __len__(self) -> int:
+        return len(self._params)
 
 
 class _Lazy(Mapping[str, T]):
@@ -178,4 +204,4 @@ class _Link:
         if spec.axes == old_spec.axes:
             return old
         grown = self.grown(name)
-        return expand_moments(old, old_spec.axes, spec.axes, scale=grown.scale, placement=grown.placement)
+        return expand_moments(old, old_spec.axes, spec.axes, gradient=grown.gradient, placement=grown.placement)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from growkit.growth.state import Moments
-from growkit.models.axes import AnyAxis, Placement, index_map
+from growkit.models.axes import NEW, AnyAxis, Placement, index_map
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,11 +19,13 @@ def expand(
     import torch
 
     last = len(axes) - 1
-    index = tuple(  # one index tensor per dimension, broadcast against each other: rows × columns is never written out
-        torch.tensor(index_map(a, b, placement), device=into.device).view(-1, *[1] * (last - dim))
-        for dim, (a, b) in enumerate(zip(old_axes, axes, strict=True))
-    )
-    into[index] = old.to(into.dtype)
+    places, held = [], []  # one index tensor per dimension, broadcast: rows × columns is never written out
+    for dim, (a, b) in enumerate(zip(old_axes, axes, strict=True)):
+        index = torch.tensor(index_map(a, b, placement), device=into.device)
+        place = (index != NEW).nonzero()
+        places.append(place.view(-1, *[1] * (last - dim)))
+        held.append(index[place].view(-1, *[1] * (last - dim)))
+    into[tuple(places)] = old[tuple(held)].to(into.dtype)
     return into
 
 
@@ -32,20 +34,24 @@ def expand_moments(
     old_axes: Sequence[AnyAxis],
     axes: Sequence[AnyAxis],
     *,
-    scale: float = 1.0,
+    gradient: float | Tensor = 1.0,
     placement: Placement | None = None,
 ) -> Moments:
-    """Moments of an expanded parameter whose old entries were multiplied by ``scale``.
+    """Moments of an expanded parameter whose old entries have their gradient times ``gradient`` now.
 
-    A weight times c has its gradient times 1/c, so exp_avg goes by 1/c and exp_avg_sq by 1/c². New entries: exp_avg 0,
-    exp_avg_sq the old mean. At an old step count Adam corrects nothing, so a zero exp_avg_sq would make the first
-    update (1−β1)/√(1−β2) × lr (3.2 × at β2 = 0.999); seeded with the mean, new entries move at the old ones' pace.
+    A weight times c that computes the same has its gradient times 1/c; exp_avg goes with the gradient, exp_avg_sq with
+    its square. New entries: exp_avg 0, exp_avg_sq the mean of the old ones'. At an old step count Adam corrects
+    nothing, so a zero exp_avg_sq would make the first update (1−β1)/√(1−β2) × lr (3.2 × at β2 = 0.999); seeded with the
+    mean, new entries move at the old ones' pace.
     """
+    import torch
+
     shape = tuple(axis.size for axis in axes)
-    exp_avg = old.exp_avg.new_zeros(shape)
-    exp_avg_sq = old.exp_avg_sq.new_zeros(shape).fill_(float(old.exp_avg_sq.mean()) / scale**2)
-    return Moments(
-        expand(old.exp_avg / scale, old_axes, exp_avg, axes, placement),
-        expand(old.exp_avg_sq / scale**2, old_axes, exp_avg_sq, axes, placement),
-        old.step,
-    )
+
+    def laid(tensor: Tensor) -> Tensor:
+        return expand(tensor, old_axes, tensor.new_zeros(shape), axes, placement)
+
+    carried = laid(torch.ones_like(old.exp_avg_sq)) != 0
+    exp_avg_sq = laid(old.exp_avg_sq) * gradient**2
+    mean = exp_avg_sq[carried].mean()
+    return Moments(laid(old.exp_avg) * gradient, torch.where(carried, exp_avg_sq, mean), old.step)

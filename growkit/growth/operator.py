@@ -55,11 +55,12 @@ class TensorGrowth:
 
 @dataclass(frozen=True)
 class Grown:
-    """A tensor of the target. ``scale``: what old entries were multiplied by (moments go by 1/c and 1/c²);
-    ``placement``: where old indices went, when not to the front (axes.index_map)."""
+    """A tensor of the target. ``gradient``: what the gradient of old entries is multiplied by, as moments will be (a
+    tensor: by entry, in a shape that broadcasts); ``placement``: what the grown axes hold, when the old indices are not
+    at their front (axes.index_map)."""
 
     value: Tensor
-    scale: float = 1.0
+    gradient: float | Tensor = 1.0
     placement: Placement | None = None
 
 

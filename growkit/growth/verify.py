@@ -30,8 +30,8 @@ class Certificate:
 
     New entries are new parameters and what was added to old ones. ``new_grad_norms``: of all of them on the first
     PROBE_STEPS steps; ``dead``: parameters whose new entries get none on any (one operator's are alive by the second;
-    in a chain, a zero inside a zero by the third). ``locked_rows``: wholly new rows that equal another row of their
-    parameter in value and in gradient, so that training cannot tell them apart.
+    in a chain, a zero inside a zero by the third). ``locked_rows``: wholly new rows (and columns) that equal another
+    one of their parameter in value and in gradient, so that training cannot tell them apart.
     """
 
     exact: bool
@@ -85,7 +85,7 @@ def certify(
         parameters_after=after.config.num_params(),
         new_grad_norms=tuple(_norm(gradients, new) for gradients in rounds),
         dead=tuple(name for name, at in new.items() if not any(gradients[name][at].any() for gradients in rounds)),
-        locked_rows=sum(_locked_rows(after.params[name], rounds[-1][name], at) for name, at in new.items()),
+        locked_rows=sum(_locked(after.params[name], rounds[-1][name], at) for name, at in new.items()),
     )
     if exact:
         stored = next(iter(after.params.values())).dtype
@@ -148,10 +148,14 @@ def _gradients(state: TrainState, tokens: Tensor, targets: Tensor) -> list[dict[
     return rounds
 
 
-def _locked_rows(value: Tensor, gradient: Tensor, new: Tensor) -> int:
-    """How many of the rows that are wholly ``new`` and move add none to the different rows there are."""
+def _locked(value: Tensor, gradient: Tensor, new: Tensor) -> int:
+    """How many of the rows, and of the columns, that are wholly ``new`` and move add none to the different ones."""
     if value.dim() != 2:
         return 0
+    return _locked_rows(value, gradient, new) + _locked_rows(value.T, gradient.T, new.T)
+
+
+def _locked_rows(value: Tensor, gradient: Tensor, new: Tensor) -> int:
     rows, moving, added = torch.cat((value.float(), gradient), dim=1), gradient.any(dim=1), new.all(dim=1)
     different = [len(torch.unique(rows[of], dim=0)) for of in (moving, moving & ~added)]
     return int((moving & added).sum()) - (different[0] - different[1])

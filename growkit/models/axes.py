@@ -1,8 +1,8 @@
 """Every dimension of every parameter has a name: growth reads axes, never parameter names.
 
 An ``Axis`` is a name and a size; a ``Product`` is several axes flattened row-major (heads × head_dim); a ``Concat``
-is several laid one after the other (gate | up). ``index_map`` says where each index of a smaller dimension goes in the
-larger one: the one piece of arithmetic all dense growth rests on.
+is several laid one after the other (gate | up). ``index_map`` says which index of a smaller dimension each index of the
+larger one holds: the one piece of arithmetic all dense growth rests on.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ NAMES = (
     "inner", "state", "dt_rank", "conv", "blocks",
 )  # fmt: skip
 
-# Where the old indices of a named axis go: axis name -> positions in the grown axis. Default: the front.
+# What a grown axis holds: axis name -> for each of its positions an old index, or NEW. Default: the old at the front.
 Placement = Mapping[str, Sequence[int]]
+NEW = -1
 
 
 @dataclass(frozen=True)
@@ -64,27 +65,28 @@ AnyAxis = Axis | Product | Concat
 
 
 def index_map(old: AnyAxis, new: AnyAxis, placement: Placement | None = None) -> list[int]:
-    """Position in ``new`` of every index of ``old`` (same structure, sizes no smaller).
+    """For every index of ``new`` the index of ``old`` that it holds, or NEW (same structure, sizes no smaller).
 
-    An ``Axis`` keeps its indices at the front unless ``placement`` says otherwise. In a ``Product`` the maps of the
-    factors combine row-major with the *new* strides; in a ``Concat`` each part moves by the new sizes of those before.
+    An ``Axis`` keeps its indices at the front unless ``placement`` says otherwise, and every old index is held at least
+    once: more often, if it is cloned. In a ``Product`` the maps of the factors combine row-major; in a ``Concat`` each
+    part keeps to itself.
     """
     placement = placement or {}
     if isinstance(old, Axis) and isinstance(new, Axis):
         assert old.name == new.name and old.size <= new.size, (old, new)
-        positions = list(placement.get(old.name, range(old.size))) if old.size != new.size else list(range(old.size))
-        assert len(positions) == len(set(positions)) == old.size, (old, new, placement)
-        assert set(positions) <= set(range(new.size)), (old, new, placement)
-        return positions
+        front = [*range(old.size), *[NEW] * (new.size - old.size)]
+        held = list(placement.get(old.name, front)) if old.size != new.size else front
+        assert len(held) == new.size and set(held) - {NEW} == set(range(old.size)), (old, new, placement)
+        return held
     if isinstance(old, Product) and isinstance(new, Product):
         result = [0]
         for factor_old, factor_new in zip(old.axes, new.axes, strict=True):
             factor = index_map(factor_old, factor_new, placement)
-            result = [base * factor_new.size + i for base in result for i in factor]
+            result = [NEW if NEW in (base, i) else base * factor_old.size + i for base in result for i in factor]
         return result
     assert isinstance(old, Concat) and isinstance(new, Concat), (old, new)
     result, offset = [], 0
     for part_old, part_new in zip(old.parts, new.parts, strict=True):
-        result += [offset + i for i in index_map(part_old, part_new, placement)]
-        offset += part_new.size
+        result += [NEW if i == NEW else offset + i for i in index_map(part_old, part_new, placement)]
+        offset += part_old.size
     return result

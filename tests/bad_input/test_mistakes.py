@@ -10,12 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import growkit
-from growkit import errors
+from growkit import errors, grow
 from growkit.errors import ConfigError, GrowkitError
 from growkit.growth.path import path
 from growkit.models.config import from_json
+from growkit.models.decoder import build
 from growkit.ops.dispatch import resolve_backend
 from growkit.registry import Registry
 from growkit.train import hardware
@@ -24,7 +26,7 @@ from tests.bad_input.of_recipes import DATA_CASES, RECIPE_CASES
 from tests.bad_input.of_runs import CHECKPOINT_CASES, EXTEND_CASES, RUN_CASES
 from tests.bad_input.support import Case, assert_one_message, contents
 from tests.bad_input.test_damage import BUSY
-from tests.support import cli, model_config
+from tests.support import cli, model_config, trained_like
 
 PACKAGE = Path(growkit.__file__).parent
 DOCUMENT = PACKAGE.parent / "docs" / "errors.md"
@@ -68,6 +70,12 @@ def test_the_names_of_the_cases_are_their_own() -> None:
     assert len(set(names)) == len(names) >= 40
 
 
+def _grow_with(optimizer: Callable[[torch.nn.Module, torch.nn.Module], torch.optim.Optimizer]) -> object:
+    """``optimizer`` is made of the model that grows and of another one."""
+    model, other = (build(config, trained_like(config).params) for config in [model_config("transformer")] * 2)
+    return grow(model, optimizer(model, other), num_layers=3)
+
+
 CALLS: list[tuple[str, Callable[[], object], str, str, str]] = [
     (
         "no chain leads there",
@@ -81,6 +89,20 @@ CALLS: list[tuple[str, Callable[[], object], str, str, str]] = [
     ("a model without layers", lambda: from_json({"vocab_size": 3}), "bad-model", "model", "'embed_dim'"),
     ("a backend", lambda: resolve_backend("pattention", "magic"), "unknown-choice", "trainer.backend", "compiled"),
     ("a choice", lambda: Registry("colour").get("red", key="paint"), "unknown-choice", "paint", "colour"),
+    (
+        "an optimizer whose moments do not grow",
+        lambda: _grow_with(lambda model, _: torch.optim.SGD(model.parameters(), lr=0.1)),
+        "unknown-optimizer",
+        "optimizer",
+        "SGD",
+    ),
+    (
+        "another model's optimizer",
+        lambda: _grow_with(lambda _, other: torch.optim.AdamW(other.parameters())),
+        "not-its-optimizer",
+        "optimizer",
+        "not the model's",
+    ),
 ]
 
 

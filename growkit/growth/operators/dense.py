@@ -1,13 +1,9 @@
-"""Wider dense axes: the residual stream, the MLP, the heads. Each tensor is laid into a larger one along named axes.
-
-One rule makes each exact. *width*: what writes the new residual dimensions is zero, so what reads them sees zeros and
-may be random. *mlp*, *heads*: what reads the new dimensions is zero, so what writes them may be random.
-"""
+"""Wider dense axes: the MLP and the heads. Each tensor is laid into a larger one along named axes; what reads the new
+dimensions is zero, so what writes them may be random."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -22,12 +18,12 @@ from growkit.growth.operator import (
     not_smaller,
     whole_number,
 )
-from growkit.models.axes import Placement
-from growkit.models.config import DenseMLP, ModelConfig, Norm
+from growkit.models.axes import NEW, Placement
+from growkit.models.config import DenseMLP, ModelConfig
 from growkit.models.spec import ParamSpec
 
 
-class _Dense(GrowthOperator):
+class Dense(GrowthOperator):
     """Expansion along ``axes``; new slices are zero where a tensor's ``zero_side`` lies on them, else fresh draws."""
 
     axes: frozenset[str]
@@ -50,58 +46,7 @@ class _Dense(GrowthOperator):
         return None
 
 
-class Width(_Dense):
-    name = "width"
-    fields = ("embed_dim",)
-    methods = {"pad": "new residual dimensions start at zero; norm gains ×√(d/d′), eps ×d/d′"}
-    source = "zero padding as in Net2WiderNet's sense, RMSNorm correction: growkit (docs/operators/width.md)"
-    axes = frozenset({"embed"})
-    zero_side = "out"
-
-    def target(self, config: ModelConfig, fields: Mapping[str, Any], method: str) -> ModelConfig:
-        width = whole_number(fields["embed_dim"], "embed_dim")
-        not_smaller(width, config.embed_dim, "embed_dim")
-        ratio = config.embed_dim / width
-        return dataclasses.replace(
-            config,
-            embed_dim=width,
-            norm=padded_norm(config.norm, ratio),
-            final_norm=padded_norm(config.final_norm, ratio),
-        )
-
-    def advance(self, config: ModelConfig, target: ModelConfig) -> ModelConfig:
-        return dataclasses.replace(
-            config,
-            embed_dim=target.embed_dim,
-            norm=dataclasses.replace(config.norm, eps=target.norm.eps),
-            final_norm=dataclasses.replace(config.final_norm, eps=target.final_norm.eps),
-        )
-
-    def exactness(self, source: ModelConfig, target: ModelConfig, method: str) -> Exactness:
-        kinds = {source.norm.kind, source.final_norm.kind}
-        if kinds == {"rmsnorm"}:
-            return Exactness(
-                "exact", "padding with zeros scales the mean square by d/d′, which gain and eps undo", rescales=True
-            )
-        return Exactness("not", "zero padding shifts a LayerNorm's mean and variance")
-
-    def grow_tensor(self, growth: TensorGrowth) -> Grown:
-        if growth.spec.role not in ("gain", "bias") or growth.spec.axes[0].names != self.axes:
-            return super().grow_tensor(growth)
-        assert growth.old is not None and growth.old_spec is not None
-        if growth.spec.role == "bias":
-            return Grown(expand(growth.old, growth.old_spec.axes, growth.fresh().zero_(), growth.spec.axes))
-        scale = math.sqrt(growth.source.embed_dim / growth.target.embed_dim)
-        new = growth.fresh().fill_(scale)
-        return Grown(expand(growth.old * scale, growth.old_spec.axes, new, growth.spec.axes), scale=scale)
-
-
-def padded_norm(norm: Norm, ratio: float) -> Norm:
-    """The norm after padding, ``ratio`` = d/d′: a mean over more zeros is smaller by it, so eps is too."""
-    return dataclasses.replace(norm, eps=norm.eps * ratio) if norm.kind == "rmsnorm" else norm
-
-
-class MLPWidth(_Dense):
+class MLPWidth(Dense):
     name = "mlp"
     fields = ("mlp_dim",)
     methods = {"zero_down": "new hidden units read at random and write nothing yet"}
@@ -134,7 +79,7 @@ class MLPWidth(_Dense):
         return Exactness("exact", "the new hidden units' outgoing weights are zero")
 
 
-class Heads(_Dense):
+class Heads(Dense):
     name = "heads"
     fields = ("num_heads", "num_kv_heads")
     methods = {"zero_out": "new heads attend at random and write nothing yet; grouped queries keep their group"}
@@ -183,13 +128,13 @@ class Heads(_Dense):
 
 
 def query_placement(spec: ParamSpec, source: ModelConfig, target: ModelConfig) -> Placement | None:
-    """Query head j of kv group g goes to position j of the same group, whose stride has grown."""
+    """Position j of kv group g holds query head j of the same group, whose stride has grown."""
     assert spec.layer is not None
     old, new = source.layer(spec.layer).mixer, target.layer(spec.layer).mixer
     group_old, group_new = old.num_heads // old.num_kv_heads, new.num_heads // new.num_kv_heads
-    return {"heads": [g * group_new + j for g in range(old.num_kv_heads) for j in range(group_old)]}
+    groups = [divmod(head, group_new) for head in range(new.num_heads)]
+    return {"heads": [g * group_old + j if g < old.num_kv_heads and j < group_old else NEW for g, j in groups]}
 
 
-OPERATORS.register("width")(Width())
 OPERATORS.register("mlp")(MLPWidth())
 OPERATORS.register("heads")(Heads())

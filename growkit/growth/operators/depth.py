@@ -29,8 +29,13 @@ class Depth(GrowthOperator):
         "identity": "a copy of the layer before, its writes to the residual stream zeroed",
         "stack": "layers 0..L-1 once more on top (G_stack)",
         "interleave": "every layer followed by its copy",
+        "midas": "the middle block of layers, as many as are new, once more right after it",
+        "solar": "two copies of the stack on each other, cut at the seam: the middle layers act twice",
     }
-    source = "identity: LLaMA-Pro, arXiv 2401.02415; stack: G_stack, arXiv 2405.15319"
+    source = (
+        "identity: LLaMA-Pro, arXiv 2401.02415; stack: G_stack, arXiv 2405.15319; midas: arXiv 2409.19044; "
+        "solar: SOLAR 10.7B, arXiv 2312.15166"
+    )
 
     def target(self, config: ModelConfig, fields: Mapping[str, Any], method: str) -> ModelConfig:
         count = whole_number(fields["num_layers"], "num_layers") if "num_layers" in fields else 0
@@ -95,6 +100,10 @@ def _places(method: str, insert_at: Any, current: int, new: int) -> dict[int, li
                 mend=f"use {2 * current}, or the method identity",
             )
         return {i: [i] * (new // current) for i in range(current)}
+    if method in ("midas", "solar"):
+        _no_choice(method, insert_at)
+        block = _middle_block(method, current, new)
+        return {block[-1]: list(block)}
     if insert_at in (None, "interleaved"):
         positions = [(i + 1) * current // new - 1 if new <= current else i * current // new for i in range(new)]
     elif insert_at == "end":
@@ -107,6 +116,25 @@ def _places(method: str, insert_at: Any, current: int, new: int) -> dict[int, li
     for position in positions:
         after.setdefault(position, []).append(position)
     return after
+
+
+def _middle_block(method: str, current: int, new: int) -> range:
+    """The layers that act twice. MIDAS cuts the stack into blocks of ``new`` layers and repeats the middle one (the
+    first of two); SOLAR drops the last m layers of one copy and the first m of another: m..current−m−1 are in both."""
+    if method == "midas" and current % new == 0:
+        start = (current // new - 1) // 2 * new
+        return range(start, start + new)
+    if method == "solar" and new <= current and (current - new) % 2 == 0:
+        dropped = (current - new) // 2
+        return range(dropped, current - dropped)
+    fitting = [n for n in range(1, current + 1) if (current % n if method == "midas" else (current - n) % 2) == 0]
+    raise ConfigError(
+        "bad-target",
+        f"cannot be reached from {current} layers by {method}",
+        key="grow.num_layers",
+        value=current + new,
+        mend=f"use {' or '.join(str(current + n) for n in fitting)}, or the method identity",
+    )
 
 
 def _explicit(insert_at: Any, current: int, new: int) -> list[int]:

@@ -1,0 +1,122 @@
+"""Growth inside a training loop of one's own: ``from growkit import grow``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from growkit.errors import ConfigError
+from growkit.growth.engine import GrowthReport
+from growkit.growth.engine import grow as grow_state
+from growkit.growth.path import grown_config
+from growkit.growth.state import Moments, TrainState
+from growkit.models.config import ModelConfig
+from growkit.models.decoder import DecoderLM, build
+from growkit.models.spec import ParamSpec, param_specs
+
+ADAMS = (torch.optim.Adam, torch.optim.AdamW)
+
+
+def grow(
+    model: DecoderLM,
+    optimizer: torch.optim.Optimizer,
+    *,
+    methods: Mapping[str, str] | None = None,
+    probe: Tensor | None = None,
+    seed: int = 0,
+    **sizes: Any,
+) -> tuple[DecoderLM, torch.optim.Optimizer, GrowthReport]:
+    """A larger model with its optimizer, and what the growth did; ``model`` and ``optimizer`` are left as they were.
+
+    ``sizes``: what a recipe's ``grow:`` may say (``num_layers=24``), ``methods`` its ``methods:``. ``probe``: tokens
+    (rows, context + 1) that the certificate is measured on; random ones if None. ``optimizer``: Adam or AdamW over this
+    model's parameters; the new one has its groups and options, the moments of old parameters, and each new parameter in
+    the group of those like it. Learning-rate schedulers hold on to an optimizer: make them anew.
+
+    Raises ConfigError for a size that cannot be reached or another optimizer, and PreservationError if a step that
+    claims to be exact is not.
+    """
+    if type(optimizer) not in ADAMS or any(group["amsgrad"] for group in optimizer.param_groups):
+        kind, mend = type(optimizer).__name__, "use torch.optim.AdamW or Adam, without amsgrad"
+        raise ConfigError("unknown-optimizer", "has moments that do not grow", key="optimizer", value=kind, mend=mend)
+    names = _names(model, optimizer)
+    if not sizes:
+        raise ConfigError("nothing-grows", "names no size", key="grow", mend="name one, such as num_layers=24")
+    methods = methods or {}
+    target = grown_config(model.config, sizes, methods)
+    device = model.embedding.weight.device
+    params = {name: p.detach().cpu() for name, p in model.named_parameters()}
+    state = TrainState(model.config, params, _moments(model, optimizer))
+    generator = torch.Generator().manual_seed(seed)
+    if probe is None:
+        probe = torch.randint(model.config.vocab_size, (2, 65), generator=generator)
+    grown, report = grow_state(state, target, methods, generator, probe.cpu())
+    larger = build(target, grown.params).to(device).train(model.training)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, p in larger.named_parameters():
+        p.requires_grad_(name in trained or name not in params)
+    return larger, _optimizer(optimizer, names, larger, grown, model.config), report
+
+
+def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    """The parameters of each group by name. Raises ConfigError for one that is not the model's."""
+    known = {id(p): name for name, p in model.named_parameters()}
+    groups = [[known.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
+    if any(name is None for names in groups for name in names):
+        mend = "pass the optimizer that trains this model"
+        raise ConfigError("not-its-optimizer", "holds parameters that are not the model's", key="optimizer", mend=mend)
+    return [[name for name in names if name is not None] for names in groups]
+
+
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Moments]:
+    """Of the parameters that were updated already."""
+    found = {}
+    for name, p in model.named_parameters():
+        if "exp_avg" in (state := optimizer.state.get(p, {})):
+            found[name] = Moments(state["exp_avg"].cpu(), state["exp_avg_sq"].cpu(), float(state["step"]))
+    return found
+
+
+def _optimizer(
+    old: torch.optim.Optimizer,
+    names: Sequence[Sequence[str]],
+    model: DecoderLM,
+    grown: TrainState,
+    source: ModelConfig,
+) -> torch.optim.Optimizer:
+    named, specs = dict(model.named_parameters()), param_specs(model.config)
+    before = param_specs(source)
+    home = {name: index for index, group in enumerate(names) for name in group}
+    like = {_likeness(before[name]): index for name, index in home.items()}
+    members: list[list[nn.Parameter]] = [[] for _ in names]
+    for name, p in named.items():
+        if name in home:
+            members[home[name]].append(p)
+        elif name not in before:
+            members[like.get(_likeness(specs[name]), 0)].append(p)
+    groups = [
+        {key: value for key, value in group.items() if key != "params"} | {"params": params}
+        for group, params in zip(old.param_groups, members, strict=True)
+    ]
+    kind: Any = type(old)
+    optimizer: torch.optim.Optimizer = kind(groups)
+    optimizer.defaults.update(old.defaults)
+    moved = {
+        named[name]: {
+            "step": torch.tensor(m.step),
+            "exp_avg": m.exp_avg.clone(),  # what did not grow is the old optimizer's own
+            "exp_avg_sq": m.exp_avg_sq.clone(),
+        }
+        for name, m in grown.moments.items()
+    }
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    saved = optimizer.state_dict() | {"state": {i: moved[p] for i, p in enumerate(order) if p in moved}}
+    optimizer.load_state_dict(saved)  # puts every tensor on the device where this optimizer wants it
+    return optimizer
+
+
+def _likeness(spec: ParamSpec) -> tuple[str, str]:
+    return spec.role, spec.component

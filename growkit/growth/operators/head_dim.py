@@ -1,0 +1,105 @@
+"""Wider heads. Rotary positions turn pair i of r rotated dimensions by base^(−2i/r): with m times as many dimensions
+the old pair i has to be pair m·i, where the angle is the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from growkit.errors import ConfigError
+from growkit.growth.expand import expand
+from growkit.growth.operator import (
+    OPERATORS,
+    Exactness,
+    Grown,
+    GrowthOperator,
+    TensorGrowth,
+    not_smaller,
+    whole_number,
+)
+from growkit.models.axes import NEW
+from growkit.models.config import Attention, ModelConfig
+
+
+class HeadDim(GrowthOperator):
+    name = "head_dim"
+    fields = ("head_dim",)
+    methods = {
+        "interleave": "new rotary pairs between the old ones; new queries ask nothing yet, new values go nowhere"
+    }
+    source = "growkit (docs/operators/head_dim.md)"
+
+    def target(self, config: ModelConfig, fields: Mapping[str, Any], method: str) -> ModelConfig:
+        dim = whole_number(fields["head_dim"], "head_dim")
+        layers = []
+        for layer in config.layers:
+            mixer = layer.mixer
+            not_smaller(dim, mixer.head_dim, "head_dim")
+            if dim % mixer.head_dim:
+                mend = f"use {2 * mixer.head_dim}: the rotary angles of the old dimensions exist only there"
+                problem = f"is not a multiple of {mixer.head_dim}"
+                raise ConfigError("bad-target", problem, key="grow.head_dim", value=dim, mend=mend)
+            layers.append(dataclasses.replace(layer, mixer=_widened(mixer, dim)))
+        return dataclasses.replace(config, layers=tuple(layers))
+
+    def advance(self, config: ModelConfig, target: ModelConfig) -> ModelConfig:
+        wanted = {layer.id: layer.mixer for layer in target.layers}
+        layers = []
+        for layer in config.layers:
+            mixer = wanted.get(layer.id)
+            if mixer is not None and mixer.head_dim % layer.mixer.head_dim == 0:
+                layer = dataclasses.replace(layer, mixer=_widened(layer.mixer, mixer.head_dim))
+            layers.append(layer)
+        return dataclasses.replace(config, layers=tuple(layers))
+
+    def exactness(self, source: ModelConfig, target: ModelConfig, method: str) -> Exactness:
+        reason = "old rotary pairs keep their angles, √(d′/d) in the queries makes up for the scale of the scores"
+        return Exactness("exact", reason, rescales=True)
+
+    def grow_tensor(self, growth: TensorGrowth) -> Grown:
+        spec, old, old_spec = growth.spec, growth.old, growth.old_spec
+        assert old is not None and old_spec is not None, "wider heads add no parameters"
+        if spec.shape == old_spec.shape:
+            return Grown(old)
+        assert spec.layer is not None
+        before, after = growth.source.layer(spec.layer).mixer, growth.target.layer(spec.layer).mixer
+        part = spec.local.split(".")[1]  # q, k, v, o, q_norm or k_norm of "attention.…"
+        placement = None if part in ("v", "o") else {"head_dim": rotary_placement(before, after)}
+        new = growth.fresh()
+        if part in ("q", "o"):  # a zero on one side of every product: of query and key, of value and output
+            new.zero_()
+        scale, root = 1.0, math.sqrt(after.head_dim / before.head_dim)
+        if part == "q" and after.qk_norm is None:
+            scale = root  # scores are divided by √d′ now; under QK-norm the norm of the padded query does this
+        elif part == "k" and after.qk_norm is not None:
+            # New dimensions of a key count in its norm, and zeros would be dead against the query's zeros. Clones leave
+            # the mean square alone, and divided by the root they fit the smaller eps.
+            scale = 1 / root
+            clones = {"head_dim": rotary_placement(before, after, clones=True)}
+            new = expand(old * scale, old_spec.axes, new, spec.axes, clones)
+        return Grown(expand(old * scale, old_spec.axes, new, spec.axes, placement), 1 / scale, placement)
+
+
+def _widened(mixer: Attention, dim: int) -> Attention:
+    """A mean over more zeros is smaller by d/d′, so QK-norm's eps is too."""
+    ratio = mixer.head_dim / dim
+    norm = dataclasses.replace(mixer.qk_norm, eps=mixer.qk_norm.eps * ratio) if mixer.qk_norm is not None else None
+    return dataclasses.replace(mixer, head_dim=dim, qk_norm=norm)
+
+
+def rotary_placement(before: Attention, after: Attention, *, clones: bool = False) -> list[int]:
+    """What each dimension of the wider head holds. Rotated dimensions are two halves, i and i + r/2 of a pair.
+    ``clones``: every place that would be new holds one more of an old dimension, so that all are there equally often.
+    """
+    times, pairs = after.head_dim // before.head_dim, round(before.head_dim * before.rope_fraction) // 2
+    rest = range(2 * pairs, before.head_dim)
+    held = [*(i // times for i in range(times * pairs)), *(pairs + i // times for i in range(times * pairs))]
+    kept = [i % times == 0 for i in range(2 * times * pairs)]
+    held += [*rest] * times
+    kept += [i < len(rest) for i in range(times * len(rest))]
+    return [i if stays or clones else NEW for i, stays in zip(held, kept, strict=True)]
+
+
+OPERATORS.register("head_dim")(HeadDim())
