@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from growkit.errors import ConfigError
-from growkit.growth.engine import grow, grown_state, lazy_state, new_entries
+from growkit.growth.engine import grow, lazy_states, materialised, new_entries
 from growkit.growth.operator import EXACT_FLOAT64, OPERATORS
 from growkit.growth.path import grown_config, path
 from growkit.growth.state import Moments, TrainState
@@ -106,7 +106,8 @@ def generator(seed: int = 5) -> torch.Generator:
 
 
 def grown(case: Case, state: TrainState, seed: int = 5) -> TrainState:
-    return grown_state(state, path(case.source, case.target, case.methods), generator(seed), stage=1)
+    links = path(case.source, case.target, case.methods)
+    return materialised(lazy_states(state, links, generator(seed), stage=1)[-1])
 
 
 def check(case: Case) -> None:
@@ -253,7 +254,7 @@ def randomness_is_the_generators(case: Case) -> None:
     torch.manual_seed(1)
     first = grown(case, state)
     torch.manual_seed(2)
-    second = lazy_state(state, path(case.source, case.target, case.methods), generator(), stage=1)
+    second = lazy_states(state, path(case.source, case.target, case.methods), generator(), stage=1)[-1]
     for name in reversed(list(first.params)):
         assert torch.equal(first.params[name], second.params[name]), name
     assert list(first.params) == list(second.params)
@@ -272,7 +273,7 @@ def two_steps_keep_it_as_well(case: Case) -> None:
     state = TrainState(case.target, noisy, moments)
     further = _further(case)
     again = path(case.target, further, case.methods)
-    twice = grown_state(state, again, generator(6), stage=2)
+    twice = materialised(lazy_states(state, again, generator(6), stage=2)[-1])
     claims = tuple(link.exactness for link in again)
     certificate = certify(state, twice, claims, probe(case.source), new={}, dtype=torch.float64)
     assert certificate.exact and certificate.delta_logits_float64 <= EXACT_FLOAT64

@@ -22,7 +22,7 @@ from growkit.duration import quantity
 from growkit.errors import ConfigError
 from growkit.eval.generate import sample_text
 from growkit.eval.ngram import bits
-from growkit.growth.engine import growth_report, lazy_state
+from growkit.growth.engine import growth_report, lazy_states
 from growkit.growth.path import grown_config, path
 from growkit.models.decoder import build
 from growkit.train.display import growth_table
@@ -59,7 +59,7 @@ def grow_checkpoint(source: Path, targets: Sequence[str], output: Path, seed: in
     wanted = grown_config(config, fields, methods)
     links = path(config, wanted, methods)
     stage = checkpoint.manifest.progress.stage + 1
-    grown = lazy_state(checkpoint.state, links, torch.Generator().manual_seed(seed), stage=stage)
+    grown = lazy_states(checkpoint.state, links, torch.Generator().manual_seed(seed), stage=stage)
     probe = torch.randint(config.vocab_size, (1, probe_tokens + 1), generator=torch.Generator().manual_seed(seed))
     report = growth_report(checkpoint.state, grown, links, probe)
     step = checkpoint.manifest.progress.step
@@ -76,7 +76,7 @@ def grow_checkpoint(source: Path, targets: Sequence[str], output: Path, seed: in
         log_bytes=len(log),
         layout="whole",
     )
-    store.write(output, grown, manifest, log=log)
+    store.write(output, grown[-1], manifest, log=log)
     console.print(growth_table(event))
     console.print(f"wrote {output}", soft_wrap=True, markup=False)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from growkit.growth.expand import expand_moments
 from growkit.growth.operator import Grown, TensorGrowth
 from growkit.growth.path import Link, operator, path
 from growkit.growth.state import Moments, TrainState
-from growkit.growth.verify import Certificate, certify
+from growkit.growth.verify import Certificate, certify, certify_links
 from growkit.models.config import ModelConfig
 from growkit.models.decoder import init_tensor
 from growkit.models.spec import param_specs
@@ -25,9 +25,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class GrowthReport:
-    """What a growth did. ``new``: parameters that did not exist before. ``certificate``: None without a probe."""
+    """What a growth did. ``new``: parameters that did not exist before. ``certificate``: of the whole chain, None
+    without a probe. ``deltas``: relative Δlogits of each link by itself, in float64; empty without a probe."""
 
     links: tuple[Link, ...]
+    deltas: tuple[float, ...]
     new: tuple[str, ...]
     parameters_before: int
     parameters_after: int
@@ -35,10 +37,11 @@ class GrowthReport:
 
     def record(self) -> dict[str, Any]:
         """The report as plain values, for a lineage or a log."""
+        links = [{"operator": link.operator, "method": link.method, **asdict(link.exactness)} for link in self.links]
+        for link, delta in zip(links, self.deltas):
+            link["delta_logits_float64"] = delta
         return {
-            "links": [
-                {"operator": link.operator, "method": link.method, **asdict(link.exactness)} for link in self.links
-            ],
+            "links": links,
             "new_parameters": len(self.new),
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
@@ -64,30 +67,36 @@ def grow(
     PreservationError when a step that claims to be exact is not.
     """
     links = path(state.config, target, methods)
-    grown = grown_state(state, links, generator, stage=stage)
-    return grown, growth_report(state, grown, links, probe, dtype=dtype)
+    states = lazy_states(state, links, generator, stage=stage)
+    grown = materialised(states[-1])
+    return grown, growth_report(state, [*states[:-1], grown], links, probe, dtype=dtype)
 
 
 def growth_report(
     state: TrainState,
-    grown: TrainState,
-    links: list[Link],
+    grown: Sequence[TrainState],
+    links: Sequence[Link],
     probe: Tensor | None,
     *,
     dtype: torch.dtype = torch.float32,
 ) -> GrowthReport:
-    """What ``links`` made of ``state``, measured on ``probe`` if there is one. Raises PreservationError as ``grow``."""
-    new = tuple(name for name in grown.params if name not in state.params)
-    certificate = None
+    """What ``links`` made of ``state``, ``grown`` after each, measured on ``probe`` if there is one. Raises
+    PreservationError as ``grow``."""
+    new = tuple(name for name in grown[-1].params if name not in state.params)
+    certificate, deltas = None, tuple[float, ...]()
     if probe is not None:
         claims, entries = tuple(link.exactness for link in links), new_entries(state, links)
-        certificate = certify(state, grown, claims, probe, new=entries, dtype=dtype)
-    return GrowthReport(tuple(links), new, state.config.num_params(), grown.config.num_params(), certificate)
+        if len(links) > 1:
+            names = [f"{link.operator} ({link.method})" for link in links]
+            deltas = certify_links([state, *grown], claims, names, probe)
+        certificate = certify(state, grown[-1], claims, probe, new=entries, dtype=dtype)
+        deltas = deltas or (certificate.delta_logits_float64,)
+    before, after = state.config.num_params(), grown[-1].config.num_params()
+    return GrowthReport(tuple(links), deltas, new, before, after, certificate)
 
 
-def grown_state(state: TrainState, links: list[Link], generator: torch.Generator, *, stage: int = 0) -> TrainState:
-    """The chain applied, every tensor materialised. ``lazy_state`` is the same without holding them all."""
-    lazy = lazy_state(state, links, generator, stage=stage)
+def materialised(lazy: TrainState) -> TrainState:
+    """The same state with every tensor computed and held."""
     params: dict[str, Tensor] = {}
     for index, name in enumerate(lazy.params):
         params[name] = lazy.params[name]
@@ -96,8 +105,11 @@ def grown_state(state: TrainState, links: list[Link], generator: torch.Generator
     return TrainState(lazy.config, params, {name: lazy.moments[name] for name in lazy.moments}, lazy.born)
 
 
-def lazy_state(state: TrainState, links: list[Link], generator: torch.Generator, *, stage: int = 0) -> TrainState:
-    """The chain as mappings that grow a tensor when it is asked for, so that growth can stream to disk."""
+def lazy_states(
+    state: TrainState, links: Sequence[Link], generator: torch.Generator, *, stage: int = 0
+) -> list[TrainState]:
+    """The state after each link, as mappings that grow a tensor when it is asked for, so that growth can stream."""
+    states = []
     # One draw seeds everything; each tensor's own seed is a hash with its name, so order and sharding do not matter.
     seed = int(torch.randint(2**62, (), generator=generator))
     for number, link in enumerate(links):
@@ -106,13 +118,15 @@ def lazy_state(state: TrainState, links: list[Link], generator: torch.Generator,
         params = _Lazy(list(view.specs), view.value)
         kept = [name for name in view.specs if name in view.old_specs and name in state.moments]
         state = TrainState(link.target, params, _Lazy(kept, view.moments), born)
-    return state
+        states.append(state)
+    return states
 
 
-def new_entries(state: TrainState, links: list[Link]) -> dict[str, Tensor]:
+def new_entries(state: TrainState, links: Sequence[Link]) -> dict[str, Tensor]:
     """Where the grown state holds entries that did not exist before (bool), of the parameters that have any. Of the
     clones of an entry all but the first are new."""
-    marked = lazy_state(TrainState(state.config, state.params, _Numbered(state.params)), links, torch.Generator())
+    numbered = TrainState(state.config, state.params, _Numbered(state.params))
+    marked = lazy_states(numbered, links, torch.Generator())[-1]
     entries = {}
     for name, spec in param_specs(marked.config).items():
         if name not in marked.moments:

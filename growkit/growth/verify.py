@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,19 +93,41 @@ def certify(
     return certificate
 
 
+def certify_links(
+    states: Sequence[TrainState], claims: Sequence[Exactness], names: Sequence[str], probe: Tensor
+) -> tuple[float, ...]:
+    """Relative Δlogits, in float64, of each link between two ``states``. Raises PreservationError for one that claims
+    to be exact and is not: in a chain with others that are not, the chain's own certificate would let it pass."""
+    deltas = []
+    before = stream_logits(states[0].config, states[0].params, probe[:, :-1], torch.float64)
+    stored = next(iter(states[0].params.values())).dtype
+    for state, claim, name in zip(states[1:], claims, names, strict=True):
+        after = stream_logits(state.config, state.params, probe[:, :-1], torch.float64)
+        deltas.append(_relative(after, before))
+        tolerance = claim.tolerance(stored == torch.float64)
+        if claim.kind == "exact" and not deltas[-1] <= tolerance:  # NaN fails too
+            raise _not_preserved(f"{name}: {claim.reason}", deltas[-1], tolerance, "float64")
+        before = after
+    return tuple(deltas)
+
+
 def _hold_to(certificate: Certificate, float64_tolerance: float, dtype: torch.dtype) -> None:
     for measured, tolerance, where in (
         (certificate.delta_logits_float64, float64_tolerance, "float64"),
         (certificate.delta_logits_training, TRAINING_TOLERANCE[dtype], certificate.training_dtype),
     ):
         if not measured <= tolerance:  # NaN fails too
-            raise PreservationError(
-                "not-preserved",
-                f"was to keep the function ({certificate.reason}), but the logits moved by {measured:.2e} (relative, "
-                f"{where}); the tolerance is {tolerance:.0e}",
-                key="grow",
-                mend="the state before the growth is kept; please report this with the recipe",
-            )
+            raise _not_preserved(certificate.reason, measured, tolerance, where)
+
+
+def _not_preserved(reason: str, measured: float, tolerance: float, where: str) -> PreservationError:
+    return PreservationError(
+        "not-preserved",
+        f"was to keep the function ({reason}), but the logits moved by {measured:.2e} (relative, {where}); the "
+        f"tolerance is {tolerance:.0e}",
+        key="grow",
+        mend="the state before the growth is kept; please report this with the recipe",
+    )
 
 
 @torch.no_grad()

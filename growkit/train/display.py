@@ -128,11 +128,16 @@ def growth_table(record: Record) -> Table:
     table.add_column("parameters", no_wrap=True)
     for header in ("Δlogits float64", f"Δlogits {certificate['training_dtype']}", "Δloss"):
         table.add_column(header)
-    what = "\n".join(f"{link['operator']} ({link['method']})" for link in record["links"])
+    names = [f"{link['operator']} ({link['method']})" for link in record["links"]]
+    if len(names) > 1:
+        for name, link in zip(names, record["links"]):
+            delta = link.get("delta_logits_float64")  # logs from before it was measured lack it
+            table.add_row(name, "", "" if delta is None else f"{delta:.1e}", "", "")
+        names = ["together"]
     ratio = record["parameters_after"] / record["parameters_before"]
     sizes = f"{quantity(record['parameters_before'])} → {quantity(record['parameters_after'])} (×{ratio:.2f})"
     table.add_row(
-        what,
+        names[0],
         sizes,
         f"{certificate['delta_logits_float64']:.1e}",
         f"{certificate['delta_logits_training']:.1e}",

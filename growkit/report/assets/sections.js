@@ -85,7 +85,9 @@ function differences() {
 
 /** [what changed, in a few words] */
 function changes(mark) {
-  const told = mark.links.map((link) => `${link.operator} (${link.method})`);
+  const told = mark.links.map((link) => `${link.operator} (${link.method})${
+    mark.links.length > 1 && Number.isFinite(link.delta_logits_float64)
+      ? `, Δlogits ${link.delta_logits_float64.toExponential(1)}` : ""}`);
   if (mark.parameters) told.push(`${change(mark.parameters)} parameters`);
   if (mark.context_length) told.push(`context ${mark.context_length.join(" → ")}`);
   if (mark.global_batch_tokens) told.push(`batch ${mark.global_batch_tokens.join(" → ")} tokens`);

@@ -1,0 +1,75 @@
+"""Several axes grown in one stage: one chain in canonical order, certified as a whole and link by link."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from growkit.errors import PreservationError
+from growkit.growth.engine import GrowthReport, grow
+from growkit.growth.operator import EXACT_FLOAT64, OPERATORS, Exactness
+from growkit.growth.path import grown_config, order, path
+from growkit.train.display import growth_table
+from tests.support import model_config, probe, trained_like
+
+EVERYTHING: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "transformer": (
+        {"num_layers": 4, "embed_dim": 48, "mlp_dim": 96, "num_heads": 4, "head_dim": 24},
+        {"width": "clone_noise"},
+    ),
+    "tokenformer": (
+        {"num_layers": 3, "embed_dim": 32, "num_heads": 4, "head_dim": 24, "attention_tokens": 15, "mlp_tokens": 20},
+        {},
+    ),
+}
+
+
+def grown(preset: str, fields: dict[str, Any], methods: dict[str, str], dtype: torch.dtype) -> GrowthReport:
+    source = model_config(preset)
+    target = grown_config(source, fields, methods)
+    state = trained_like(source, dtype=dtype)
+    _, report = grow(state, target, methods, torch.Generator().manual_seed(1), probe(source))
+    return report
+
+
+@pytest.mark.parametrize("preset", EVERYTHING)
+def test_every_axis_at_once_is_exact_as_a_whole_and_link_by_link(preset: str) -> None:
+    fields, methods = EVERYTHING[preset]
+    report = grown(preset, fields, methods, torch.float64)
+    names = [link.operator for link in report.links]
+    assert names == [name for name in order() if name in names] and len(names) >= 5
+    assert len(report.deltas) == len(names) and all(delta <= EXACT_FLOAT64 for delta in report.deltas)
+    certificate = report.certificate
+    assert certificate is not None and certificate.exact and certificate.delta_logits_float64 <= EXACT_FLOAT64
+    assert not certificate.dead and certificate.locked_rows == 0
+    assert [link["delta_logits_float64"] for link in report.record()["links"]] == list(report.deltas)
+
+
+def test_a_chain_that_is_not_exact_says_which_link_is_not() -> None:
+    report = grown("transformer", {"num_layers": 4, "mlp_dim": 96}, {"depth": "stack"}, torch.float32)
+    assert report.certificate is not None and not report.certificate.exact
+    stacked, widened = report.deltas
+    assert stacked > 0.1 and widened <= EXACT_FLOAT64
+    event = {"name": "next"} | report.record()
+    column = list(growth_table(event).columns[0].cells)
+    assert column == ["depth (stack)", "mlp (zero_down)", "together"]
+
+
+def test_a_false_claim_is_found_beside_links_that_claim_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chain's own certificate is not exact already, and would let it pass."""
+    fields, methods = {"num_layers": 4, "embed_dim": 32}, {"depth": "stack"}
+    source = model_config("transformer", norm="layernorm")
+    target = grown_config(source, fields, methods)
+    claims = [link.exactness.kind for link in path(source, target, methods)]
+    assert claims == ["not", "not"]
+    kind = type(OPERATORS.get("width", key=""))
+    monkeypatch.setattr(kind, "exactness", lambda *_: Exactness("exact", "it is not"))
+    with pytest.raises(PreservationError, match=r"width \(pad\): it is not"):
+        grow(trained_like(source), target, methods, torch.Generator(), probe(source))
+
+
+def test_one_link_has_the_certificates_own_number() -> None:
+    report = grown("transformer", {"num_layers": 3}, {}, torch.float64)
+    assert report.certificate is not None and report.deltas == (report.certificate.delta_logits_float64,)
