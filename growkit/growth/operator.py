@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from growkit.errors import ConfigError
 from growkit.models.axes import Placement
-from growkit.models.config import ModelConfig
+from growkit.models.config import LayerSpec, ModelConfig
 from growkit.models.spec import ParamSpec
 from growkit.registry import Registry, closest
 
@@ -102,6 +103,15 @@ class GrowthOperator:
 
 
 OPERATORS: Registry[GrowthOperator] = Registry("growth operator")
+
+
+def each_layer(
+    config: ModelConfig, target: ModelConfig, change: Callable[[LayerSpec, LayerSpec], LayerSpec]
+) -> ModelConfig:
+    """``config`` with every layer made by ``change`` from it and the target's layer of the same id, if there is one."""
+    wanted = {layer.id: layer for layer in target.layers}
+    layers = (change(layer, wanted[layer.id]) if layer.id in wanted else layer for layer in config.layers)
+    return dataclasses.replace(config, layers=tuple(layers))
 
 
 def whole_number(value: Any, field: str) -> int:

@@ -15,11 +15,12 @@ from growkit.growth.operator import (
     Grown,
     GrowthOperator,
     TensorGrowth,
+    each_layer,
     not_smaller,
     whole_number,
 )
 from growkit.models.axes import NEW, Placement
-from growkit.models.config import DenseMLP, ModelConfig
+from growkit.models.config import DenseMLP, LayerSpec, ModelConfig
 from growkit.models.spec import ParamSpec
 
 
@@ -66,14 +67,11 @@ class MLPWidth(Dense):
         return dataclasses.replace(config, layers=tuple(layers))
 
     def advance(self, config: ModelConfig, target: ModelConfig) -> ModelConfig:
-        wanted = {layer.id: layer.mlp for layer in target.layers}
-        layers = tuple(
-            dataclasses.replace(layer, mlp=wanted[layer.id])
-            if isinstance(layer.mlp, DenseMLP) and isinstance(wanted.get(layer.id), DenseMLP)
-            else layer
-            for layer in config.layers
-        )
-        return dataclasses.replace(config, layers=layers)
+        def widened(layer: LayerSpec, wanted: LayerSpec) -> LayerSpec:
+            dense = isinstance(layer.mlp, DenseMLP) and isinstance(wanted.mlp, DenseMLP)
+            return dataclasses.replace(layer, mlp=wanted.mlp) if dense else layer
+
+        return each_layer(config, target, widened)
 
     def exactness(self, source: ModelConfig, target: ModelConfig, method: str) -> Exactness:
         return Exactness("exact", "the new hidden units' outgoing weights are zero")
@@ -111,14 +109,12 @@ class Heads(Dense):
         return dataclasses.replace(config, layers=tuple(layers))
 
     def advance(self, config: ModelConfig, target: ModelConfig) -> ModelConfig:
-        wanted = {layer.id: layer.mixer for layer in target.layers}
-        layers = []
-        for layer in config.layers:
-            if (mixer := wanted.get(layer.id)) is not None:
-                grown = dataclasses.replace(layer.mixer, num_heads=mixer.num_heads, num_kv_heads=mixer.num_kv_heads)
-                layer = dataclasses.replace(layer, mixer=grown)
-            layers.append(layer)
-        return dataclasses.replace(config, layers=tuple(layers))
+        def with_heads(layer: LayerSpec, wanted: LayerSpec) -> LayerSpec:
+            heads, kv_heads = wanted.mixer.num_heads, wanted.mixer.num_kv_heads
+            grown = dataclasses.replace(layer.mixer, num_heads=heads, num_kv_heads=kv_heads)
+            return dataclasses.replace(layer, mixer=grown)
+
+        return each_layer(config, target, with_heads)
 
     def exactness(self, source: ModelConfig, target: ModelConfig, method: str) -> Exactness:
         return Exactness("exact", "what reads the new heads is zero, and old query heads keep their kv head")

@@ -16,11 +16,12 @@ from growkit.growth.operator import (
     Grown,
     GrowthOperator,
     TensorGrowth,
+    each_layer,
     not_smaller,
     whole_number,
 )
 from growkit.models.axes import NEW
-from growkit.models.config import Attention, ModelConfig
+from growkit.models.config import Attention, LayerSpec, ModelConfig
 
 
 class HeadDim(GrowthOperator):
@@ -45,14 +46,12 @@ class HeadDim(GrowthOperator):
         return dataclasses.replace(config, layers=tuple(layers))
 
     def advance(self, config: ModelConfig, target: ModelConfig) -> ModelConfig:
-        wanted = {layer.id: layer.mixer for layer in target.layers}
-        layers = []
-        for layer in config.layers:
-            mixer = wanted.get(layer.id)
-            if mixer is not None and mixer.head_dim % layer.mixer.head_dim == 0:
-                layer = dataclasses.replace(layer, mixer=_widened(layer.mixer, mixer.head_dim))
-            layers.append(layer)
-        return dataclasses.replace(config, layers=tuple(layers))
+        def widened(layer: LayerSpec, wanted: LayerSpec) -> LayerSpec:
+            dim = wanted.mixer.head_dim
+            reachable = dim % layer.mixer.head_dim == 0
+            return dataclasses.replace(layer, mixer=_widened(layer.mixer, dim)) if reachable else layer
+
+        return each_layer(config, target, widened)
 
     def exactness(self, source: ModelConfig, target: ModelConfig, method: str) -> Exactness:
         reason = "old rotary pairs keep their angles, √(d′/d) in the queries makes up for the scale of the scores"

@@ -13,6 +13,7 @@ from growkit.growth.operator import (
     Grown,
     GrowthOperator,
     TensorGrowth,
+    each_layer,
     not_smaller,
     whole_number,
 )
@@ -60,14 +61,7 @@ class ParamTokens(GrowthOperator):
         return dataclasses.replace(config, layers=tuple(layers))
 
     def advance(self, config: ModelConfig, target: ModelConfig) -> ModelConfig:
-        wanted = {layer.id: layer for layer in target.layers}
-        return dataclasses.replace(
-            config,
-            layers=tuple(
-                _with_pattentions(layer, _pattentions(wanted[layer.id])) if layer.id in wanted else layer
-                for layer in config.layers
-            ),
-        )
+        return each_layer(config, target, lambda layer, wanted: _with_pattentions(layer, _pattentions(wanted)))
 
     def exactness(self, source: ModelConfig, target: ModelConfig, method: str) -> Exactness:
         if method == "bank":
