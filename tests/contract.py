@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from growkit.errors import ConfigError
-from growkit.growth.engine import grow, lazy_states, materialised, new_entries
+from growkit.growth.engine import grow, lazy_states, new_entries
 from growkit.growth.operator import EXACT_FLOAT64, OPERATORS
 from growkit.growth.path import grown_config, path
 from growkit.growth.state import Moments, TrainState
@@ -107,7 +107,7 @@ def generator(seed: int = 5) -> torch.Generator:
 
 def grown(case: Case, state: TrainState, seed: int = 5) -> TrainState:
     links = path(case.source, case.target, case.methods)
-    return materialised(lazy_states(state, links, generator(seed), stage=1)[-1])
+    return lazy_states(state, links, generator(seed), stage=1)[-1].materialized()
 
 
 def check(case: Case) -> None:
@@ -273,7 +273,7 @@ def two_steps_keep_it_as_well(case: Case) -> None:
     state = TrainState(case.target, noisy, moments)
     further = _further(case)
     again = path(case.target, further, case.methods)
-    twice = materialised(lazy_states(state, again, generator(6), stage=2)[-1])
+    twice = lazy_states(state, again, generator(6), stage=2)[-1].materialized()
     claims = tuple(link.exactness for link in again)
     certificate = certify(state, twice, claims, probe(case.source), new={}, dtype=torch.float64)
     assert certificate.exact and certificate.delta_logits_float64 <= EXACT_FLOAT64

@@ -242,13 +242,6 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
-def materialized(state: TrainState) -> TrainState:
-    """The state with every tensor in memory."""
-    params = {name: state.params[name] for name in state.params}
-    moments = {name: state.moments[name] for name in state.moments}
-    return TrainState(state.config, params, moments, state.born)
-
-
 def rng_to_hex(state: Tensor) -> str:
     return bytes(state.tolist()).hex()
 

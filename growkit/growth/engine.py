@@ -68,7 +68,8 @@ def grow(
     """
     links = path(state.config, target, methods)
     states = lazy_states(state, links, generator, stage=stage)
-    grown = materialised(states[-1])
+    grown = states[-1].materialized()
+    faults.point("mid_growth")
     return grown, growth_report(state, [*states[:-1], grown], links, probe, dtype=dtype)
 
 
@@ -93,16 +94,6 @@ def growth_report(
         deltas = deltas or (certificate.delta_logits_float64,)
     before, after = state.config.num_params(), grown[-1].config.num_params()
     return GrowthReport(tuple(links), deltas, new, before, after, certificate)
-
-
-def materialised(lazy: TrainState) -> TrainState:
-    """The same state with every tensor computed and held."""
-    params: dict[str, Tensor] = {}
-    for index, name in enumerate(lazy.params):
-        params[name] = lazy.params[name]
-        if index == len(lazy.params) // 2:
-            faults.point("mid_growth")
-    return TrainState(lazy.config, params, {name: lazy.moments[name] for name in lazy.moments}, lazy.born)
 
 
 def lazy_states(

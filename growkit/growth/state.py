@@ -33,3 +33,7 @@ class TrainState:
     params: Mapping[str, Tensor]
     moments: Mapping[str, Moments] = field(default_factory=dict)
     born: Mapping[str, int] = field(default_factory=dict)
+
+    def materialized(self) -> TrainState:
+        """The same with every tensor in memory."""
+        return TrainState(self.config, dict(self.params), dict(self.moments), self.born)

@@ -88,7 +88,7 @@ class Run:
     def _restore(self, checkpoint: Checkpoint) -> None:
         manifest = checkpoint.manifest
         self.corpus.require_same(manifest.corpus["sha256"])
-        self.state = store.materialized(checkpoint.state)
+        self.state = checkpoint.state.materialized()
         self.progress = manifest.progress
         self.lineage = [dict(entry) for entry in manifest.lineage]
         now = hardware.environment(self.device, self.dtype, self.world_size)
