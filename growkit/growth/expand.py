@@ -34,7 +34,7 @@ def expand_moments(
     old_axes: Sequence[AnyAxis],
     axes: Sequence[AnyAxis],
     *,
-    gradient: float | Tensor = 1.0,
+    gradient: float = 1.0,
     placement: Placement | None = None,
 ) -> Moments:
     """Moments of an expanded parameter whose old entries have their gradient times ``gradient`` now.

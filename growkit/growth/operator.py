@@ -56,12 +56,11 @@ class TensorGrowth:
 
 @dataclass(frozen=True)
 class Grown:
-    """A tensor of the target. ``gradient``: what the gradient of old entries is multiplied by, as moments will be (a
-    tensor: by entry, in a shape that broadcasts); ``placement``: what the grown axes hold, when the old indices are not
-    at their front (axes.index_map)."""
+    """A tensor of the target. ``gradient``: what the gradient of old entries is multiplied by, as moments will be;
+    ``placement``: what the grown axes hold, when the old indices are not at their front (axes.index_map)."""
 
     value: Tensor
-    gradient: float | Tensor = 1.0
+    gradient: float = 1.0
     placement: Placement | None = None
 
 

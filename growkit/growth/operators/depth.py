@@ -102,8 +102,8 @@ def _places(method: str, insert_at: Any, current: int, new: int) -> dict[int, li
         return {i: [i] * (new // current) for i in range(current)}
     if method in ("midas", "solar"):
         _no_choice(method, insert_at)
-        block = _middle_block(method, current, new)
-        return {block[-1]: list(block)}
+        block = _middle_block(method, current, new) if new else ()
+        return {block[-1]: list(block)} if block else {}
     if insert_at in (None, "interleaved"):
         positions = [(i + 1) * current // new - 1 if new <= current else i * current // new for i in range(new)]
     elif insert_at == "end":

@@ -20,6 +20,7 @@ from growkit.growth.operator import (
     not_smaller,
     whole_number,
 )
+from growkit.growth.operators.width import padded_norm
 from growkit.models.axes import NEW
 from growkit.models.config import Attention, LayerSpec, ModelConfig
 
@@ -84,7 +85,7 @@ class HeadDim(GrowthOperator):
 def _widened(mixer: Attention, dim: int) -> Attention:
     """A mean over more zeros is smaller by d/d′, so QK-norm's eps is too."""
     ratio = mixer.head_dim / dim
-    norm = dataclasses.replace(mixer.qk_norm, eps=mixer.qk_norm.eps * ratio) if mixer.qk_norm is not None else None
+    norm = padded_norm(mixer.qk_norm, ratio) if mixer.qk_norm is not None else None
     return dataclasses.replace(mixer, head_dim=dim, qk_norm=norm)
 
 
