@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from growkit import faults
-from growkit.growth.expand import expand_moments
-from growkit.growth.operator import Grown, TensorGrowth
+from growkit.errors import ConfigError
+from growkit.growth.observe import Seen, observe, own
+from growkit.growth.operator import TensorGrowth
 from growkit.growth.path import Link, operator, path
 from growkit.growth.state import Moments, TrainState
 from growkit.growth.verify import Certificate, certify, certify_links
@@ -67,7 +70,7 @@ def grow(
     PreservationError when a step that claims to be exact is not.
     """
     links = path(state.config, target, methods)
-    states = lazy_states(state, links, generator, stage=stage)
+    states = lazy_states(state, links, generator, stage=stage, probe=probe)
     grown = states[-1].materialized()
     faults.point("mid_growth")
     return grown, growth_report(state, [*states[:-1], grown], links, probe, dtype=dtype)
@@ -86,7 +89,7 @@ def growth_report(
     new = tuple(name for name in grown[-1].params if name not in state.params)
     certificate, deltas = None, tuple[float, ...]()
     if probe is not None:
-        claims, entries = tuple(link.exactness for link in links), new_entries(state, links)
+        claims, entries = tuple(link.exactness for link in links), new_entries(state, links, probe)
         if len(links) > 1:
             names = [f"{link.operator} ({link.method})" for link in links]
             deltas = certify_links([state, *grown], claims, names, probe)
@@ -97,15 +100,23 @@ def growth_report(
 
 
 def lazy_states(
-    state: TrainState, links: Sequence[Link], generator: torch.Generator, *, stage: int = 0
+    state: TrainState,
+    links: Sequence[Link],
+    generator: torch.Generator,
+    *,
+    stage: int = 0,
+    probe: Tensor | None = None,
 ) -> list[TrainState]:
-    """The state after each link, as mappings that grow a tensor when it is asked for, so that growth can stream."""
+    """The state after each link, as mappings that grow a tensor when it is asked for, so that growth can stream.
+    ``probe``: tokens (rows, context + 1) for methods that look before they grow, which hold the model once. Raises
+    ConfigError for one of those without a probe."""
     states = []
     # One draw seeds everything; each tensor's own seed is a hash with its name, so order and sharding do not matter.
     seed = int(torch.randint(2**62, (), generator=generator))
     for number, link in enumerate(links):
-        view = _Link(state, link, f"{seed}/{number}")
-        born = dict(state.born) | {name: stage for name in view.specs if name not in view.old_specs}
+        view = _Link(state, link, f"{seed}/{number}", probe)
+        born = {name: state.born.get(name, 0) if name in view.old_specs else stage for name in view.specs}
+        born = {name: at for name, at in born.items() if at or name in state.born}
         params = _Lazy(list(view.specs), view.value)
         kept = [name for name in view.specs if name in view.old_specs and name in state.moments]
         state = TrainState(link.target, params, _Lazy(kept, view.moments), born)
@@ -113,11 +124,11 @@ def lazy_states(
     return states
 
 
-def new_entries(state: TrainState, links: Sequence[Link]) -> dict[str, Tensor]:
+def new_entries(state: TrainState, links: Sequence[Link], probe: Tensor | None = None) -> dict[str, Tensor]:
     """Where the grown state holds entries that did not exist before (bool), of the parameters that have any. Of the
-    clones of an entry all but the first are new."""
-    numbered = TrainState(state.config, state.params, _Numbered(state.params))
-    marked = lazy_states(numbered, links, torch.Generator())[-1]
+    clones of an entry all but the first are new. ``probe``: as for ``lazy_states``."""
+    numbered = TrainState(state.config, state.params, _Numbered(state.config, state.params))
+    marked = lazy_states(numbered, links, torch.Generator(), probe=probe)[-1]
     entries = {}
     for name, spec in param_specs(marked.config).items():
         if name not in marked.moments:
@@ -138,12 +149,14 @@ def new_entries(state: TrainState, links: Sequence[Link]) -> dict[str, Tensor]:
 class _Numbered(Mapping[str, Moments]):
     """Carried along as moments, numbers from 1 on tell old entries apart; new entries start at zero."""
 
-    def __init__(self, params: Mapping[str, Tensor]) -> None:
+    def __init__(self, config: ModelConfig, params: Mapping[str, Tensor]) -> None:
         self._params = params
+        sizes = {name: spec.numel for name, spec in param_specs(config).items()}
+        self._first = dict(zip(sizes, accumulate(sizes.values(), initial=1), strict=False))
 
     def __getitem__(self, name: str) -> Moments:
-        shape = self._params[name].shape
-        numbers = torch.arange(1, shape.numel() + 1, dtype=torch.float64).view(shape)
+        shape, first = self._params[name].shape, self._first[name]
+        numbers = torch.arange(first, first + shape.numel(), dtype=torch.float64).view(shape)
         return Moments(numbers, torch.ones((), dtype=torch.float64).expand(shape), 0.0)
 
     def __iter__(self) -> Iterator[str]:
@@ -164,6 +177,9 @@ class _Lazy(Mapping[str, T]):
             raise KeyError(name)
         return self._compute(name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
@@ -174,19 +190,36 @@ class _Lazy(Mapping[str, T]):
 class _Link:
     """One link over a state: computes the target's tensors on demand."""
 
-    def __init__(self, state: TrainState, link: Link, seed: str) -> None:
-        self.state, self.link, self.seed = state, link, seed
+    def __init__(self, state: TrainState, link: Link, seed: str, probe: Tensor | None) -> None:
+        self.state, self.link, self.seed, self.probe = state, link, seed, probe
         self.specs, self.old_specs = param_specs(link.target), param_specs(link.source)
         self.operator = operator(link.operator)
-        self._by_place = {(s.layer, s.local): name for name, s in self.old_specs.items() if s.layer is not None}
+        self._by_place: dict[int | None, dict[str, str]] = {}  # layer → local name → name
+        for name, spec in self.old_specs.items():
+            self._by_place.setdefault(spec.layer, {})[spec.local or name] = name
+        if link.method in self.operator.looks and probe is None:
+            problem = "chooses by what the model sees, and there is no probe"
+            mend = "pass a probe of real tokens, or use another method"
+            raise ConfigError("needs-a-probe", problem, key=f"methods.{link.operator}", value=link.method, mend=mend)
 
-    def grown(self, name: str) -> Grown:
+    @cached_property
+    def seen(self) -> Mapping[str, Seen]:
+        """What the model before the step sees on the probe; looked at once, when the first tensor is asked for."""
+        assert self.probe is not None
+        return observe(self.state, self.probe) if self.link.method in self.operator.looks else {}
+
+    def of_layer(self, tensors: Mapping[str, T], layer: int | None) -> Mapping[str, T]:
+        """Those of ``tensors`` that belong to ``layer``, by local name."""
+        names = {local: name for local, name in self._by_place.get(layer, {}).items() if name in tensors}
+        return _Lazy(list(names), lambda local: tensors[names[local]])
+
+    def about(self, name: str) -> TensorGrowth:
         spec, old_spec = self.specs[name], self.old_specs.get(name)
         old = self.state.params[name] if old_spec is not None else None
         origin = None
         if old is None and spec.layer is not None:
-            layer = self.link.target.layer(spec.layer).origin
-            if layer is not None and (source := self._by_place.get((layer, spec.local))) is not None:
+            copied = self.link.target.layer(spec.layer).origin
+            if copied is not None and (source := self._by_place.get(copied, {}).get(spec.local)) is not None:
                 origin = self.state.params[source]
         dtype = old.dtype if old is not None else next(iter(self.state.params.values())).dtype
 
@@ -196,17 +229,18 @@ class _Link:
             return init_tensor(spec, own).to(dtype)
 
         link = self.link
-        growth = TensorGrowth(spec, old_spec, old, origin, link.source, link.target, link.method, fresh)
-        result = self.operator.grow_tensor(growth)
-        assert result.value.shape == spec.shape, (name, tuple(result.value.shape), spec.shape)
-        return result
+        seen = own(self.seen, name) if link.method in self.operator.looks else None
+        layer = self.of_layer(self.state.params, spec.layer)
+        return TensorGrowth(spec, old_spec, old, origin, link.source, link.target, link.method, fresh, layer, seen)
 
     def value(self, name: str) -> Tensor:
-        return self.grown(name).value
+        spec, value = self.specs[name], self.operator.grow_tensor(self.about(name)).value
+        assert value.shape == spec.shape, (name, tuple(value.shape), spec.shape)
+        return value
 
     def moments(self, name: str) -> Moments:
-        old, spec, old_spec = self.state.moments[name], self.specs[name], self.old_specs[name]
-        if spec.axes == old_spec.axes:
-            return old
-        grown = self.grown(name)
-        return expand_moments(old, old_spec.axes, spec.axes, gradient=grown.gradient, placement=grown.placement)
+        if self.specs[name].axes == self.old_specs[name].axes:
+            return self.state.moments[name]
+        growth = self.about(name)
+        layer = self.of_layer(self.state.moments, growth.spec.layer)
+        return self.operator.grow_moments(growth, self.state.moments[name], layer)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from growkit.errors import ConfigError
+from growkit.growth.expand import expand_moments
+from growkit.growth.state import Moments
 from growkit.models.axes import Placement
 from growkit.models.config import LayerSpec, ModelConfig
 from growkit.models.spec import ParamSpec
@@ -15,6 +17,8 @@ from growkit.registry import Registry, closest
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from growkit.growth.observe import Seen
 
 # Relative Δlogits of an exact step, logits in float64: some 1e5 roundings of 1e-16 through a deep model stay below.
 EXACT_FLOAT64 = 1e-10
@@ -41,7 +45,8 @@ class TensorGrowth:
 
     ``old``/``old_spec``: the same parameter before the step, None if it is new. ``origin``: for a parameter of an
     inserted layer, the same parameter of the layer it came from. ``fresh()``: a draw from the target's initial
-    distribution, from a generator that belongs to this tensor alone.
+    distribution, from a generator that belongs to this tensor alone. ``layer``: all old tensors of the parameter's
+    layer, by their local names. ``seen``: what its part of the layer sees on the probe, for methods that look.
     """
 
     spec: ParamSpec
@@ -52,6 +57,8 @@ class TensorGrowth:
     target: ModelConfig
     method: str
     fresh: Callable[[], Tensor]
+    layer: Mapping[str, Tensor]
+    seen: Seen | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,7 @@ class GrowthOperator:
     fields: tuple[str, ...]  # keys of a stage's ``grow:``
     options: tuple[str, ...] = ()  # further keys that only say how
     methods: Mapping[str, str]  # method: what it does
+    looks: frozenset[str] = frozenset()  # methods that choose by what the model sees on a probe
     source: str
 
     def target(self, config: ModelConfig, fields: Mapping[str, Any], method: str) -> ModelConfig:
@@ -89,6 +97,14 @@ class GrowthOperator:
     def grow_tensor(self, growth: TensorGrowth) -> Grown:
         """One tensor of the target."""
         raise NotImplementedError
+
+    def grow_moments(self, growth: TensorGrowth, old: Moments, layer: Mapping[str, Moments]) -> Moments:
+        """The moments of the tensor, which were ``old``; ``layer``: those of all old tensors of its layer, by local
+        name. By default they go where the entries go."""
+        assert growth.old_spec is not None
+        grown = self.grow_tensor(growth)
+        axes = growth.old_spec.axes, growth.spec.axes
+        return expand_moments(old, *axes, gradient=grown.gradient, placement=grown.placement)
 
     def default_method(self, config: ModelConfig) -> str:
         """The method meant when a recipe names none."""
