@@ -107,7 +107,7 @@ def generator(seed: int = 5) -> torch.Generator:
 
 def grown(case: Case, state: TrainState, seed: int = 5) -> TrainState:
     links = path(case.source, case.target, case.methods)
-    return lazy_states(state, links, generator(seed), stage=1)[-1].materialized()
+    return lazy_states(state, links, generator(seed), stage=1, probe=probe(case.source))[-1].materialized()
 
 
 def check(case: Case) -> None:
@@ -225,7 +225,7 @@ def what_is_new_learns(case: Case) -> None:
             "exp_avg": m.exp_avg.clone(),
             "exp_avg_sq": m.exp_avg_sq.clone(),
         }
-    fresh = new_entries(state, path(case.source, case.target, case.methods))
+    fresh = new_entries(state, path(case.source, case.target, case.methods), probe(case.source))
     alive = dict.fromkeys(fresh, False)
     data = probe(case.source, rows=8)
     for step in range(2):
@@ -254,7 +254,8 @@ def randomness_is_the_generators(case: Case) -> None:
     torch.manual_seed(1)
     first = grown(case, state)
     torch.manual_seed(2)
-    second = lazy_states(state, path(case.source, case.target, case.methods), generator(), stage=1)[-1]
+    links = path(case.source, case.target, case.methods)
+    second = lazy_states(state, links, generator(), stage=1, probe=probe(case.source))[-1]
     for name in reversed(list(first.params)):
         assert torch.equal(first.params[name], second.params[name]), name
     assert list(first.params) == list(second.params)
@@ -273,7 +274,7 @@ def two_steps_keep_it_as_well(case: Case) -> None:
     state = TrainState(case.target, noisy, moments)
     further = _further(case)
     again = path(case.target, further, case.methods)
-    twice = lazy_states(state, again, generator(6), stage=2)[-1].materialized()
+    twice = lazy_states(state, again, generator(6), stage=2, probe=probe(case.source))[-1].materialized()
     claims = tuple(link.exactness for link in again)
     certificate = certify(state, twice, claims, probe(case.source), new={}, dtype=torch.float64)
     assert certificate.exact and certificate.delta_logits_float64 <= EXACT_FLOAT64

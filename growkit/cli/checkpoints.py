@@ -12,14 +12,17 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
 
 from growkit.checkpoint import store
 from growkit.checkpoint.metrics_log import encoded
 from growkit.checkpoint.run_folder import MARK, RunFolder, log_before, run_of
 from growkit.checkpoint.store import Checkpoint
 from growkit.config.load import apply_override
+from growkit.config.recipe import DataConfig
+from growkit.data.corpus import whole_text
 from growkit.duration import quantity
-from growkit.errors import ConfigError
+from growkit.errors import ConfigError, DataError
 from growkit.eval.generate import sample_text
 from growkit.eval.ngram import bits
 from growkit.growth.engine import growth_report, lazy_states
@@ -41,9 +44,12 @@ def open_any(folder: Path, step: int | None = None) -> Checkpoint:
     return store.read(folder)
 
 
-def grow_checkpoint(source: Path, targets: Sequence[str], output: Path, seed: int, probe_tokens: int) -> None:
+def grow_checkpoint(
+    source: Path, targets: Sequence[str], output: Path, seed: int, probe_tokens: int, data: str | None = None
+) -> None:
     """Grows ``source`` into a new checkpoint at ``output``; tensors stream, so memory holds a few at a time
-    (the certificate's gradient check holds the model once)."""
+    (the certificate's gradient check holds the model once). ``data``: text that the certificate is measured on, and
+    that methods which look before they grow choose by; without it, random tokens, for the certificate only."""
     if output.exists():
         mend = "name a folder that does not exist"
         raise ConfigError("file-exists", "is already there", key="--output", value=str(output), mend=mend)
@@ -59,8 +65,11 @@ def grow_checkpoint(source: Path, targets: Sequence[str], output: Path, seed: in
     wanted = grown_config(config, fields, methods)
     links = path(config, wanted, methods)
     stage = checkpoint.manifest.progress.stage + 1
-    grown = lazy_states(checkpoint.state, links, torch.Generator().manual_seed(seed), stage=stage)
-    probe = torch.randint(config.vocab_size, (1, probe_tokens + 1), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    probe = None if data is None else _probe(data, probe_tokens)
+    grown = lazy_states(checkpoint.state, links, generator, stage=stage, probe=probe)
+    if probe is None:
+        probe = torch.randint(config.vocab_size, (1, probe_tokens + 1), generator=generator.manual_seed(seed))
     report = growth_report(checkpoint.state, grown, links, probe)
     step = checkpoint.manifest.progress.step
     event = {"kind": "growth", "stage": stage, "name": output.name, "step": step} | report.record()
@@ -79,6 +88,16 @@ def grow_checkpoint(source: Path, targets: Sequence[str], output: Path, seed: in
     store.write(output, grown[-1], manifest, log=log)
     console.print(growth_table(event))
     console.print(f"wrote {output}", soft_wrap=True, markup=False)
+
+
+def _probe(data: str, tokens: int) -> Tensor:
+    """(1, tokens + 1) from the middle of the text ``data``. Raises DataError."""
+    text = whole_text(DataConfig(source=data))
+    if len(text) <= tokens:
+        problem = f"has {len(text)} tokens, the probe {tokens + 1}"
+        raise DataError("corpus-too-short", problem, key="--data", value=data, mend="use more text")
+    first = (len(text) - tokens - 1) // 2
+    return torch.from_numpy(text[first : first + tokens + 1].astype("int64"))[None]
 
 
 def inspect_checkpoint(folder: Path) -> None:

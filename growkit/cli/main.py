@@ -216,12 +216,15 @@ def grow(
     targets: Annotated[list[str], typer.Argument(help="key=value: sizes to grow to, methods.OPERATOR=METHOD.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the grown checkpoint goes.")],
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of what is drawn at random.")] = 0,
-    probe_tokens: Annotated[int, typer.Option(min=2, help="Random tokens the certificate is measured on.")] = 512,
+    data: Annotated[
+        str | None, typer.Option(help="Text to measure on: a file, folder or hf:NAME (default: random tokens).")
+    ] = None,
+    probe_tokens: Annotated[int, typer.Option(min=2, help="Tokens the certificate is measured on.")] = 512,
 ) -> None:
     """Grow a checkpoint without training, with a certificate."""
     from growkit.cli.checkpoints import grow_checkpoint
 
-    grow_checkpoint(checkpoint, targets, output, seed, probe_tokens)
+    grow_checkpoint(checkpoint, targets, output, seed, probe_tokens, data)
 
 
 @app.command(epilog="Example: growkit inspect runs/NAME", rich_help_panel=CHECKPOINTS)

@@ -99,6 +99,15 @@ def growth_report(
     return GrowthReport(tuple(links), deltas, new, before, after, certificate)
 
 
+def require_probe(links: Sequence[Link], probe: Tensor | None) -> None:
+    """Raises ConfigError if one of ``links`` looks before it grows and there is nothing to look at."""
+    looking = next((link for link in links if link.method in operator(link.operator).looks), None)
+    if looking is not None and probe is None:
+        problem = "chooses by what the model does on real text, and there is none"
+        mend = "give it some (grow's probe, `growkit grow --data`), or use another method"
+        raise ConfigError("needs-a-probe", problem, key=f"methods.{looking.operator}", value=looking.method, mend=mend)
+
+
 def lazy_states(
     state: TrainState,
     links: Sequence[Link],
@@ -110,6 +119,7 @@ def lazy_states(
     """The state after each link, as mappings that grow a tensor when it is asked for, so that growth can stream.
     ``probe``: tokens (rows, context + 1) for methods that look before they grow, which hold the model once. Raises
     ConfigError for one of those without a probe."""
+    require_probe(links, probe)
     states = []
     # One draw seeds everything; each tensor's own seed is a hash with its name, so order and sharding do not matter.
     seed = int(torch.randint(2**62, (), generator=generator))
@@ -197,10 +207,6 @@ class _Link:
         self._by_place: dict[int | None, dict[str, str]] = {}  # layer → local name → name
         for name, spec in self.old_specs.items():
             self._by_place.setdefault(spec.layer, {})[spec.local or name] = name
-        if link.method in self.operator.looks and probe is None:
-            problem = "chooses by what the model sees, and there is no probe"
-            mend = "pass a probe of real tokens, or use another method"
-            raise ConfigError("needs-a-probe", problem, key=f"methods.{link.operator}", value=link.method, mend=mend)
 
     @cached_property
     def seen(self) -> Mapping[str, Seen]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from growkit.errors import ConfigError
-from growkit.growth.engine import GrowthReport
+from growkit.growth.engine import GrowthReport, require_probe
 from growkit.growth.engine import grow as grow_state
-from growkit.growth.path import grown_config
+from growkit.growth.path import grown_config, path
 from growkit.growth.state import Moments, TrainState
 from growkit.models.config import ModelConfig
 from growkit.models.decoder import DecoderLM, build
@@ -32,7 +32,8 @@ def grow(
     """A larger model with its optimizer, and what the growth did; ``model`` and ``optimizer`` are left as they were.
 
     ``sizes``: what a recipe's ``grow:`` may say (``num_layers=24``), ``methods`` its ``methods:``. ``probe``: tokens
-    (rows, context + 1) that the certificate is measured on; random ones if None. ``optimizer``: Adam or AdamW over this
+    (rows, context + 1) that the certificate is measured on, and that methods that look before they grow choose by;
+    random ones if None, but not for these. ``optimizer``: Adam or AdamW over this
     model's parameters; the new one has its groups and options, the moments of old parameters, and each new parameter in
     the group of those like it. Learning-rate schedulers hold on to an optimizer: make them anew.
 
@@ -52,6 +53,7 @@ def grow(
     state = TrainState(model.config, params, _moments(model, optimizer))
     generator = torch.Generator().manual_seed(seed)
     if probe is None:
+        require_probe(path(model.config, target, methods), probe)
         probe = torch.randint(model.config.vocab_size, (2, 65), generator=generator)
     grown, report = grow_state(state, target, methods, generator, probe.cpu())
     larger = build(target, grown.params).to(device).train(model.training)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from growkit.growth.state import TrainState
@@ -21,6 +22,7 @@ class Seen:
     gradients: Tensor | None
 
 
+@torch.enable_grad()  # tensors may be asked for, and so grown, where gradients are off
 def observe(state: TrainState, probe: Tensor) -> Mapping[str, Seen]:
     """By prefix of the parameters' names (``layers.0.mlp.``, ``layers.0.attention.q.``) what each part of each layer
     sees on ``probe`` (rows, context + 1), in one pass forward and one back. Holds the model once."""

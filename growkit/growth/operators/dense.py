@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from growkit.errors import ConfigError
 from growkit.growth.expand import expand
@@ -19,9 +19,13 @@ from growkit.growth.operator import (
     not_smaller,
     whole_number,
 )
+from growkit.growth.operators.gradmax import gated_readers, readers
 from growkit.models.axes import NEW, Placement
 from growkit.models.config import DenseMLP, LayerSpec, ModelConfig
 from growkit.models.spec import ParamSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Dense(GrowthOperator):
@@ -40,18 +44,26 @@ class Dense(GrowthOperator):
         grown = {d for d, axis in enumerate(spec.axes) if axis.names & self.axes and old.shape[d] != axis.size}
         written = grown <= out_dims
         zero = written == (self.zero_side == "out")
-        new = growth.fresh().zero_() if zero else growth.fresh()
+        new = growth.fresh().zero_() if zero else self.drawn(growth)
         return Grown(expand(old, old_spec.axes, new, spec.axes, placement), placement=placement)
 
     def placement(self, growth: TensorGrowth) -> Placement | None:
         return None
 
+    def drawn(self, growth: TensorGrowth) -> Tensor:
+        """What the new entries of a tensor that may be random start at, in the shape of the whole."""
+        return growth.fresh()
+
 
 class MLPWidth(Dense):
     name = "mlp"
     fields = ("mlp_dim",)
-    methods = {"zero_down": "new hidden units read at random and write nothing yet"}
-    source = "Net2Net-style widening with zero outgoing weights, as in GradMax, arXiv 2201.05125, without its choice"
+    methods = {
+        "zero_down": "new hidden units read at random and write nothing yet",
+        "gradmax": "as zero_down, but they read what makes their first gradient largest",
+    }
+    looks = frozenset({"gradmax"})
+    source = "zero_down: Net2Net, arXiv 1511.05641, with zero outgoing weights; gradmax: GradMax, arXiv 2201.05125"
     axes = frozenset({"mlp"})
     zero_side = "in"
 
@@ -75,6 +87,21 @@ class MLPWidth(Dense):
 
     def exactness(self, source: ModelConfig, target: ModelConfig, method: str) -> Exactness:
         return Exactness("exact", "the new hidden units' outgoing weights are zero")
+
+    def drawn(self, growth: TensorGrowth) -> Tensor:
+        new = growth.fresh()
+        if growth.method != "gradmax" or growth.spec.role != "weight":
+            return new
+        assert growth.seen is not None and growth.spec.layer is not None and growth.old is not None
+        mlp = growth.target.layer(growth.spec.layer).mlp
+        assert isinstance(mlp, DenseMLP)
+        first = len(growth.old) // (2 if mlp.kind == "swiglu" else 1)
+        if mlp.kind == "swiglu":
+            gates, ups = new.chunk(2)  # views
+            ups[first:] = gated_readers(growth.seen, gates[first:], ups[first:])
+        else:
+            new[first:] = readers(growth.seen, new[first:])
+        return new
 
 
 class Heads(Dense):
