@@ -136,12 +136,14 @@ def whole_number(value: Any, field: str) -> int:
     return value
 
 
-def not_smaller(value: int, current: int, field: str) -> None:
+def not_smaller(
+    value: int, current: int, field: str, *, mend: str = "growth only enlarges, so choose {0} or more"
+) -> None:
     if value < current:
         raise ConfigError(
             "shrinking-target",
             f"is below the current {current}",
             key=f"grow.{field}",
             value=value,
-            mend=f"growth only enlarges, so choose {current} or more",
+            mend=mend.format(current),
         )

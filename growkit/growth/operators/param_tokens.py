@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from growkit.errors import ConfigError
 from growkit.growth.operator import (
@@ -17,8 +17,13 @@ from growkit.growth.operator import (
     not_smaller,
     whole_number,
 )
+from growkit.growth.operators.tokens_at_work import most_used
+from growkit.growth.state import Moments
 from growkit.models.config import LayerSpec, ModelConfig, Pattention, PattentionMLP
 from growkit.models.presets import initial_tau
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PROJECTIONS = ("q", "k", "v", "o")
 
@@ -30,11 +35,13 @@ class ParamTokens(GrowthOperator):
         "bank": "a bank with its own norm: random keys, zero values",
         "held": "inside the shared norm, its τ held: zero keys, random values",
         "published": "inside the shared norm as the public code does it: random rows, τ from the new count",
+        "shrink": "fewer: of each bank the tokens stay that write most on a probe; τ held",
     }
+    looks = frozenset({"shrink"})
     source = "TokenFormer, arXiv 2410.23168, section 3.3; banks: growkit"
 
     def default_method(self, config: ModelConfig) -> str:
-        shared = any(p.scope == "shared" for layer in config.layers for p in _pattentions(layer).values())
+        shared = any(p.scope == "shared" for layer in config.layers for p in pattentions(layer).values())
         return "held" if shared else "bank"
 
     def target(self, config: ModelConfig, fields: Mapping[str, Any], method: str) -> ModelConfig:
@@ -45,10 +52,10 @@ class ParamTokens(GrowthOperator):
         layers = []
         for layer in config.layers:
             grown = {}
-            for part, projection in _pattentions(layer).items():
+            for part, projection in pattentions(layer).items():
                 if (count := wanted.get(f"{part}_tokens")) is not None:
                     grown[part] = _append(projection, count, method, next(f for f in fields if _names(f, part)))
-            missing = [field for field in fields if not any(_names(field, part) for part in _pattentions(layer))]
+            missing = [field for field in fields if not any(_names(field, part) for part in pattentions(layer))]
             if missing:
                 raise ConfigError(
                     "nothing-to-grow",
@@ -57,34 +64,52 @@ class ParamTokens(GrowthOperator):
                     value=fields[missing[0]],
                     mend="grow embed_dim, mlp_dim or num_layers, or start from model.preset=tokenformer",
                 )
-            layers.append(_with_pattentions(layer, grown))
+            layers.append(with_pattentions(layer, grown))
         return dataclasses.replace(config, layers=tuple(layers))
 
     def advance(self, config: ModelConfig, target: ModelConfig) -> ModelConfig:
-        return each_layer(config, target, lambda layer, wanted: _with_pattentions(layer, _pattentions(wanted)))
+        return each_layer(config, target, lambda layer, wanted: with_pattentions(layer, pattentions(wanted)))
 
     def exactness(self, source: ModelConfig, target: ModelConfig, method: str) -> Exactness:
         if method == "bank":
             return Exactness("exact", "the new banks' values are zero and their norms are their own")
+        if method == "shrink":
+            return Exactness("not", "tokens are dropped")
         if method == "published":
             return Exactness("not", "new rows are random and enter the norm of the old ones, and τ changes")
-        if any(p.theta == "softmax" for layer in source.layers for p in _pattentions(layer).values()):
+        if any(p.theta == "softmax" for layer in source.layers for p in pattentions(layer).values()):
             return Exactness("not", "a zero score still takes its share of a softmax")
         return Exactness("exact", "zero keys add nothing to the shared norm, gelu(0) = 0, and τ is held")
 
     def grow_tensor(self, growth: TensorGrowth) -> Grown:
         if growth.old is not None:
-            return Grown(growth.old)
+            kept = _kept(growth)
+            return Grown(growth.old if kept is None else growth.old[kept])
         fresh = growth.fresh()
         zeroed = {"bank": "values", "held": "keys", "published": None}[growth.method]
         return Grown(fresh.zero_() if growth.spec.role == zeroed else fresh)
+
+    def grow_moments(self, growth: TensorGrowth, old: Moments, layer: Mapping[str, Moments]) -> Moments:
+        kept = _kept(growth)
+        return old if kept is None else Moments(old.exp_avg[kept], old.exp_avg_sq[kept], old.step)
+
+
+def _kept(growth: TensorGrowth) -> Tensor | None:
+    """Which rows of the old tensor stay; None: all."""
+    spec, old_spec = growth.spec, growth.old_spec
+    if old_spec is None or spec.shape == old_spec.shape:
+        return None
+    assert spec.layer is not None and spec.bank is not None and growth.seen is not None
+    prefix, before = pattention_of(growth.source.layer(spec.layer), spec.local)
+    _, after = pattention_of(growth.target.layer(spec.layer), spec.local)
+    return most_used(growth.seen, growth.layer, prefix, before, after.banks)[spec.bank]
 
 
 def _names(field: str, part: str) -> bool:
     return field == f"{part}_tokens" or (field == "attention_tokens" and part in PROJECTIONS)
 
 
-def _pattentions(layer: LayerSpec) -> dict[str, Pattention]:
+def pattentions(layer: LayerSpec) -> dict[str, Pattention]:
     """The Pattention projections of a layer: q, k, v, o, mlp."""
     parts = {name: getattr(layer.mixer, name) for name in PROJECTIONS}
     if isinstance(layer.mlp, PattentionMLP):
@@ -92,7 +117,13 @@ def _pattentions(layer: LayerSpec) -> dict[str, Pattention]:
     return {name: p for name, p in parts.items() if isinstance(p, Pattention)}
 
 
-def _with_pattentions(layer: LayerSpec, parts: Mapping[str, Pattention]) -> LayerSpec:
+def pattention_of(layer: LayerSpec, local: str) -> tuple[str, Pattention]:
+    """How the names of the projection's parameters begin that ``local`` is one of, and that projection of ``layer``."""
+    prefix = local.rsplit(".", 2)[0] + "."  # attention.q. of attention.q.keys.0
+    return prefix, pattentions(layer)["mlp" if prefix.startswith("mlp.") else prefix.split(".")[1]]
+
+
+def with_pattentions(layer: LayerSpec, parts: Mapping[str, Pattention]) -> LayerSpec:
     dense: dict[str, Any] = {name: p for name, p in parts.items() if name in PROJECTIONS}
     mixer = dataclasses.replace(layer.mixer, **dense)
     mlp = PattentionMLP(parts["mlp"]) if "mlp" in parts else layer.mlp
@@ -101,7 +132,9 @@ def _with_pattentions(layer: LayerSpec, parts: Mapping[str, Pattention]) -> Laye
 
 def _append(projection: Pattention, count: int, method: str, field: str) -> Pattention:
     current = projection.tokens
-    not_smaller(count, current, field)
+    if method == "shrink":
+        return _shrunk(projection, count, field)
+    not_smaller(count, current, field, mend="choose {0} or more, or the method shrink, which drops tokens")
     if count == current:
         return projection
     if (projection.scope == "shared") == (method == "bank"):
@@ -119,6 +152,22 @@ def _append(projection: Pattention, count: int, method: str, field: str) -> Patt
     else:
         taus = projection.taus if method == "held" else (initial_tau(projection.theta, count),)
     return dataclasses.replace(projection, banks=(*projection.banks, new), taus=taus)
+
+
+def _shrunk(projection: Pattention, count: int, field: str) -> Pattention:
+    """Every bank smaller in proportion, by largest remainders; no bank is lost."""
+    banks, current = projection.banks, projection.tokens
+    if not len(banks) <= count <= current:
+        mend = f"choose {len(banks)} to {current}" + (", or consolidate the banks before" if len(banks) > 1 else "")
+        problem = f"is not a part of the {current} tokens in {len(banks)} banks that there are"
+        raise ConfigError("bad-target", problem, key=f"grow.{field}", value=count, mend=mend)
+    spare, rest = count - len(banks), current - len(banks)  # beyond the one of each bank that stays
+    exact = [(size - 1) * spare / max(rest, 1) for size in banks]
+    sizes = [1 + int(share) for share in exact]
+    by_remainder = sorted(range(len(banks)), key=lambda i: int(exact[i]) - exact[i])
+    for bank in by_remainder[: count - sum(sizes)]:
+        sizes[bank] += 1
+    return dataclasses.replace(projection, banks=tuple(sizes))
 
 
 OPERATORS.register("param_tokens")(ParamTokens())
