@@ -127,9 +127,9 @@ def lazy_states(
         view = _Link(state, link, f"{seed}/{number}", probe)
         born = {name: state.born.get(name, 0) if name in view.old_specs else stage for name in view.specs}
         born = {name: at for name, at in born.items() if at or name in state.born}
-        params = _Lazy(list(view.specs), view.value)
+        params = Lazy(list(view.specs), view.value)
         kept = [name for name in view.specs if name in view.old_specs and name in state.moments]
-        state = TrainState(link.target, params, _Lazy(kept, view.moments), born)
+        state = TrainState(link.target, params, Lazy(kept, view.moments), born)
         states.append(state)
     return states
 
@@ -176,7 +176,7 @@ class _Numbered(Mapping[str, Moments]):
         return len(self._params)
 
 
-class _Lazy(Mapping[str, T]):
+class Lazy(Mapping[str, T]):
     """Names in order, values computed on access."""
 
     def __init__(self, names: list[str], compute: Callable[[str], T]) -> None:
@@ -217,7 +217,7 @@ class _Link:
     def of_layer(self, tensors: Mapping[str, T], layer: int | None) -> Mapping[str, T]:
         """Those of ``tensors`` that belong to ``layer``, by local name."""
         names = {local: name for local, name in self._by_place.get(layer, {}).items() if name in tensors}
-        return _Lazy(list(names), lambda local: tensors[names[local]])
+        return Lazy(list(names), lambda local: tensors[names[local]])
 
     def about(self, name: str) -> TensorGrowth:
         spec, old_spec = self.specs[name], self.old_specs.get(name)
