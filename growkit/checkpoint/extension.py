@@ -66,6 +66,14 @@ def first_progress(manifest: Manifest, recipe: Recipe, corpus_sha256: str) -> Pr
     )
 
 
+def same_tokenizer(manifest: Manifest, recipe: Recipe) -> bool:
+    """Whether the extended run names the tokenizer that the checkpoint's own recipe does."""
+    if not manifest.recipe:
+        return False
+    before = parse_recipe(manifest.recipe, [], PRESETS, name="the checkpoint's recipe").data
+    return (before.tokenizer, before.end_token) == (recipe.data.tokenizer, recipe.data.end_token)
+
+
 def _order(text: str) -> tuple[Any, ...] | None:
     return _order_of(parse_recipe(text, [], PRESETS, name="the checkpoint's recipe")) if text else None
 

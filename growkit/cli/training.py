@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from growkit.checkpoint import store
-from growkit.checkpoint.extension import extended_recipe, first_progress
+from growkit.checkpoint.extension import extended_recipe, first_progress, same_tokenizer
 from growkit.checkpoint.metrics_log import read_log
 from growkit.checkpoint.run_folder import RunFolder, log_before, run_of
 from growkit.checkpoint.store import Checkpoint
@@ -109,6 +109,8 @@ def extend(source: Path, name: str, overrides: Sequence[str], from_step: int | N
     _set_threads(recipe)
     loggers.require(recipe.logger)
     corpus = prepare_corpus(recipe, schedule)
+    if same_tokenizer(manifest, recipe):  # not the recipe's wish for another one
+        corpus.tokenizer.require_same(manifest.corpus.get("tokenizer", BYTES))
     hardware.accelerator(recipe.trainer)
     step, log = manifest.progress.step, log_before(checkpoint.folder, manifest)
     parent = {"run": _origin(checkpoint), "step": step}

@@ -6,11 +6,11 @@ A document is bytes. Where it is not UTF-8, each stray byte is read as U+FFFD an
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,7 +163,7 @@ def load_tokenizer(data: DataConfig) -> Tokenizer:
         mend = "name 'bytes', a tokenizer.json, a folder that holds one, or NAME on the Hugging Face hub"
         raise DataError("tokenizer-unavailable", "does not exist", key="data.tokenizer", value=name, mend=mend)
     library = "tokenizers" if is_file else "transformers"
-    if importlib.util.find_spec(library) is None:
+    if find_spec(library) is None:
         mend = "pip install 'growkit[tokenizers]'"
         raise DataError("not-installed", f"needs {library}", key="data.tokenizer", value=name, mend=mend)
     end, bos = None, None
@@ -174,13 +174,15 @@ def load_tokenizer(data: DataConfig) -> Tokenizer:
             fast = tokenizers.Tokenizer.from_file(str(path))
         else:
             from transformers import AutoTokenizer
+            from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
             where = str(path) if is_folder else name.removeprefix("hf:")
             auto = AutoTokenizer.from_pretrained(where, trust_remote_code=False, local_files_only=is_folder)
+            said = get_tokenizer_config(where, local_files_only=is_folder)  # the object drops add_bos_token
             if not auto.is_fast:
                 raise ValueError("it has no version for the tokenizers library")
             fast, end = auto.backend_tokenizer, auto.eos_token_id
-            bos = auto.bos_token_id if auto.init_kwargs.get("add_bos_token") else None
+            bos = auto.bos_token_id if said.get("add_bos_token") else None
     if data.end_token is not None:
         end = fast.token_to_id(data.end_token)
         if end is None:
