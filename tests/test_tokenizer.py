@@ -24,7 +24,7 @@ from growkit.checkpoint import store
 from growkit.checkpoint.manifest import Manifest
 from growkit.checkpoint.run_folder import RunFolder
 from growkit.config.recipe import DataConfig
-from growkit.data.corpus import Corpus, load_corpus, whole_text
+from growkit.data.corpus import Corpus, _cut, load_corpus, whole_text
 from growkit.data.stream import validation_windows, windows
 from growkit.data.tokenizer import END, FastTokenizer, load_tokenizer, tokenizer_in
 from growkit.errors import ConfigError, DataError
@@ -167,6 +167,16 @@ def test_the_split_is_that_of_bytes(files: int, file: Path, tmp_path: Path, capl
     assert tokenised.bytes_per_token == len(plain.train) / len(tokenised.train)
     assert not caplog.records, "this tokenizer gives its text back"
     assert plain.record["tokenizer"] == "bytes" and len(tokenised.record["tokenizer"]) == 64
+
+
+@given(st.lists(st.binary(max_size=5), min_size=1, max_size=5), st.data())
+def test_documents_are_cut_where_their_text_is(texts: list[bytes], data: st.DataObject) -> None:
+    """One document or several, also just before and behind the byte between two."""
+    whole = END.join(texts)
+    wanted = data.draw(st.integers(0, len(whole)))
+    before, after = _cut(texts, wanted)
+    at = len(whole) - wanted
+    assert (END.join(before), END.join(after)) == (whole[:at], whole[at:])
 
 
 def test_bytes_load_no_tokenizer_library() -> None:

@@ -157,7 +157,7 @@ def load_tokenizer(data: DataConfig) -> Tokenizer:
             mend = "leave it out: a zero byte is between documents"
             raise DataError("no-end-token", "is for a tokenizer", key="data.end_token", value=data.end_token, mend=mend)
         return Tokenizer()
-    path = Path(name).expanduser()
+    path = os.path.expanduser(name)
     is_file, is_folder = os.path.isfile(path), os.path.isdir(path)
     if not (is_file or is_folder or (_HUB_NAME.fullmatch(name) and not name.endswith(".json"))):
         mend = "name 'bytes', a tokenizer.json, a folder that holds one, or NAME on the Hugging Face hub"
@@ -171,12 +171,12 @@ def load_tokenizer(data: DataConfig) -> Tokenizer:
         if is_file:
             import tokenizers
 
-            fast = tokenizers.Tokenizer.from_file(str(path))
+            fast = tokenizers.Tokenizer.from_file(path)
         else:
             from transformers import AutoTokenizer
             from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-            where = str(path) if is_folder else name.removeprefix("hf:")
+            where = path if is_folder else name.removeprefix("hf:")
             auto = AutoTokenizer.from_pretrained(where, trust_remote_code=False, local_files_only=is_folder)
             said = get_tokenizer_config(where, local_files_only=is_folder)  # the object drops add_bos_token
             if not auto.is_fast:
