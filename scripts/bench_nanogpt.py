@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from growkit.config.recipe import DataConfig
-from growkit.data.corpus import VOCAB_SIZE, Corpus, load_corpus
+from growkit.data.corpus import Corpus, load_corpus
 from growkit.data.stream import Batches, TokenStream
+from growkit.data.tokenizer import VOCAB_SIZE
 from growkit.eval.ngram import bits
 from growkit.eval.validate import mean_loss
 from growkit.models.decoder import build, init_params

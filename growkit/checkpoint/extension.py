@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from growkit.checkpoint.manifest import Manifest
@@ -20,7 +21,8 @@ def extended_recipe(manifest: Manifest, source: str, text: str, overrides: Seque
     """The recipe of a run that goes on from ``manifest``'s checkpoint with the stages of ``text``.
 
     ``source``: what to call the checkpoint. What ``text`` does not say is taken from the checkpoint's own recipe, but
-    for its model, its stages and the name of its run. Raises ConfigError.
+    for its model, its stages and the name of its run; where no recipe of growkit made the checkpoint, a tokenizer that
+    lies in its folder is its own. Raises ConfigError.
     """
     if "start" in read_mapping(text, name):
         mend = "drop start: it is filled in from the checkpoint"
@@ -28,6 +30,11 @@ def extended_recipe(manifest: Manifest, source: str, text: str, overrides: Seque
     under: dict[str, Any] = read_mapping(manifest.recipe, "the checkpoint's recipe") if manifest.recipe else {}
     under = {key: value for key, value in under.items() if key not in ("model", "stages")}
     under["run"] = {key: value for key, value in under.get("run", {}).items() if key != "name"}
+    if not manifest.recipe:
+        from growkit.data.tokenizer import tokenizer_in  # numpy, which a plan does without
+
+        if (own := tokenizer_in(Path(source))) is not None:
+            under["data"] = {"tokenizer": own}
     under["start"] = dataclasses.asdict(_start(manifest, source))
     return parse_recipe(text, overrides, PRESETS, name=name, under=under)
 
@@ -57,6 +64,14 @@ def first_progress(manifest: Manifest, recipe: Recipe, corpus_sha256: str) -> Pr
     return dataclasses.replace(
         manifest.progress, stage=recipe.start.stage, stage_step=0, cursor=cursor, micro_batch_size=None
     )
+
+
+def same_tokenizer(manifest: Manifest, recipe: Recipe) -> bool:
+    """Whether the extended run names the tokenizer that the checkpoint's own recipe does."""
+    if not manifest.recipe:
+        return False
+    before = parse_recipe(manifest.recipe, [], PRESETS, name="the checkpoint's recipe").data
+    return (before.tokenizer, before.end_token) == (recipe.data.tokenizer, recipe.data.end_token)
 
 
 def _order(text: str) -> tuple[Any, ...] | None:

@@ -18,9 +18,10 @@ from growkit.checkpoint import store
 from growkit.checkpoint.metrics_log import encoded
 from growkit.checkpoint.run_folder import MARK, RunFolder, log_before, run_of
 from growkit.checkpoint.store import Checkpoint
-from growkit.config.load import apply_override
-from growkit.config.recipe import DataConfig
+from growkit.config.load import apply_override, parse_recipe
+from growkit.config.recipe import BYTES, DataConfig
 from growkit.data.corpus import whole_text
+from growkit.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_in
 from growkit.duration import quantity
 from growkit.errors import ConfigError, DataError
 from growkit.eval.generate import sample_text
@@ -28,6 +29,7 @@ from growkit.eval.ngram import bits
 from growkit.growth.engine import growth_report, lazy_states
 from growkit.growth.path import grown_config, path
 from growkit.models.decoder import build
+from growkit.models.presets import PRESETS
 from growkit.train.display import growth_table
 
 console = Console(highlight=False)
@@ -42,6 +44,21 @@ def open_any(folder: Path, step: int | None = None) -> Checkpoint:
         mend = "name a run folder, or leave --from out"
         raise ConfigError("no-such-step", "is for a run, and this is not one", key="--from", value=step, mend=mend)
     return store.read(folder)
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
+    """What the checkpoint's ids are of: its recipe's tokenizer, or one that lies beside weights that no recipe of
+    growkit made, or bytes. Raises DataError if it is no longer what the checkpoint was trained with, and ConfigError if
+    the model lacks some of its ids."""
+    manifest = checkpoint.manifest
+    if manifest.recipe:
+        data = parse_recipe(manifest.recipe, [], PRESETS, name="the checkpoint's recipe").data
+    else:
+        data = DataConfig(tokenizer=tokenizer_in(checkpoint.folder) or BYTES)
+    tokenizer = load_tokenizer(data)
+    tokenizer.require_same(manifest.corpus.get("tokenizer", tokenizer.identity))
+    tokenizer.require_room(manifest.model.vocab_size)
+    return tokenizer
 
 
 def grow_checkpoint(
@@ -66,7 +83,7 @@ def grow_checkpoint(
     links = path(config, wanted, methods)
     stage = checkpoint.manifest.progress.stage + 1
     generator = torch.Generator().manual_seed(seed)
-    probe = None if data is None else _probe(data, probe_tokens)
+    probe = None if data is None else _probe(checkpoint, data, probe_tokens)
     grown = lazy_states(checkpoint.state, links, generator, stage=stage, probe=probe)
     if probe is None:
         probe = torch.randint(config.vocab_size, (1, probe_tokens + 1), generator=generator.manual_seed(seed))
@@ -90,9 +107,9 @@ def grow_checkpoint(
     console.print(f"wrote {output}", soft_wrap=True, markup=False)
 
 
-def _probe(data: str, tokens: int) -> Tensor:
+def _probe(checkpoint: Checkpoint, data: str, tokens: int) -> Tensor:
     """(1, tokens + 1) from the middle of the text ``data``. Raises DataError."""
-    text = whole_text(DataConfig(source=data))
+    text, _ = whole_text(DataConfig(source=data), tokenizer_of(checkpoint))
     if len(text) <= tokens:
         problem = f"has {len(text)} tokens, the probe {tokens + 1}"
         raise DataError("corpus-too-short", problem, key="--data", value=data, mend="use more text")
@@ -123,7 +140,9 @@ def inspect_checkpoint(folder: Path) -> None:
             console.print(growth_table(entry))
         else:
             nats = entry["validation_loss"]
-            loss = f"validation loss {nats:.4f} nats ({bits(nats):.3f} bits per byte)"
+            score = entry.get("bits_per_byte", bits(nats))  # entries from before there were tokenizers lack it
+            in_bits = "unknown" if score is None else f"{score:.3f}"
+            loss = f"validation loss {nats:.4f} nats ({in_bits} bits per byte)"
             console.print(f"stage {entry['name']} ended at step {entry['step']}: {loss}", markup=False)
     console.print(", ".join(f"{key} {value}" for key, value in manifest.environment.items()), soft_wrap=True)
 
@@ -133,8 +152,10 @@ def generate_text(folder: Path, prompt: str, tokens: int, temperature: float, to
         problem = f"must be 0, or a number from {MIN_TEMPERATURE} on"
         raise ConfigError("out-of-range", problem, key="--temperature", value=temperature)
     checkpoint = open_any(folder)
+    tokenizer = tokenizer_of(checkpoint)
     model = build(checkpoint.manifest.model, checkpoint.state.params, copy=False)
-    text = sample_text(model, prompt, tokens, seed=seed, temperature=temperature, top_k=top_k)
+    options: dict[str, Any] = {"seed": seed, "temperature": temperature, "top_k": top_k}
+    text = sample_text(model, prompt, tokens, tokenizer=tokenizer, **options)
     console.print(text, markup=False, soft_wrap=True)
 
 

@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 import typer
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from growkit.checkpoint.manifest import Manifest
-from growkit.cli.checkpoints import open_any
+from growkit.cli.checkpoints import open_any, tokenizer_of
 from growkit.config.load import parse_recipe
 from growkit.config.recipe import DataConfig, Recipe, TrainerConfig
 from growkit.data.corpus import load_corpus, whole_text
+from growkit.data.tokenizer import Ends, Ids, Tokenizer
 from growkit.duration import quantity
 from growkit.errors import ConfigError, DataError
 from growkit.eval.measure import cache_bytes_per_token, score, speed
@@ -39,7 +39,7 @@ def evaluate(
     manifest, config = checkpoint.manifest, checkpoint.manifest.model
     recipe = parse_recipe(manifest.recipe, [], PRESETS, name="the checkpoint's recipe") if manifest.recipe else None
     context = context or _trained_context(recipe, manifest)
-    name, text = _text(source, text_field, recipe)
+    name, text, ends = _text(source, text_field, recipe, tokenizer_of(checkpoint))
     if len(text) <= context:
         problem = f"has {len(text)} tokens, a window needs {context + 1}"
         raise DataError(
@@ -48,7 +48,8 @@ def evaluate(
     device = hardware.accelerator(TrainerConfig())
     params = {key: checkpoint.state.params[key].to(device) for key in checkpoint.state.params}
     model = build(config, params, copy=False)
-    result = score(model, text, context, tokens)
+    result = score(model, text, context, tokens, ends)
+    in_bits = bits(result.loss, result.bytes_per_token)
     pace = speed(model, context, WRITTEN)
     values: dict[str, Any] = {
         "checkpoint": str(checkpoint.folder),
@@ -58,7 +59,8 @@ def evaluate(
         "context_length": context,
         "scored_tokens": result.tokens,
         "loss": result.loss,
-        "bits_per_byte": bits(result.loss),
+        "bits_per_byte": in_bits,
+        "bytes_per_token": result.bytes_per_token,
         "perplexity": float(np.exp(result.loss)),
         "loss_by_position": result.by_position,
         "device": device,
@@ -73,14 +75,16 @@ def evaluate(
         return
     console.print(f"{checkpoint.folder}", soft_wrap=True, markup=False)
     console.print(
-        f"{escape(name)}: {result.loss:.4f} nats per token, [bold]{bits(result.loss):.3f} bits per byte[/bold], "
+        f"{escape(name)}: {result.loss:.4f} nats per token, [bold]{in_bits:.3f} bits per byte[/bold], "
         f"perplexity {values['perplexity']:.2f}, over {result.tokens:,} tokens in windows of {context} "
         "(their first eighth is only context)",
         soft_wrap=True,
     )
     table = Table("position", "nats", "bits per byte", title="loss by position in the window", title_justify="left")
-    for first, last, nats in result.buckets():
-        table.add_row(f"{first}" if first == last else f"{first}–{last}", f"{nats:.4f}", f"{bits(nats):.3f}")
+    sizes = [size for *_, size in result.buckets(result.bytes_by_position)]
+    for (first, last, nats), bytes_per_token in zip(result.buckets(), sizes, strict=True):
+        where = f"{first}" if first == last else f"{first}–{last}"
+        table.add_row(where, f"{nats:.4f}", f"{bits(nats, bytes_per_token):.3f}")
     console.print(table)
     size = {key: f"{quantity(values[key])}B" for key in ("weight_bytes", "cache_bytes_per_token", "peak_memory_bytes")}
     console.print(
@@ -98,12 +102,15 @@ def _trained_context(recipe: Recipe | None, manifest: Manifest) -> int:
     return growth_schedule(recipe).stage(manifest.progress.stage).context_length
 
 
-def _text(source: str | None, text_field: str, recipe: Recipe | None) -> tuple[str, NDArray[np.uint8]]:
-    """(what to call it, its tokens): all of ``source``, or the part that the checkpoint's run held out."""
+def _text(
+    source: str | None, text_field: str, recipe: Recipe | None, tokenizer: Tokenizer
+) -> tuple[str, Ids, Ends | None]:
+    """(what to call it, its tokens, where each ends in it): all of ``source``, or the part that the checkpoint's run
+    held out."""
     if source is not None:
-        return source, whole_text(DataConfig(source=source, text_field=text_field))
+        return source, *whole_text(DataConfig(source=source, text_field=text_field), tokenizer)
     if recipe is None:
         mend = "name a file, a folder or hf:NAME"
         raise ConfigError("missing-key", "is missing, and the checkpoint has no recipe", key="--data", mend=mend)
-    corpus = load_corpus(recipe.data)
-    return f"{corpus.name}, the part held out", corpus.validation
+    corpus = load_corpus(recipe.data, tokenizer)
+    return f"{corpus.name}, the part held out", corpus.validation, corpus.validation_ends

@@ -121,8 +121,10 @@ def show_schedule(name: str, overrides: Sequence[str], extends: Path | None) -> 
         console.print("growth keeps what the model computes, but where it says (not exact)")
     console.print(f"valid: {schedule.tokens:,} tokens, {schedule.flops:.3g} FLOPs in all")
     from growkit.data.corpus import source_kind  # numpy, which a plan does without
+    from growkit.data.tokenizer import load_tokenizer
 
     try:
         source_kind(recipe.data.source)
+        load_tokenizer(recipe.data).require_room(schedule.start_model.vocab_size)
     except DataError as missing:  # no fault of the recipe: it may be meant for another machine
         console.print(f"but to train it here: {missing}", soft_wrap=True, markup=False)

@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from growkit.checkpoint import store
-from growkit.checkpoint.extension import extended_recipe, first_progress
+from growkit.checkpoint.extension import extended_recipe, first_progress, same_tokenizer
 from growkit.checkpoint.metrics_log import read_log
 from growkit.checkpoint.run_folder import RunFolder, log_before, run_of
 from growkit.checkpoint.store import Checkpoint
 from growkit.cli import recipes
 from growkit.cli.checkpoints import open_any
 from growkit.config.load import load_recipe, read_text, to_yaml
-from growkit.config.recipe import Recipe
+from growkit.config.recipe import BYTES, Recipe
 from growkit.data.corpus import Corpus
 from growkit.duration import quantity
 from growkit.errors import CheckpointError, ConfigError, cannot_write
@@ -109,6 +109,8 @@ def extend(source: Path, name: str, overrides: Sequence[str], from_step: int | N
     _set_threads(recipe)
     loggers.require(recipe.logger)
     corpus = prepare_corpus(recipe, schedule)
+    if same_tokenizer(manifest, recipe):  # not the recipe's wish for another one
+        corpus.tokenizer.require_same(manifest.corpus.get("tokenizer", BYTES))
     hardware.accelerator(recipe.trainer)
     step, log = manifest.progress.step, log_before(checkpoint.folder, manifest)
     parent = {"run": _origin(checkpoint), "step": step}
@@ -117,7 +119,7 @@ def extend(source: Path, name: str, overrides: Sequence[str], from_step: int | N
         manifest,
         progress=first_progress(manifest, recipe, corpus.sha256),
         recipe=to_yaml(recipe),
-        corpus={"name": corpus.name, "sha256": corpus.sha256},
+        corpus=corpus.record,
         log_bytes=len(log),
         layout="whole",
     )
@@ -140,7 +142,7 @@ def _origin(checkpoint: Checkpoint) -> str:
 def _require_same(checkpoint: Checkpoint, schedule: GrowthSchedule, corpus: Corpus, folder: RunFolder) -> None:
     """Raises DataError or CheckpointError when ``checkpoint`` is not one of this corpus and this schedule."""
     manifest, at = checkpoint.manifest, checkpoint.manifest.progress
-    corpus.require_same(manifest.corpus["sha256"])
+    corpus.require_same(manifest.corpus)
     if schedule.model_at(at) != manifest.model:
         problem = f"does not describe the model and the stage {at.stage + 1} that {checkpoint.folder.name} holds"
         mend = "undo the changes to its model and its past stages; later stages may change"
@@ -194,7 +196,7 @@ def _run(run: Run, schedule: GrowthSchedule) -> int:
                         display(record)
             display.print(
                 f"run folder: [bold]{escape(str(run.folder.path))}[/bold]   corpus: {escape(run.corpus.name)}, "
-                f"{quantity(len(run.corpus.train))} bytes to train on, {quantity(len(run.corpus.validation))} held out"
+                f"{_amount(run.corpus)}"
             )
             done = run.train()
         if run.rank == 0:
@@ -202,6 +204,14 @@ def _run(run: Run, schedule: GrowthSchedule) -> int:
     finally:
         run.folder.unlock()
     return DONE if done else STOPPED
+
+
+def _amount(corpus: Corpus) -> str:
+    sizes = f"{quantity(len(corpus.train_text))} bytes to train on, {quantity(len(corpus.validation_text))} held out"
+    if corpus.tokenizer.name == BYTES:
+        return sizes
+    per_token = f"{corpus.bytes_per_token:.2f} bytes a token"
+    return f"{sizes}, as {quantity(len(corpus.train))} and {quantity(len(corpus.validation))} tokens ({per_token})"
 
 
 def _logger(run: Run, display: Display) -> AbstractContextManager[loggers.Listener | None]:

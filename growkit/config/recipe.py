@@ -11,6 +11,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+BYTES = "bytes"  # data.tokenizer where a token is a byte
+
 
 @dataclass
 class RunConfig:
@@ -26,6 +28,8 @@ class DataConfig:
     pattern: str = "**/*"  # which files of a folder
     split: str = "train"  # of a Hugging Face data set
     text_field: str = "text"  # of a Hugging Face data set
+    tokenizer: str = "bytes"  # bytes | a tokenizer.json | a folder with a tokenizer | NAME on the Hugging Face hub
+    end_token: str | None = None  # token between documents; default: the tokenizer's own eos token
     validation_fraction: float = 0.05  # of the bytes, 0..0.5
     shuffle: bool = True  # blocks in a new random order each epoch
     block_tokens: int | None = None  # what is shuffled as one piece; default: the longest context of the stages

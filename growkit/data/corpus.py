@@ -1,28 +1,31 @@
-"""A corpus: bytes to train on, bytes to validate on, and a hash that says which bytes.
+"""A corpus: tokens to train on, tokens to validate on, and a hash that says which tokens.
 
-Tokens are bytes (vocabulary 256). Documents are joined by ``END``; the validation split is cut by whole groups of
-documents (packages, files, rows), never through one, unless the corpus is a single document.
+Tokens are bytes (vocabulary 256), or ids of a tokenizer. Documents are joined by its end (of bytes, ``END``); the
+validation split is cut by whole groups of documents (packages, files, rows), never through one, unless the corpus is a
+single document. Bytes decide what is cut, so that every tokenizer has the same text on each side.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from growkit.config.recipe import DataConfig
+from growkit.config.recipe import BYTES, DataConfig
+from growkit.data.tokenizer import END, Ends, Ids, Tokenizer, load_tokenizer
 from growkit.errors import DataError
 from growkit.registry import Registry
 
-END = b"\x00"
-VOCAB_SIZE = 256
+log = logging.getLogger(__name__)
 STDLIB_LEFT_OUT = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "__pycache__"}
 )
@@ -39,13 +42,31 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """``train`` and ``validation``: uint8 arrays. ``sha256``: of both, in order."""
+    """``train`` and ``validation``: ids in the smallest unsigned type. ``sha256``: of both, in order.
+    ``train_text`` and ``validation_text``: their bytes, documents joined by ``END``; ``text_sha256``: of those.
+    ``validation_ends``: the byte of ``validation_text`` at which each token ends; None where tokens are bytes."""
 
     name: str
-    train: NDArray[np.uint8]
-    validation: NDArray[np.uint8]
+    tokenizer: Tokenizer
+    train: Ids
+    validation: Ids
     sha256: str
+    train_text: NDArray[np.uint8]
+    validation_text: NDArray[np.uint8]
+    text_sha256: str
+    validation_ends: Ends | None
     documents: int
+
+    @property
+    def record(self) -> dict[str, str]:
+        """What a checkpoint says of it."""
+        tokenizer = self.tokenizer.identity
+        return {"name": self.name, "sha256": self.sha256, "text_sha256": self.text_sha256, "tokenizer": tokenizer}
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of the training split, on average."""
+        return len(self.train_text) / len(self.train)
 
     def require(self, context_length: int) -> None:
         """Raises DataError when a split is too short for one sequence."""
@@ -59,9 +80,10 @@ class Corpus:
                     mend="use more text, a shorter context_length, or another data.validation_fraction",
                 )
 
-    def require_same(self, sha256: str) -> None:
-        """Raises DataError when these are not the bytes that a run was trained on."""
-        if sha256 != self.sha256:
+    def require_same(self, record: Mapping[str, Any]) -> None:
+        """Raises DataError when these are not the tokens that a run was trained on, as its ``record`` says."""
+        self.tokenizer.require_same(record.get("tokenizer", BYTES))  # which records before there were others lack
+        if record["sha256"] != self.sha256:
             raise DataError(
                 "corpus-changed",
                 "is not the text this run was trained on (its hash differs)",
@@ -132,25 +154,41 @@ def hugging_face(data: DataConfig) -> Iterable[Document]:
         yield Document(str(i), text.encode())
 
 
-def load_corpus(data: DataConfig) -> Corpus:
-    """Reads, splits and hashes ``data.source``. Raises DataError."""
+def load_corpus(data: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
+    """Reads, splits, tokenises and hashes ``data.source``; ``tokenizer``: that of ``data``, if it is loaded already.
+    Raises DataError."""
     assert 0 < data.validation_fraction <= 0.5, "the schedule has checked it"
+    tokenizer = tokenizer or load_tokenizer(data)
     documents = _documents(data)
     total = sum(len(doc.text) for doc in documents)
-    train, validation = _split(documents, round(total * data.validation_fraction))
-    digest = hashlib.sha256(train + b"|" + validation).hexdigest()
+    parts = _split(documents, round(total * data.validation_fraction))
+    texts = [END.join(part) for part in parts]
+    train, _ = tokenizer.encode_documents(parts[0])
+    validation, ends = tokenizer.encode_documents(parts[1], ends=True)
+    if not tokenizer.restores(parts[1]):
+        log.warning(
+            "data.tokenizer %s does not give its text back: what it drops is not predicted, so that bits per byte look "
+            "better than they are",
+            tokenizer.name,
+        )
     return Corpus(
         data.source,
-        np.frombuffer(train, dtype=np.uint8),
-        np.frombuffer(validation, dtype=np.uint8),
-        digest,
+        tokenizer,
+        train,
+        validation,
+        hashlib.sha256(train.tobytes() + b"|" + validation.tobytes()).hexdigest(),
+        np.frombuffer(texts[0], dtype=np.uint8),
+        np.frombuffer(texts[1], dtype=np.uint8),
+        hashlib.sha256(texts[0] + b"|" + texts[1]).hexdigest(),
+        ends,
         len(documents),
     )
 
 
-def whole_text(data: DataConfig) -> NDArray[np.uint8]:
-    """All of ``data.source``, nothing set aside. Raises DataError."""
-    return np.frombuffer(END.join(doc.text for doc in _documents(data)), dtype=np.uint8)
+def whole_text(data: DataConfig, tokenizer: Tokenizer) -> tuple[Ids, Ends | None]:
+    """(ids, ends) of all of ``data.source``, nothing set aside, as ``encode_documents`` gives them. Raises
+    DataError."""
+    return tokenizer.encode_documents([doc.text for doc in _documents(data)], ends=True)
 
 
 def _documents(data: DataConfig) -> list[Document]:
@@ -182,15 +220,15 @@ def _read(path: Path) -> bytes:
         raise DataError("corpus-unreadable", problem, key="data.source", value=str(path), mend=mend) from error
 
 
-def _split(documents: list[Document], wanted: int) -> tuple[bytes, bytes]:
-    """Whole groups in the order of their names' hashes until ``wanted`` bytes are set aside for validation.
+def _split(documents: list[Document], wanted: int) -> tuple[list[bytes], list[bytes]]:
+    """(documents to train on, to validate on): whole groups in the order of their names' hashes until ``wanted`` bytes
+    are set aside for validation.
 
     The order is a hash's so that it is the same everywhere and unrelated to the content; a group that alone would
     overshoot by half is passed over.
     """
     if len({doc.group for doc in documents}) == 1:
-        text = END.join(doc.text for doc in documents)
-        return text[: len(text) - wanted], text[len(text) - wanted :]
+        return _cut([doc.text for doc in documents], wanted)
     sizes: dict[str, int] = {}
     for doc in documents:
         sizes[doc.group] = sizes.get(doc.group, 0) + len(doc.text)
@@ -202,8 +240,19 @@ def _split(documents: list[Document], wanted: int) -> tuple[bytes, bytes]:
             taken += sizes[group]
     if not chosen:  # a few large groups: the smallest one
         chosen = {min(sizes, key=lambda name: (sizes[name], name))}
-    parts = [[doc.text for doc in documents if (doc.group in chosen) == side] for side in (False, True)]
-    return END.join(parts[0]), END.join(parts[1])
+    train, validation = ([doc.text for doc in documents if (doc.group in chosen) == side] for side in (False, True))
+    return train, validation
+
+
+def _cut(texts: list[bytes], wanted: int) -> tuple[list[bytes], list[bytes]]:
+    """``texts``, joined by ``END``, cut ``wanted`` bytes before the end: what is left of each on either side."""
+    after = list(texts)
+    before: list[bytes] = []
+    left = sum(len(text) + len(END) for text in texts) - len(END) - wanted
+    while left > len(after[0]):
+        left -= len(after[0]) + len(END)
+        before.append(after.pop(0))
+    return [*before, after[0][:left]], [after[0][left:], *after[1:]]
 
 
 def _first_line(error: Exception) -> str:

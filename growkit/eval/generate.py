@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from growkit.data.corpus import END
+from growkit.data.tokenizer import END, Tokenizer
 from growkit.models.decoder import Cache, DecoderLM
 
 
@@ -20,8 +20,9 @@ def sample_tokens(
     generator: torch.Generator,
     temperature: float = 0.8,
     top_k: int = 50,
+    end: int = END[0],
 ) -> Iterator[int]:
-    """Up to ``count`` tokens after ``prompt`` (1-D, at least one token), one at a time; ends at a document's end.
+    """Up to ``count`` tokens after ``prompt`` (1-D, at least one token), one at a time; ends at a document's ``end``.
 
     ``temperature`` 0 takes the most likely token; ``top_k`` 0 keeps all.
     """
@@ -31,7 +32,7 @@ def sample_tokens(
         logits = model(tokens, cache=cache)[0, -1]
         assert isinstance(logits, Tensor)
         token = _draw(logits.float(), generator, temperature, top_k)
-        if token == END[0]:
+        if token == end:
             return
         yield token
         tokens = torch.tensor([[token]], device=prompt.device)
@@ -47,17 +48,28 @@ def _draw(logits: Tensor, generator: torch.Generator, temperature: float, top_k:
 
 
 def sample_text(
-    model: DecoderLM, prompt: str, count: int, *, seed: int = 0, temperature: float = 0.8, top_k: int = 50
+    model: DecoderLM,
+    prompt: str,
+    count: int,
+    *,
+    tokenizer: Tokenizer | None = None,
+    seed: int = 0,
+    temperature: float = 0.8,
+    top_k: int = 50,
 ) -> str:
-    """``prompt`` and what the model writes after it, as text; the model's training mode is left as it was."""
-    device = model.embedding.weight.device
-    given = prompt.encode(errors="surrogateescape")  # bytes from a command line that are not UTF-8 stay what they are
-    start = torch.tensor(list(given) or [10], device=device)
+    """``prompt`` and what the model writes after it, as text; the model's training mode is left as it was.
+    ``tokenizer``: what the model's ids are of (default: bytes)."""
+    tokenizer = tokenizer or Tokenizer()
+    start = torch.tensor(tokenizer.prompt(prompt), device=model.embedding.weight.device)
     generator = torch.Generator().manual_seed(seed)
     training = model.training
     model.eval()
     try:
-        new = list(sample_tokens(model, start, count, generator=generator, temperature=temperature, top_k=top_k))
+        new = list(
+            sample_tokens(
+                model, start, count, generator=generator, temperature=temperature, top_k=top_k, end=tokenizer.end
+            )
+        )
     finally:
         model.train(training)
-    return (given + bytes(token for token in new if token < 256)).decode(errors="replace")
+    return tokenizer.decode(tokenizer.encode(prompt) + new)

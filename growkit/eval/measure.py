@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from growkit.eval.validate import position_losses, unscored
+from growkit.data.stream import validation_windows
+from growkit.data.tokenizer import Ends
+from growkit.eval.validate import position_losses, target_sizes, unscored
 from growkit.models.config import ModelConfig
 from growkit.models.decoder import Cache, DecoderLM
 
@@ -19,28 +22,48 @@ WARM_UP = 3  # passes and tokens before the clock starts
 @dataclass(frozen=True)
 class Score:
     """``loss``: nats per token over the scored positions, as a run's validation has it. ``by_position``: mean nats at
-    each position of a window, the unscored first eighth included. ``tokens``: scored."""
+    each position of a window, the unscored first eighth included. ``tokens``: scored. ``bytes_per_token``: of the text
+    behind the scored ones; ``bytes_by_position``: their mean at each position."""
 
     loss: float
     by_position: tuple[float, ...]
     tokens: int
+    bytes_per_token: float = 1.0
+    bytes_by_position: tuple[float, ...] = ()
 
-    def buckets(self) -> list[tuple[int, int, float]]:
-        """(first position, last position, mean nats) in doubling ranges: 0, 1, 2–3, 4–7, …"""
+    def buckets(self, values: Sequence[float] | None = None) -> list[tuple[int, int, float]]:
+        """(first position, last position, mean of ``values``, which are the nats if not given) in doubling ranges: 0,
+        1, 2–3, 4–7, …"""
         rows, first, size = [], 0, 1
-        while first < len(self.by_position):
-            part = self.by_position[first : first + size]
+        values = self.by_position if values is None else values
+        while first < len(values):
+            part = values[first : first + size]
             rows.append((first, first + len(part) - 1, sum(part) / len(part)))
             first, size = first + len(part), max(1, first + len(part))
         return rows
 
 
-def score(model: DecoderLM, tokens: NDArray[np.integer], context_length: int, wanted_tokens: int) -> Score:
-    """The model's loss on windows spread evenly over ``tokens``."""
+def score(
+    model: DecoderLM,
+    tokens: NDArray[np.integer],
+    context_length: int,
+    wanted_tokens: int,
+    ends: Ends | None = None,
+) -> Score:
+    """The model's loss on windows spread evenly over ``tokens``; ``ends``: where each ends in the text, as a Corpus has
+    it."""
     sums, count = position_losses(model, tokens, context_length, wanted_tokens)
     skip = unscored(context_length)
     scored = count * (context_length - skip)
-    return Score(float(sums[skip:].sum()) / scored, tuple((sums / count).tolist()), scored)
+    starts, _ = validation_windows(tokens, context_length, wanted_tokens, skip)
+    sizes = target_sizes(ends, starts[:, None] + np.arange(context_length) + 1)
+    return Score(
+        float(sums[skip:].sum()) / scored,
+        tuple((sums / count).tolist()),
+        scored,
+        float(sizes[:, skip:].mean()),
+        tuple(sizes.mean(0).tolist()),
+    )
 
 
 @dataclass(frozen=True)
@@ -65,7 +88,7 @@ def speed(model: DecoderLM, context_length: int, count: int) -> Speed:
         began = _now(device)
         model(window)
         passes.append(_now(device) - began)
-    cache, token = Cache(model.config), torch.tensor([[10]], device=device)
+    cache, token = Cache(model.config), window[:, :1]
     for index in range(WARM_UP + count):
         if index == WARM_UP:
             began = _now(device)

@@ -80,6 +80,6 @@ def _look_up(
     return np.where(found, values[at], 0), found
 
 
-def bits(nats: float) -> float:
-    """Nats per byte → bits per byte."""
-    return nats / math.log(2)
+def bits(nats: float, bytes_per_token: float = 1.0) -> float:
+    """Nats per token → bits per byte; NaN of tokens that stand for none."""
+    return nats / math.log(2) / bytes_per_token if bytes_per_token else math.nan

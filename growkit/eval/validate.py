@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from growkit import faults
 from growkit.data.stream import validation_windows, windows
+from growkit.data.tokenizer import Ends
 
 ROWS = 32  # windows per forward pass
 
@@ -72,3 +73,17 @@ def target_positions(tokens: NDArray[np.integer], context_length: int, wanted_to
     skip = unscored(context_length)
     starts, _ = validation_windows(tokens, context_length, wanted_tokens, skip)
     return (starts[:, None] + np.arange(skip, context_length) + 1).ravel()
+
+
+def target_sizes(ends: Ends | None, targets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Bytes of the text that each of the tokens at ``targets`` (from 1 on) stands for; ``ends`` as of a Corpus."""
+    return np.ones_like(targets) if ends is None else ends[targets] - ends[targets - 1]
+
+
+def target_bytes(ends: Ends | None, targets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The positions in the text of the bytes that the tokens at ``targets`` stand for."""
+    if ends is None:
+        return targets
+    sizes = target_sizes(ends, targets)
+    inside = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return np.repeat(ends[targets - 1], sizes) + inside

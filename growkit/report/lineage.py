@@ -102,7 +102,7 @@ def stages_of_manifest(manifest: Manifest) -> tuple[Stage, ...]:
             stages[index] = Stage(index, name, parameters, None, growth)
         else:
             stage = stages.get(index, Stage(index, name, parameters, None))
-            score = finite(bits(number(entry.get("validation_loss"))))
+            score = finite(number(entry.get("bits_per_byte", bits(number(entry.get("validation_loss"))))))
             stages[index] = replace(stage, bits_per_byte=score, ended=True, **_place(entry))
     at = manifest.progress
     if at.stage not in stages and (at.stage_step or not stages):

@@ -83,7 +83,7 @@ class RunSummary:
             ngram=ngrams[-1] if ngrams else None,
             growths=len(history.kind("growth")),
             max_delta_logits=max((delta for delta in deltas if math.isfinite(delta)), default=None),
-            corpus=manifest.corpus.get("sha256") if manifest else None,
+            corpus=manifest.corpus.get("text_sha256", manifest.corpus.get("sha256")) if manifest else None,
             environment=dict(manifest.environment) if manifest else {},
             recipe=recipe,
             recipe_text=recipe_text,

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from growkit.config.recipe import LoggerConfig, Recipe, StageConfig, StartConfig
+from growkit.config.recipe import BYTES, LoggerConfig, Recipe, StageConfig, StartConfig
 from growkit.duration import Duration
 from growkit.errors import ConfigError
 from growkit.growth.path import Link, grown_config, path
@@ -98,8 +98,8 @@ def growth_schedule(recipe: Recipe) -> GrowthSchedule:
     start = recipe.start or StartConfig()
     first: ModelConfig = recipe.model.expand() if recipe.start is None else from_json(start.model, key="start.model")
     model = first
-    if model.vocab_size < 256:
-        mend = "growkit trains on bytes here: use 256 or more"
+    if model.vocab_size < 256 and recipe.data.tokenizer == BYTES:  # another is asked when it is loaded
+        mend = "data.tokenizer is bytes: use 256 or more"
         raise ConfigError(
             "vocab-too-small", "cannot hold a byte", key="model.vocab_size", value=model.vocab_size, mend=mend
         )

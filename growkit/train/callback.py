@@ -125,7 +125,7 @@ class AfterStep(L.Callback):
         run.record(
             "step",
             loss=loss,
-            bits_per_byte=bits(loss),
+            bits_per_byte=bits(loss, run.corpus.bytes_per_token),
             lr=module.lr,
             grad_norm=norm,
             grad_norms=norms,

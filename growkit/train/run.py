@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import math
 import os
 import signal
 import time
@@ -23,9 +24,10 @@ from growkit.config.load import to_yaml
 from growkit.config.recipe import Recipe
 from growkit.data.corpus import Corpus, load_corpus
 from growkit.data.stream import Batches, TokenStream, validation_windows, windows
+from growkit.data.tokenizer import load_tokenizer
 from growkit.eval.generate import sample_text
 from growkit.eval.ngram import bits, ngram_bits_per_byte
-from growkit.eval.validate import mean_loss, target_positions
+from growkit.eval.validate import mean_loss, target_bytes, target_positions, target_sizes
 from growkit.growth.engine import GrowthReport, grow
 from growkit.growth.state import TrainState
 from growkit.models.decoder import build, init_params
@@ -87,7 +89,7 @@ class Run:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         manifest = checkpoint.manifest
-        self.corpus.require_same(manifest.corpus["sha256"])
+        self.corpus.require_same(manifest.corpus)
         self.state = checkpoint.state.materialized()
         self.progress = manifest.progress
         self.lineage = [dict(entry) for entry in manifest.lineage]
@@ -216,15 +218,15 @@ class Run:
         module.release()
 
     def validate(self, module: StageModule, *, end: bool) -> None:
-        """Logs the validation loss in nats and bits per byte."""
+        """Logs the validation loss in nats per token, and in bits per byte of the text behind the scored tokens."""
         assert module.model is not None
-        context = module.stage.context_length
+        context, wanted = module.stage.context_length, self.recipe.monitor.validation_tokens
         autocast = torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
         total, count = mean_loss(
             module.model,
             self.corpus.validation,
             context,
-            self.recipe.monitor.validation_tokens,
+            wanted,
             autocast=autocast,
             rank=self.rank,
             world_size=self.world_size,
@@ -232,10 +234,12 @@ class Run:
         sums = torch.tensor([total, float(count)], dtype=torch.float64, device=module.device)
         sums = module.trainer.strategy.reduce(sums, reduce_op="sum") if self.world_size > 1 else sums
         loss = float(sums[0] / sums[1])
+        scored = target_positions(self.corpus.validation, context, wanted)
+        score = bits(loss, float(target_sizes(self.corpus.validation_ends, scored).mean()))
         self.record(
             "validation",
             loss=loss,
-            bits_per_byte=bits(loss),
+            bits_per_byte=score,
             context_length=context,
             end_of_stage=end,
             name=module.stage.name,
@@ -250,6 +254,7 @@ class Run:
                     "tokens": self.progress.tokens,
                     "flops": self.progress.flops,
                     "validation_loss": loss,
+                    "bits_per_byte": score if math.isfinite(score) else None,
                 }
             )
 
@@ -260,15 +265,23 @@ class Run:
         if self.recipe.trainer.strategy != "fsdp":  # not the compiled one, which would be compiled for every length
             params = {name: parameter.detach() for name, parameter in model.named_parameters()}
             model = build(model.config, params, copy=False, backend=self.recipe.trainer.backend)
-        text = sample_text(model, monitor.sample_prompt, monitor.sample_tokens, seed=self.recipe.run.seed)
+        text = sample_text(
+            model,
+            monitor.sample_prompt,
+            monitor.sample_tokens,
+            tokenizer=self.corpus.tokenizer,
+            seed=self.recipe.run.seed,
+        )
         self.record("sample", name=module.stage.name, prompt=monitor.sample_prompt, text=text)
 
     def _score_ngram(self) -> None:
-        order = self.recipe.monitor.ngram_order
+        """Of bytes, whatever the tokenizer: on the same text, and on the bytes behind the tokens that are scored."""
+        order, corpus = self.recipe.monitor.ngram_order, self.corpus
         last = self.schedule.last
         wanted = self.recipe.monitor.validation_tokens
-        targets = target_positions(self.corpus.validation, last.context_length, wanted)
-        score = ngram_bits_per_byte(self.corpus.train, self.corpus.validation, targets, order)
+        targets = target_positions(corpus.validation, last.context_length, wanted)
+        places = target_bytes(corpus.validation_ends, targets)
+        score = ngram_bits_per_byte(corpus.train_text, corpus.validation_text, places, order)
         self.record("ngram", order=order, bits_per_byte=score)
 
     def save(self, state: TrainState) -> Path:
@@ -282,7 +295,7 @@ class Run:
             lineage=tuple(self.lineage),
             rng=self._of_all(self.rng),
             cuda_rng=self._of_all(self.cuda_rng) if self.cuda_rng is not None else (),
-            corpus={"name": self.corpus.name, "sha256": self.corpus.sha256},
+            corpus=self.corpus.record,
             log_bytes=self.log.sync() if self.rank == 0 else 0,
             seconds=self.seconds,
             environment=hardware.environment(self.device, self.dtype, self.world_size),
@@ -306,7 +319,10 @@ class Run:
 
 
 def prepare_corpus(recipe: Recipe, schedule: GrowthSchedule) -> Corpus:
-    """The corpus of a recipe, long enough for its longest context. Raises DataError."""
-    corpus = load_corpus(recipe.data)
+    """The corpus of a recipe, long enough for its longest context, in ids that its model has. Raises DataError and
+    ConfigError."""
+    tokenizer = load_tokenizer(recipe.data)
+    tokenizer.require_room(schedule.start_model.vocab_size)
+    corpus = load_corpus(recipe.data, tokenizer)
     corpus.require(schedule.max_context_length)
     return corpus

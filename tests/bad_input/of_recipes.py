@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.bad_input.support import Arrange, Case, recipe, train, write
+import pytest
+
+from tests.bad_input.support import Arrange, Case, recipe, reseal, train, write
 
 
 def _folder(name: str) -> Arrange:
     return lambda _: Path(name).mkdir()
+
+
+TOKENIZER = """{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+"pre_tokenizer": null, "post_processor": null, "decoder": null,
+"model": {"type": "WordLevel", "vocab": {"a": 0, "z": 300}, "unk_token": "a"}}"""
+
+
+def _tokenizer(_: pytest.MonkeyPatch) -> None:
+    write("t.json", TOKENIZER)
+
+
+def _no_library(patch: pytest.MonkeyPatch) -> None:
+    _tokenizer(patch)
+    patch.setattr("growkit.data.tokenizer.find_spec", lambda name: None)
 
 
 def _data_set(lines: str) -> Arrange:
@@ -222,4 +238,22 @@ DATA_CASES = [
         "strings",
         _data_set('{"text": "abc", "n": 1}\n'),
     ),
-]
+    train("no such tokenizer", "data.tokenizer=nope.json", "tokenizer-unavailable", "'nope.json'", "tokenizer.json"),
+    train("no tokenizer", "data.tokenizer=", "tokenizer-unavailable", "''", "tokenizer.json"),
+    train("a file that is no tokenizer", "data.tokenizer=corpus.txt", "tokenizer-unavailable", "'corpus.txt'", "whole"),
+    train("an end of bytes", "data.end_token=x", "no-end-token", "'x'", "leave it out"),
+    Case("a tokenizer that does not say its end", "train recipe.yaml run.name=new data.tokenizer=t.json",
+         "no-end-token", "data.tokenizer", "'t.json'", "data.end_token", _tokenizer),
+    Case("an end that is no token", "train recipe.yaml run.name=new data.tokenizer=t.json data.end_token=b",
+         "no-end-token", "data.end_token", "'b'", "name one of", _tokenizer),
+    Case("a vocabulary below the tokenizer's", "train recipe.yaml run.name=new data.tokenizer=t.json data.end_token=z",
+         "vocab-too-small", "model.vocab_size", "got 256", "301 or more", _tokenizer),
+    Case("a vocabulary below the tokenizer's, validated", "validate recipe.yaml data.tokenizer=t.json data.end_token=z",
+         "vocab-too-small", "model.vocab_size", "got 256", "301 or more", _tokenizer),
+    Case("a tokenizer and no library", "train recipe.yaml run.name=new data.tokenizer=t.json data.end_token=z",
+         "not-installed", "data.tokenizer", "'t.json'", "growkit[tokenizers]", _no_library),
+    Case("a run of another tokenizer", "resume runs/run", "tokenizer-changed", "data.tokenizer", "'bytes'", "restore",
+         reseal(corpus={"name": "corpus.txt", "sha256": "0", "tokenizer": "0" * 64})),
+    Case("text of another tokenizer", "generate runs/run", "tokenizer-changed", "data.tokenizer", "'bytes'", "restore",
+         reseal(corpus={"name": "corpus.txt", "sha256": "0", "tokenizer": "0" * 64})),
+]  # fmt: skip
