@@ -123,8 +123,10 @@ def new_entries(state: TrainState, links: Sequence[Link]) -> dict[str, Tensor]:
         if name not in marked.moments:
             entries[name] = torch.ones(spec.shape, dtype=torch.bool)
             continue
-        moments = marked.moments[name]  # both have the factors of gradients in them, which the quotient has not
-        numbers = (moments.exp_avg / moments.exp_avg_sq.sqrt()).round()
+        moments = marked.moments[name]
+        numbers = moments.exp_avg / moments.exp_avg_sq.sqrt()
+        # Every old entry is somewhere, so the least is the 1, times whatever the factors of both moments have left.
+        numbers = (numbers / numbers[numbers > 0].min()).round()
         new = numbers == 0
         if int((~new).sum()) > state.params[name].numel():
             ordered, places = numbers.flatten().sort(stable=True)
@@ -209,4 +211,5 @@ class _Link:
         if spec.axes == old_spec.axes:
             return old
         grown = self.grown(name)
-        return expand_moments(old, old_spec.axes, spec.axes, gradient=grown.gradient, placement=grown.placement)
+        how: dict[str, Any] = {"squared": grown.squared, "placement": grown.placement}
+        return expand_moments(old, old_spec.axes, spec.axes, gradient=grown.gradient, **how)

@@ -57,11 +57,13 @@ class TensorGrowth:
 @dataclass(frozen=True)
 class Grown:
     """A tensor of the target. ``gradient``: what the gradient of old entries is multiplied by, as moments will be;
-    ``placement``: what the grown axes hold, when the old indices are not at their front (axes.index_map)."""
+    ``placement``: what the grown axes hold, when the old indices are not at their front (axes.index_map); ``squared``:
+    what the gradient's square is multiplied by, where that is not gradient² (entries that see fewer tokens now)."""
 
     value: Tensor
     gradient: float = 1.0
     placement: Placement | None = None
+    squared: float | None = None
 
 
 class GrowthOperator:

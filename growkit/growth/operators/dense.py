@@ -20,7 +20,7 @@ from growkit.growth.operator import (
     whole_number,
 )
 from growkit.models.axes import NEW, Placement
-from growkit.models.config import DenseMLP, LayerSpec, ModelConfig
+from growkit.models.config import DenseMLP, LayerSpec, ModelConfig, MoEMLP
 from growkit.models.spec import ParamSpec
 
 
@@ -59,7 +59,7 @@ class MLPWidth(Dense):
         dim = whole_number(fields["mlp_dim"], "mlp_dim")
         layers = []
         for layer in config.layers:
-            if not isinstance(layer.mlp, DenseMLP):
+            if not isinstance(layer.mlp, DenseMLP | MoEMLP):
                 mend = "grow mlp_tokens, or start from model.preset=transformer"
                 raise ConfigError("nothing-to-grow", "the MLP is not dense", key="grow.mlp_dim", value=dim, mend=mend)
             not_smaller(dim, layer.mlp.dim, "mlp_dim")
@@ -68,8 +68,9 @@ class MLPWidth(Dense):
 
     def advance(self, config: ModelConfig, target: ModelConfig) -> ModelConfig:
         def widened(layer: LayerSpec, wanted: LayerSpec) -> LayerSpec:
-            dense = isinstance(layer.mlp, DenseMLP) and isinstance(wanted.mlp, DenseMLP)
-            return dataclasses.replace(layer, mlp=wanted.mlp) if dense else layer
+            if not isinstance(layer.mlp, DenseMLP | MoEMLP) or not isinstance(wanted.mlp, DenseMLP | MoEMLP):
+                return layer
+            return dataclasses.replace(layer, mlp=dataclasses.replace(layer.mlp, dim=wanted.mlp.dim))
 
         return each_layer(config, target, widened)
 
