@@ -126,7 +126,7 @@ def new_entries(state: TrainState, links: Sequence[Link]) -> dict[str, Tensor]:
         moments = marked.moments[name]
         numbers = moments.exp_avg / moments.exp_avg_sq.sqrt()
         # Every old entry is somewhere, so the least is the 1, times whatever the factors of both moments have left.
-        numbers = (numbers / numbers[numbers > 0].min()).round()
+        numbers = (numbers / torch.where(numbers > 0, numbers, torch.inf).amin()).round()
         new = numbers == 0
         if int((~new).sum()) > state.params[name].numel():
             ordered, places = numbers.flatten().sort(stable=True)

@@ -67,8 +67,7 @@ class MixtureFeedForward(nn.Module):
         k, experts = self.spec.experts_per_token, self.spec.num_experts
         x_ND = x.flatten(0, -2)
         logits_NE = self._logits(x_ND)
-        top_Nk, chosen_Nk = logits_NE.topk(k)
-        gates_Nk = top_Nk.softmax(-1)
+        gates_Nk, chosen_Nk = self._gates(logits_NE)
         slots = chosen_Nk.flatten()
         order = slots.argsort(stable=True)
         place = order.argsort()
@@ -83,6 +82,11 @@ class MixtureFeedForward(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(wide), self.router.weight.to(wide))
+
+    def _gates(self, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each token's k best experts: the gates, and which they are."""
+        top_Nk, chosen_Nk = logits_NE.topk(self.spec.experts_per_token)
+        return top_Nk.softmax(-1), chosen_Nk
 
     def _experts(self, rows: Tensor, counts: list[int]) -> Tensor:
         """Rows that lie expert by expert, ``counts`` of them each, through their experts."""

@@ -35,6 +35,7 @@ class MixtureFeedForward:
 
     def forward(self, ledger: Ledger) -> None:
         ledger.take(self.logits, self.gates, self.index, self.gates)  # the best, who they are, their softmax
+        ledger.give(self.gates)
         for _ in ("order", "place"):
             ledger.take(self.index)
             ledger.passing(self.index)  # sorted
@@ -48,7 +49,7 @@ class MixtureFeedForward:
         ledger.take(self.cast_gates, self.rows, self.out)
         ledger.give(self.rows)  # weighted, added up
         ledger.take(self.logits)  # their softmax, for the balance
-        ledger.give(self.logits, self.gates)
+        ledger.give(self.logits)
         ledger.take(self.x if self.at.bf16 else 0.0)  # the router's, which the layer believes to be gone
 
     def backward(self, ledger: Ledger) -> None:
