@@ -203,7 +203,7 @@ def test_the_balance_loss_by_hand() -> None:
     P = [float(scores.detach().softmax(-1)[:, e].mean()) for e in range(4)]
     counts = torch.tensor([sum(e in pair for pair in chosen) for e in range(4)])
     found = balance_loss(scores, counts)
-    assert float(found) == pytest.approx(4 * sum(a * b for a, b in zip(f, P, strict=True)), rel=1e-13)
+    assert found.item() == pytest.approx(4 * sum(a * b for a, b in zip(f, P, strict=True)), rel=1e-13)
     found.backward()
     pulled = torch.autograd.grad((torch.tensor(f) * scores.softmax(-1)).sum() * 4 / 9, scores)[0]
     assert scores.grad is not None and relative(scores.grad, pulled) <= 1e-6  # f was rounded to float32
