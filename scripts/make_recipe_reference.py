@@ -65,6 +65,8 @@ UNITS = {
     "model.o_tokens": "parameter tokens",
     "model.mlp_tokens": "parameter tokens",
     "model.mlp_dim": "hidden units",
+    "model.num_experts": "experts",
+    "model.experts_per_token": "experts",
     "monitor.log_every": "steps",
     "monitor.validation_tokens": "tokens",
     "monitor.probe_tokens": "tokens",

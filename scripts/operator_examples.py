@@ -50,6 +50,7 @@ SIZES: dict[str, dict[str, int]] = {
     "depth": {"num_layers": 4},
     "width": {"embed_dim": 128},
     "mlp": {"mlp_dim": 256},
+    "experts": {"num_experts": 4},
     "heads": {"num_heads": 4},
     "head_dim": {"head_dim": 64},
     "param_tokens": {"attention_tokens": 128, "mlp_tokens": 256},

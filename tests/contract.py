@@ -50,6 +50,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "tied_head": False,
     },
     "transformer-layernorm": {"preset": "transformer", "norm": "layernorm", "mlp": "gelu"},
+    "transformer-moe": {"preset": "transformer", "mlp_dim": 20, "num_experts": 4},
 }
 
 # A small target for each operator, as a stage's ``grow:`` would say it. A new operator must add itself here.
@@ -69,6 +70,7 @@ TARGETS: dict[str, list[dict[str, Any]]] = {
     "width": [{"embed_dim": 32}, {"embed_dim": 72}],
     "head_dim": [{"head_dim": 48}],
     "mlp": [{"mlp_dim": 80}],
+    "experts": [{"num_experts": 4}, {"num_experts": 8}, {"num_experts": 8, "experts_per_token": 4}],
     "heads": [{"num_heads": 8}, {"num_heads": 8, "num_kv_heads": 4}],
 }
 
@@ -188,11 +190,17 @@ def moments_are_those_of_the_gradients(case: Case) -> None:
     moments = {name: Moments(gradient, gradient.square(), 3.0) for name, gradient in before.items()}
     result = grown(case, TrainState(case.source, state.params, moments))
     after = _gradients(case.target, result, tokens)
+    spec_of = param_specs(case.target)
     for name, now in result.moments.items():
         carried = now.exp_avg != 0
         gradient, wanted = after[name][carried], now.exp_avg[carried]
         normed = case.operator == "head_dim" and "attention.k." in name and case.source.layers[0].mixer.qk_norm
-        tolerance = 1.0 if case.method in UNEVEN or normed else GRADIENT_TOLERANCE  # a norm shares with clones, too
+        upcycled = spec_of[name].experts_per_token is not None and name in before and before[name].dim() == 2
+        if upcycled:  # the experts' gradients add up to the block's
+            whole = now.exp_avg.sum(0)
+            assert float((after[name].sum(0) - whole).norm()) <= GRADIENT_TOLERANCE * float(whole.norm()), name
+        uneven = case.method in UNEVEN or normed or upcycled  # a norm shares with clones, too
+        tolerance = 1.0 if uneven else GRADIENT_TOLERANCE
         assert float((gradient - wanted).norm()) <= tolerance * float(gradient.norm()), name
         assert float((gradient.square() - now.exp_avg_sq[carried]).norm()) <= tolerance * float(
             gradient.square().norm()
@@ -200,7 +208,7 @@ def moments_are_those_of_the_gradients(case: Case) -> None:
 
 
 def _gradients(config: ModelConfig, state: TrainState, tokens: Tensor) -> dict[str, Tensor]:
-    model = build(config, state.params)
+    model = build(config, state.params).eval()  # the balance of experts is training's alone
     model(tokens[:, :-1], tokens[:, 1:]).total.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -217,7 +225,7 @@ def moments_go_with_the_weights(case: Case) -> None:
         assert now.exp_avg.shape == now.exp_avg_sq.shape == result.params[name].shape
         assert now.step == state.moments[name].step
         assert (now.exp_avg_sq > 0).all(), f"{name}: an entry without second moment would jump"
-    # Every old entry by a number of its own: its sign and size survive whatever a gradient is multiplied by.
+    # Every old entry by a number of its own, which all of its clones share, times what its gradient is multiplied by.
     sizes = [m.exp_avg.numel() for m in state.moments.values()]
     first = dict(zip(state.moments, itertools.accumulate(sizes, initial=1), strict=False))
     numbered = {
@@ -226,8 +234,7 @@ def moments_go_with_the_weights(case: Case) -> None:
         for one in [torch.ones_like(m.exp_avg, dtype=torch.float64)]
     }
     marked = grown(case, TrainState(case.source, state.params, numbered)).moments.values()
-    numbers = torch.cat([(m.exp_avg / m.exp_avg_sq.sqrt()).abs().round().flatten() for m in marked])
-    held = len(numbers[numbers > 0].unique())
+    held = sum(len(m.exp_avg[m.exp_avg != 0].unique()) for m in marked)
     smaller = case.target.num_params() < case.source.num_params()
     assert held == (sum(m.exp_avg.numel() for m in marked) if smaller else sum(sizes)), "moments were lost"
 
@@ -296,6 +303,8 @@ def two_steps_keep_it_as_well(case: Case) -> None:
     if further is None:
         return
     again = path(case.target, further, case.methods)
+    if any(link.exactness.kind != "exact" for link in again):
+        return  # a dense block's first step is exact, clones that are not all chosen are not
     twice = lazy_states(state, again, generator(6), stage=2, probe=probe(case.source))[-1].materialized()
     claims = tuple(link.exactness for link in again)
     certificate = certify(state, twice, claims, probe(case.source), new={}, dtype=torch.float64)

@@ -15,6 +15,7 @@ from growkit.growth.operators import dense, head_dim, param_tokens, width
 from growkit.growth.state import Moments
 from growkit.growth.verify import Certificate
 from growkit.models import axes
+from growkit.models.experts import MixtureFeedForward
 from growkit.models.presets import initial_tau
 from tests import contract
 
@@ -67,7 +68,7 @@ def unscaled_gain(patch: Patch) -> None:
 def unscaled_moments(patch: Patch) -> None:
     original = expand.expand_moments
 
-    def unscaled(old, old_axes, new_axes, *, gradient=1.0, placement=None):  # type: ignore[no-untyped-def]
+    def unscaled(old, old_axes, new_axes, *, placement=None, **_):  # type: ignore[no-untyped-def]
         return original(old, old_axes, new_axes, placement=placement)
 
     patch.setattr(operator, "expand_moments", unscaled)
@@ -88,8 +89,8 @@ def misplaced_moments(patch: Patch) -> None:
     """Moments stay at the front while the weights went elsewhere."""
     original = expand.expand_moments
 
-    def misplaced(old, old_axes, new_axes, *, gradient=1.0, placement=None):  # type: ignore[no-untyped-def]
-        return original(old, old_axes, new_axes, gradient=gradient)
+    def misplaced(old, old_axes, new_axes, *, placement=None, **factors):  # type: ignore[no-untyped-def]
+        return original(old, old_axes, new_axes, **factors)
 
     patch.setattr(operator, "expand_moments", misplaced)
 
@@ -232,6 +233,59 @@ def biased_noise(patch: Patch) -> None:
     patch.setattr(width, "_uneven", lambda *words: original(*words) + 0.01)
 
 
+def gates_of_all_experts(patch: Patch) -> None:
+    """The softmax over all experts, of which the chosen ones' shares do not add up to 1."""
+
+    def gates(self, logits_NE):  # type: ignore[no-untyped-def]
+        return logits_NE.softmax(-1).topk(self.spec.experts_per_token)
+
+    patch.setattr(MixtureFeedForward, "_gates", gates)
+
+
+def one_expert_not_copied(patch: Patch) -> None:
+    def fresh(growth: TensorGrowth, out: Grown) -> Grown:
+        if growth.spec.experts_per_token is not None:
+            out.value[-1] = growth.fresh()[-1]
+        return out
+
+    _grow_tensor(patch, "experts", fresh)
+
+
+def zero_router(patch: Patch) -> None:
+    """All score alike: every token goes through the same experts, which stay alike."""
+
+    def dead(growth: TensorGrowth, out: Grown) -> Grown:
+        return out if growth.old is not None else Grown(torch.zeros_like(out.value))
+
+    _grow_tensor(patch, "experts", dead)
+
+
+def fresh_scores_for_clones(patch: Patch) -> None:
+    """A clone is not chosen with its expert."""
+
+    def apart(growth: TensorGrowth, out: Grown) -> Grown:
+        if growth.spec.local != "mlp.router.weight" or growth.old is None:
+            return out
+        return dataclasses.replace(out, value=torch.cat((growth.old, growth.fresh()[len(growth.old) :])))
+
+    _grow_tensor(patch, "experts", apart)
+
+
+def undivided_moments(patch: Patch) -> None:
+    """Every copy of a block has the whole block's moments."""
+    _grow_tensor(patch, "experts", lambda growth, out: dataclasses.replace(out, gradient=1.0, squared=1.0))
+
+
+def biased_expert_noise(patch: Patch) -> None:
+    """The noise does not sum to zero over the clones."""
+
+    def biased(growth: TensorGrowth, out: Grown) -> Grown:
+        writes = growth.spec.writes_residual and growth.spec.experts_per_token is not None
+        return dataclasses.replace(out, value=out.value + 0.01) if writes else out
+
+    _grow_tensor(patch, "experts", biased)
+
+
 MUTANTS: list[tuple[Callable[[Patch], None], str, str]] = [
     (wrong_tau, "param_tokens", "held"),
     (random_values_in_a_bank, "param_tokens", "bank"),
@@ -261,6 +315,13 @@ MUTANTS: list[tuple[Callable[[Patch], None], str, str]] = [
     (forgotten_logit_scale, "width", "clone"),
     (biased_noise, "width", "clone_noise"),
     (biased_noise, "width", "clone_split"),
+    (gates_of_all_experts, "experts", "copy"),
+    (one_expert_not_copied, "experts", "copy"),
+    (zero_router, "experts", "copy"),
+    (undivided_moments, "experts", "copy"),
+    (fresh_scores_for_clones, "experts", "clone_noise"),
+    (undivided_moments, "experts", "clone_noise"),
+    (biased_expert_noise, "experts", "clone_noise"),
 ]
 # The family a mutant is tried on, where it is not the operator's first.
 FAMILY = {

@@ -250,7 +250,7 @@ def test_loss_sums_in_float32() -> None:
 
 
 @pytest.mark.parametrize("chunk", [0, 5])
-@pytest.mark.parametrize("name", ["tokenformer", "transformer-gqa", "mixed"])
+@pytest.mark.parametrize("name", ["tokenformer", "transformer-gqa", "transformer-moe", "mixed"])
 def test_recomputing_layers_changes_no_bit(name: str, chunk: int) -> None:
     """Dropout included: the second pass draws what the first one drew."""
     config = dataclasses.replace(CONFIGS[name], dropout=0.3)
@@ -398,7 +398,13 @@ _OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "theta": st.sampled_from(THETAS),
         "token_norm": st.sampled_from(["bank", "shared"]),
     },
-    "transformer": {"mlp_dim": st.none() | st.integers(1, 50), "mlp": st.sampled_from(["swiglu", "gelu"])},
+    "transformer": {
+        "mlp_dim": st.none() | st.integers(1, 50),
+        "mlp": st.sampled_from(["swiglu", "gelu"]),
+        "num_experts": st.none() | st.integers(3, 9),
+        "experts_per_token": st.integers(2, 3),
+        "balance_loss": st.floats(0, 1),
+    },
 }
 
 

@@ -54,6 +54,8 @@ def stages() -> list[Any]:
     models += [(f"preset {name}", kind().expand()) for name, kind in PRESETS.items()]
     odd = {"qk_norm": True, "num_kv_heads": 2, "tied_head": False, "norm": "layernorm", "vocab_size": 300}
     models += [(f"preset {name}, odd", kind(**odd).expand()) for name, kind in PRESETS.items()]
+    experts = {"num_experts": 5, "experts_per_token": 3, "mlp": "gelu", "mlp_dim": 33}
+    models += [("experts", PRESETS.get("transformer", key="")(**experts).expand())]
     return [pytest.param(model, id=name) for name, model in models]
 
 

@@ -117,6 +117,14 @@ BOTH: dict[str, dict[str, Any]] = {
 ONE = {
     "transformer": {
         "gelu": {"mlp": "gelu"},
+        "experts": {"num_experts": 8, "mlp_dim": 256},
+        "experts, their backward pass the peak": {
+            "num_layers": 1,
+            "num_experts": 4,
+            "mlp_dim": 512,
+            "shape": (8, 128, 2),
+        },
+        "experts, two micro-batches": {"num_experts": 4, "mlp": "gelu", "dropout": 0.1, "shape": (4, 128, 2)},
         "wide, its backward pass the peak": {"num_layers": 1, "mlp_dim": 1536, "shape": (8, 128, 2)},
     },
     "tokenformer": {

@@ -28,6 +28,7 @@ from growkit.eval.generate import sample_text
 from growkit.eval.ngram import bits
 from growkit.growth.engine import growth_report, lazy_states
 from growkit.growth.path import grown_config, path
+from growkit.models.config import DenseMLP, MoEMLP, PattentionMLP
 from growkit.models.decoder import build
 from growkit.models.presets import PRESETS
 from growkit.train.display import growth_table
@@ -130,10 +131,7 @@ def inspect_checkpoint(folder: Path) -> None:
     for layer in config.layers:
         mixer = layer.mixer
         heads = f"{mixer.num_heads} heads × {mixer.head_dim}, {mixer.num_kv_heads} kv; q {_projection(mixer.q)}"
-        mlp = (
-            _projection(layer.mlp.projection) if layer.mlp.kind == "pattention" else f"{layer.mlp.kind} {layer.mlp.dim}"
-        )
-        table.add_row(str(layer.id), "–" if layer.origin is None else str(layer.origin), heads, mlp)
+        table.add_row(str(layer.id), "–" if layer.origin is None else str(layer.origin), heads, _mlp(layer.mlp))
     console.print(table)
     for entry in manifest.lineage:
         if entry["kind"] == "growth":
@@ -157,6 +155,15 @@ def generate_text(folder: Path, prompt: str, tokens: int, temperature: float, to
     options: dict[str, Any] = {"seed": seed, "temperature": temperature, "top_k": top_k}
     text = sample_text(model, prompt, tokens, tokenizer=tokenizer, **options)
     console.print(text, markup=False, soft_wrap=True)
+
+
+def _mlp(spec: DenseMLP | MoEMLP | PattentionMLP) -> str:
+    if isinstance(spec, PattentionMLP):
+        return _projection(spec.projection)
+    if isinstance(spec, DenseMLP):
+        return f"{spec.kind} {spec.dim}"
+    block = spec.kind.removeprefix("moe_")
+    return f"{spec.num_experts} experts of {block} {spec.dim}, {spec.experts_per_token} per token"
 
 
 def _projection(spec: object) -> str:

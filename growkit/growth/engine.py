@@ -144,8 +144,7 @@ def new_entries(state: TrainState, links: Sequence[Link], probe: Tensor | None =
         if name not in marked.moments:
             entries[name] = torch.ones(spec.shape, dtype=torch.bool)
             continue
-        moments = marked.moments[name]  # both have the factors of gradients in them, which the quotient has not
-        numbers = (moments.exp_avg / moments.exp_avg_sq.sqrt()).round()
+        numbers = marked.moments[name].exp_avg  # times what a gradient is multiplied by, alike for clones of one
         new = numbers == 0
         if int((~new).sum()) > state.params[name].numel():
             ordered, places = numbers.flatten().sort(stable=True)

@@ -64,11 +64,13 @@ class TensorGrowth:
 @dataclass(frozen=True)
 class Grown:
     """A tensor of the target. ``gradient``: what the gradient of old entries is multiplied by, as moments will be;
-    ``placement``: what the grown axes hold, when the old indices are not at their front (axes.index_map)."""
+    ``placement``: what the grown axes hold, when the old indices are not at their front (axes.index_map); ``squared``:
+    what the gradient's square is multiplied by, where that is not gradient² (entries that see fewer tokens now)."""
 
     value: Tensor
     gradient: float = 1.0
     placement: Placement | None = None
+    squared: float | None = None
 
 
 class GrowthOperator:
@@ -104,7 +106,8 @@ class GrowthOperator:
         assert growth.old_spec is not None
         grown = self.grow_tensor(growth)
         axes = growth.old_spec.axes, growth.spec.axes
-        return expand_moments(old, *axes, gradient=grown.gradient, placement=grown.placement)
+        how: dict[str, Any] = {"squared": grown.squared, "placement": grown.placement}
+        return expand_moments(old, *axes, gradient=grown.gradient, **how)
 
     def default_method(self, config: ModelConfig) -> str:
         """The method meant when a recipe names none."""

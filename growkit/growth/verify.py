@@ -30,8 +30,8 @@ class Certificate:
 
     New entries are new parameters and what was added to old ones. ``new_grad_norms``: of all of them on the first
     PROBE_STEPS steps; ``dead``: parameters whose new entries get none on any (one operator's are alive by the second;
-    in a chain, a zero inside a zero by the third). ``locked_rows``: wholly new rows (and columns) that equal another
-    one of their parameter in value and in gradient, so that training cannot tell them apart.
+    in a chain, a zero inside a zero by the third). ``locked_rows``: wholly new rows (columns, experts) that equal
+    another one of their parameter in value and in gradient, so that training cannot tell them apart.
     """
 
     exact: bool
@@ -142,7 +142,7 @@ def stream_logits(config: ModelConfig, params: Mapping[str, Tensor], tokens: Ten
             with torch.device("meta"):
                 layer = Layer(spec, config, "auto").eval()
             _fill(layer, params, f"layers.{spec.id}.", work)
-            x = layer(x, rope_table(spec.mixer, positions, x.dtype))
+            x, _ = layer(x, rope_table(spec.mixer, positions, x.dtype))
         with torch.device("meta"):
             norm = Normalize(config.final_norm, config.embed_dim)
         _fill(norm, params, "final_norm.", work)
@@ -171,10 +171,12 @@ def _gradients(state: TrainState, tokens: Tensor, targets: Tensor) -> list[dict[
 
 
 def _locked(value: Tensor, gradient: Tensor, new: Tensor) -> int:
-    """How many of the rows, and of the columns, that are wholly ``new`` and move add none to the different ones."""
-    if value.dim() != 2:
+    """How many of the slices along each dimension (rows, columns, experts) that are wholly ``new`` and move add none to
+    the different ones."""
+    if value.dim() < 2:
         return 0
-    return _locked_rows(value, gradient, new) + _locked_rows(value.T, gradient.T, new.T)
+    sides = ([tensor.movedim(d, 0).flatten(1) for tensor in (value, gradient, new)] for d in range(value.dim()))
+    return sum(_locked_rows(*side) for side in sides)
 
 
 def _locked_rows(value: Tensor, gradient: Tensor, new: Tensor) -> int:

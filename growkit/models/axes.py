@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 NAMES = (
-    "vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "param_tokens",
+    "vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "experts", "param_tokens",
     "inner", "state", "dt_rank", "conv", "blocks",
 )  # fmt: skip
 

@@ -81,6 +81,27 @@ class DenseMLP:
     dim: int
     kind: Literal["swiglu", "gelu"] = "swiglu"
 
+    @property
+    def gated(self) -> bool:
+        return self.kind == "swiglu"
+
+
+@dataclass(frozen=True)
+class MoEMLP:
+    """A mixture of ``num_experts`` dense blocks, of hidden width ``dim`` each: a token goes through the
+    ``experts_per_token`` that a linear router scores highest, weighted by the softmax over those (models/experts.py).
+    ``balance_loss``: the weight of the load-balancing loss in training."""
+
+    dim: int
+    num_experts: int
+    experts_per_token: int
+    balance_loss: float = 0.01
+    kind: Literal["moe_swiglu", "moe_gelu"] = "moe_swiglu"
+
+    @property
+    def gated(self) -> bool:
+        return self.kind == "moe_swiglu"
+
 
 @dataclass(frozen=True)
 class PattentionMLP:
@@ -96,7 +117,7 @@ class LayerSpec:
 
     id: int
     mixer: Attention
-    mlp: DenseMLP | PattentionMLP
+    mlp: DenseMLP | MoEMLP | PattentionMLP
     origin: int | None = None
 
 
@@ -127,11 +148,12 @@ class ModelConfig:
         return 3 * self.forward_flops_per_token(context_length)
 
     def forward_flops_per_token(self, context_length: int) -> float:
-        """Forward FLOPs per token: 2 per weight of every matrix product (logits included, embedding look-up not),
-        and 4·context·heads·head_dim per attention layer (all pairs, as PyTorch's counter has it)."""
+        """Forward FLOPs per token: 2 per weight of every matrix product (logits included, embedding look-up not; of
+        the experts those that a token goes through), and 4·context·heads·head_dim per attention layer (all pairs, as
+        PyTorch's counter has it)."""
         from growkit.models.spec import param_specs
 
-        weights = sum(spec.numel for spec in param_specs(self).values() if spec.is_matmul)
+        weights = sum(spec.numel_per_token for spec in param_specs(self).values() if spec.is_matmul)
         if self.tied_head:
             weights += self.vocab_size * self.embed_dim
         pairs = sum(layer.mixer.num_heads * layer.mixer.head_dim for layer in self.layers)

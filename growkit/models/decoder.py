@@ -49,6 +49,11 @@ class DecoderLM(nn.Module):
 
     def hidden(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
         """Final-norm output (B, T, D). With ``cache``, tokens continue the cached positions."""
+        return self._hidden(tokens_BT, cache)[0]
+
+    def _hidden(self, tokens_BT: Tensor, cache: Cache | None) -> tuple[Tensor, list[Tensor]]:
+        """``hidden``, and the balance losses of the layers that have one."""
+        balances = []
         x = self.embedding(tokens_BT)
         past = cache.length if cache is not None else 0
         positions = torch.arange(past, past + tokens_BT.shape[1], device=x.device)
@@ -59,12 +64,14 @@ class DecoderLM(nn.Module):
             if key not in ropes:
                 ropes[key] = rope_table(spec.mixer, positions, x.dtype)
             if self.checkpoint_layers and self.training:
-                x = checkpoint(layer, x, ropes[key], use_reentrant=False)
+                x, balance = checkpoint(layer, x, ropes[key], use_reentrant=False)
             else:
-                x = layer(x, ropes[key], cache.layers[spec.id] if cache is not None else None)
+                x, balance = layer(x, ropes[key], cache.layers[spec.id] if cache is not None else None)
+            if balance is not None:
+                balances.append(balance)
         if cache is not None:
             cache.length += tokens_BT.shape[1]
-        return self.final_norm(x)
+        return self.final_norm(x), balances
 
     @property
     def head_weight(self) -> Tensor:
@@ -80,12 +87,13 @@ class DecoderLM(nn.Module):
         z_loss: float = 0.0,
         chunk_tokens: int = 0,
     ) -> Tensor | TokenLoss:
-        """tokens (B, T) → logits (B, T, V); with ``targets`` (B, T), the losses instead, logits made in chunks."""
-        h = self.hidden(tokens, cache)
+        """tokens (B, T) → logits (B, T, V); with ``targets`` (B, T), the losses instead, logits made in chunks. In
+        training the total has the mixtures' balance losses in it, added up over the layers."""
+        h, balances = self._hidden(tokens, cache)
         if targets is None:
             logits = F.linear(h, self.head_weight)
             return logits if self.config.logit_scale == 1 else logits * self.config.logit_scale
-        return chunked_cross_entropy(
+        loss = chunked_cross_entropy(
             h.flatten(0, 1),
             self.head_weight,
             targets.flatten(),
@@ -93,6 +101,7 @@ class DecoderLM(nn.Module):
             z_loss=z_loss,
             chunk_tokens=chunk_tokens,
         )
+        return loss._replace(total=loss.total + torch.stack(balances).sum()) if balances else loss
 
 
 def init_tensor(spec: ParamSpec, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from growkit.models.config import Attention, DenseMLP, LayerSpec, ModelConfig, Pattention, PattentionMLP, Projection
+from growkit.models.config import (
+    Attention,
+    DenseMLP,
+    LayerSpec,
+    ModelConfig,
+    MoEMLP,
+    Pattention,
+    PattentionMLP,
+    Projection,
+)
+from growkit.models.experts import MixtureFeedForward
 from growkit.models.norm import Normalize
 from growkit.ops.elementwise import rotate
 from growkit.ops.pattention import Tokens, pattention
@@ -153,7 +163,11 @@ class TokenFeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)): pre-norm residual block."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)): pre-norm residual block.
+
+    Returns the residual stream and, of a mixture of experts in training, its balance loss: returned, and not left on
+    the module, so that a layer that is computed again in backward does not count it twice.
+    """
 
     def __init__(self, spec: LayerSpec, config: ModelConfig, backend: str) -> None:
         super().__init__()
@@ -162,13 +176,20 @@ class Layer(nn.Module):
         self.mlp_norm = Normalize(config.norm, config.embed_dim)
         if isinstance(spec.mlp, DenseMLP):
             self.mlp: nn.Module = DenseFeedForward(spec.mlp, config.embed_dim)
+        elif isinstance(spec.mlp, MoEMLP):
+            self.mlp = MixtureFeedForward(spec.mlp, config.embed_dim)
         else:
             self.mlp = TokenFeedForward(spec.mlp, config.embed_dim, backend)
         self.dropout = config.dropout
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         x = x + self._drop(self.attention(self.attention_norm(x), rope, cache))
-        return x + self._drop(self.mlp(self.mlp_norm(x)))
+        y, balance = self.mlp(self.mlp_norm(x)), None
+        if isinstance(self.mlp, MixtureFeedForward):
+            y, balance = y
+        return x + self._drop(y), balance
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x

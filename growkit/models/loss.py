@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class TokenLoss(NamedTuple):
-    """``total``: what is minimised. ``cross_entropy``: mean nats per token, without the z-loss."""
+    """``total``: what is minimised. ``cross_entropy``: mean nats per token, without the z-loss and the balance loss."""
 
     total: Tensor
     cross_entropy: Tensor

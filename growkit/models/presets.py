@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from growkit.errors import ConfigError
 from growkit.models.config import (
@@ -16,6 +16,7 @@ from growkit.models.config import (
     LayerSpec,
     Linear,
     ModelConfig,
+    MoEMLP,
     Norm,
     Pattention,
     PattentionMLP,
@@ -46,6 +47,22 @@ def _choice(value: str, allowed: tuple[str, ...], name: str) -> None:
     if value not in allowed:
         mend = f"allowed: {', '.join(allowed)}"
         raise ConfigError("unknown-choice", "is not allowed", key=f"model.{name}", value=value, mend=mend)
+
+
+def mixture(block: DenseMLP | MoEMLP, experts: int, per_token: int, balance_loss: float, section: str) -> MoEMLP:
+    """``experts`` blocks, ``per_token`` of them for a token. Raises ConfigError naming a key of ``section``."""
+    if per_token < 2:
+        mend = "use 2 or more: of one expert the gate is always 1, and the router would never learn"
+        raise ConfigError("too-small", "is too few", key=f"{section}.experts_per_token", value=per_token, mend=mend)
+    if experts < per_token:
+        problem = f"is below {section}.experts_per_token = {per_token}"
+        mend = f"use {per_token} or more"
+        raise ConfigError("too-small", problem, key=f"{section}.num_experts", value=experts, mend=mend)
+    if not 0 <= balance_loss < math.inf:
+        problem = "must be 0 or more"
+        raise ConfigError("out-of-range", problem, key=f"{section}.balance_loss", value=balance_loss)
+    kind: Literal["moe_swiglu", "moe_gelu"] = "moe_swiglu" if block.gated else "moe_gelu"
+    return MoEMLP(block.dim, experts, per_token, float(balance_loss), kind)
 
 
 @dataclass
@@ -110,7 +127,7 @@ class _Common:
     def _head_dim(self) -> int:
         return self.head_dim or self.embed_dim // self.num_heads
 
-    def _model(self, mixer: Attention, mlp: DenseMLP | PattentionMLP) -> ModelConfig:
+    def _model(self, mixer: Attention, mlp: DenseMLP | MoEMLP | PattentionMLP) -> ModelConfig:
         return ModelConfig(
             vocab_size=self.vocab_size,
             embed_dim=self.embed_dim,
@@ -173,6 +190,9 @@ class Transformer(_Common):
     preset: str = "transformer"
     mlp_dim: int | None = None  # default: 8/3 · embed_dim, rounded up to a multiple of 16
     mlp: str = "swiglu"  # swiglu | gelu
+    num_experts: int | None = None  # feed-forward blocks of mlp_dim in each layer; default: one, without a router
+    experts_per_token: int = 2  # of them that a token goes through, 2..num_experts
+    balance_loss: float = 0.01  # weight of the experts' load-balancing loss in training, 0 or more
 
     def expand(self) -> ModelConfig:
         self._check()
@@ -180,4 +200,7 @@ class Transformer(_Common):
         _choice(self.mlp, ("swiglu", "gelu"), "mlp")
         dim = self.mlp_dim or math.ceil(self.embed_dim * 8 / 3 / 16) * 16
         linear = Linear()
-        return self._model(self._attention(linear, linear, linear, linear), DenseMLP(dim, self.mlp))  # type: ignore[arg-type]
+        mlp: DenseMLP | MoEMLP = DenseMLP(dim, self.mlp)  # type: ignore[arg-type]
+        if self.num_experts is not None:
+            mlp = mixture(mlp, self.num_experts, self.experts_per_token, self.balance_loss, "model")
+        return self._model(self._attention(linear, linear, linear, linear), mlp)

@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 from typing import Literal
 
 from growkit.models.axes import AnyAxis, Axis, Concat, Product
-from growkit.models.config import Attention, DenseMLP, LayerSpec, ModelConfig, Norm, Pattention, Projection
+from growkit.models.config import Attention, DenseMLP, LayerSpec, ModelConfig, MoEMLP, Norm, Pattention, Projection
 
 Role = Literal["embedding", "head", "weight", "keys", "values", "gain", "bias"]
 Component = Literal["embedding", "attention", "mlp", "norm", "head"]
@@ -24,6 +24,7 @@ class ParamSpec:
     """One parameter. ``axes``: one per dimension. ``init_std``: None means a constant (gains 1, biases 0).
 
     ``layer``/``local``: which layer it belongs to and its name there, so that an inserted layer finds its origin's.
+    ``experts_per_token``: of its first axis, where that is experts and a token goes through some of them.
     """
 
     axes: tuple[AnyAxis, ...]
@@ -33,6 +34,7 @@ class ParamSpec:
     layer: int | None = None
     local: str = ""
     bank: int | None = None
+    experts_per_token: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -43,14 +45,22 @@ class ParamSpec:
         return math.prod(axis.size for axis in self.axes)
 
     @property
+    def numel_per_token(self) -> int:
+        """The entries that one token's products read."""
+        if self.experts_per_token is None:
+            return self.numel
+        return self.numel // self.axes[0].size * self.experts_per_token
+
+    @property
     def is_matmul(self) -> bool:
         """Whether a matrix product reads it (an embedding is looked up; a norm is elementwise)."""
         return self.role in ("head", "weight", "keys", "values")
 
     @property
     def out_dim(self) -> int | None:
-        """The dimension it writes: 0 of a linear weight (out, in), 1 of values and of an embedding table."""
-        return {"weight": 0, "values": 1, "embedding": 1}.get(self.role)
+        """The dimension it writes: of a linear weight (out, in) or (experts, out, in) the last but one, 1 of values and
+        of an embedding table."""
+        return {"weight": len(self.axes) - 2, "values": 1, "embedding": 1}.get(self.role)
 
     @property
     def writes_residual(self) -> bool:
@@ -112,16 +122,30 @@ def _layer(layer: LayerSpec, config: ModelConfig, embed: Axis, depth: int) -> li
         norm("attention.k_norm.", mixer.qk_norm, Axis("head_dim", mixer.head_dim))
     norm("mlp_norm.", config.norm, embed)
     mlp = layer.mlp
-    if isinstance(mlp, DenseMLP):
-        wide = Axis("mlp", mlp.dim)
-        inner = Concat((wide, wide)) if mlp.kind == "swiglu" else wide
-        name = "gate_up" if mlp.kind == "swiglu" else "up"
-        rows.append((f"mlp.{name}.weight", _weight((inner, embed), "mlp", INIT_STD, layer.id, f"mlp.{name}.weight")))
-        std = _writer_std(depth)
-        rows.append(("mlp.down.weight", _weight((embed, wide), "mlp", std, layer.id, "mlp.down.weight")))
+    if isinstance(mlp, DenseMLP | MoEMLP):
+        rows.extend(_feed_forward(mlp, embed, layer.id, depth))
     else:
         dense("mlp.tokens.", mlp.projection, embed, embed, "mlp")
     return rows
+
+
+def _feed_forward(mlp: DenseMLP | MoEMLP, embed: Axis, layer: int, depth: int) -> list[tuple[str, ParamSpec]]:
+    """One dense block, or a router and several: experts have the block's names, with an axis more, so that a block that
+    becomes a mixture keeps its parameters."""
+    wide = Axis("mlp", mlp.dim)
+    name, inner = ("gate_up", Concat((wide, wide))) if mlp.gated else ("up", wide)
+    rows = [(f"mlp.{name}.weight", (inner, embed), INIT_STD), ("mlp.down.weight", (embed, wide), _writer_std(depth))]
+    if isinstance(mlp, DenseMLP):
+        return [(local, _weight(axes, "mlp", std, layer, local)) for local, axes, std in rows]
+    experts, k = Axis("experts", mlp.num_experts), mlp.experts_per_token
+    router = "mlp.router.weight"
+    return [
+        (router, _weight((experts, embed), "mlp", INIT_STD, layer, router)),
+        *(
+            (local, ParamSpec((experts, *axes), "weight", "mlp", std, layer, local, experts_per_token=k))
+            for local, axes, std in rows
+        ),
+    ]
 
 
 def _head_axes(mixer: Attention) -> tuple[Product, Product]:

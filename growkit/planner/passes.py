@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from growkit.models.config import Attention, DenseMLP, LayerSpec, ModelConfig, Pattention
+from growkit.models.config import Attention, DenseMLP, LayerSpec, ModelConfig, MoEMLP, Pattention
+from growkit.planner import experts
 from growkit.planner.activations import (
     BFLOAT,
     FLOAT,
@@ -87,6 +88,8 @@ class LayerPass:
         mlp: Block
         if isinstance(spec.mlp, DenseMLP):
             mlp = DenseFeedForward(at, spec.mlp, embed, lends_gradient=lends)
+        elif isinstance(spec.mlp, MoEMLP):
+            mlp = experts.MixtureFeedForward(at, spec.mlp, embed, lends_gradient=lends)
         else:
             (mlp,) = projections(at, (spec.mlp.projection,), embed, (embed,), is_wide=True, lends_gradient=lends)
         self.norm = NormBlock(at, config.norm, embed)
@@ -277,6 +280,8 @@ def evaluation_peak(config: ModelConfig, at: Pass, *, several: bool) -> float:
         heads, kv = at.narrow(mixer.num_heads * mixer.head_dim), at.narrow(mixer.num_kv_heads * mixer.head_dim)
         if isinstance(mlp, DenseMLP):
             hidden = at.narrow(HIDDEN[mlp.kind] * mlp.dim)
+        elif isinstance(mlp, MoEMLP):
+            hidden = experts.scored(at, mlp, config.embed_dim)
         else:
             hidden = _scored(mlp.projection, at)
         read = [p for p in (mixer.q, mixer.k, mixer.v, mixer.o) if isinstance(p, Pattention)]

@@ -21,7 +21,7 @@ from growkit.growth.operator import (
 )
 from growkit.growth.operators.gradmax import gated_readers, readers
 from growkit.models.axes import NEW, Placement
-from growkit.models.config import DenseMLP, LayerSpec, ModelConfig
+from growkit.models.config import DenseMLP, LayerSpec, ModelConfig, MoEMLP
 from growkit.models.spec import ParamSpec
 
 if TYPE_CHECKING:
@@ -71,17 +71,22 @@ class MLPWidth(Dense):
         dim = whole_number(fields["mlp_dim"], "mlp_dim")
         layers = []
         for layer in config.layers:
-            if not isinstance(layer.mlp, DenseMLP):
+            if not isinstance(layer.mlp, DenseMLP | MoEMLP):
                 mend = "grow mlp_tokens, or start from model.preset=transformer"
                 raise ConfigError("nothing-to-grow", "the MLP is not dense", key="grow.mlp_dim", value=dim, mend=mend)
+            if method == "gradmax" and isinstance(layer.mlp, MoEMLP):
+                problem = "does not choose for experts, which see some of the tokens only"
+                mend = "use the method zero_down"
+                raise ConfigError("method-does-not-fit", problem, key="methods.mlp", value=method, mend=mend)
             not_smaller(dim, layer.mlp.dim, "mlp_dim")
             layers.append(dataclasses.replace(layer, mlp=dataclasses.replace(layer.mlp, dim=dim)))
         return dataclasses.replace(config, layers=tuple(layers))
 
     def advance(self, config: ModelConfig, target: ModelConfig) -> ModelConfig:
         def widened(layer: LayerSpec, wanted: LayerSpec) -> LayerSpec:
-            dense = isinstance(layer.mlp, DenseMLP) and isinstance(wanted.mlp, DenseMLP)
-            return dataclasses.replace(layer, mlp=wanted.mlp) if dense else layer
+            if not isinstance(layer.mlp, DenseMLP | MoEMLP) or not isinstance(wanted.mlp, DenseMLP | MoEMLP):
+                return layer
+            return dataclasses.replace(layer, mlp=dataclasses.replace(layer.mlp, dim=wanted.mlp.dim))
 
         return each_layer(config, target, widened)
 
