@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from growkit.errors import ConfigError
 from growkit.growth.path import grown_config
 from growkit.models.config import (
+    MLP_KINDS,
     NORM_KINDS,
     THETAS,
     DenseMLP,
@@ -398,7 +399,12 @@ _OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "theta": st.sampled_from(THETAS),
         "token_norm": st.sampled_from(["bank", "shared"]),
     },
-    "transformer": {"mlp_dim": st.none() | st.integers(1, 50), "mlp": st.sampled_from(["swiglu", "gelu"])},
+    "transformer": {
+        "mlp_dim": st.none() | st.integers(1, 50),
+        "mlp": st.sampled_from(MLP_KINDS),
+        "bias": st.booleans(),
+        "parallel": st.booleans(),
+    },
 }
 
 

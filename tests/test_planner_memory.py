@@ -117,6 +117,14 @@ BOTH: dict[str, dict[str, Any]] = {
 ONE = {
     "transformer": {
         "gelu": {"mlp": "gelu"},
+        "biases, one residual": {"mlp": "gelu", "bias": True, "parallel": True},
+        "biases, one residual, layernorm": {"norm": "layernorm", "bias": True, "parallel": True},
+        "one residual, layernorm, dropout": {"norm": "layernorm", "dropout": 0.1, "parallel": True},
+        "one residual, recomputed": {
+            "norm": "layernorm",
+            "parallel": True,
+            "trainer": {"checkpoint_layers": True},
+        },
         "wide, its backward pass the peak": {"num_layers": 1, "mlp_dim": 1536, "shape": (8, 128, 2)},
     },
     "tokenformer": {

@@ -52,12 +52,12 @@ class DecoderLM(nn.Module):
         x = self.embedding(tokens_BT)
         past = cache.length if cache is not None else 0
         positions = torch.arange(past, past + tokens_BT.shape[1], device=x.device)
-        ropes: dict[tuple[int, float, float], tuple[Tensor, Tensor]] = {}
+        ropes: dict[object, tuple[Tensor, Tensor]] = {}
         for spec in self.config.layers:
             layer = self.layers[str(spec.id)]
-            key = (spec.mixer.head_dim, spec.mixer.rope_fraction, spec.mixer.rope_base)
+            key = spec.mixer.rope
             if key not in ropes:
-                ropes[key] = rope_table(spec.mixer, positions, x.dtype)
+                ropes[key] = rope_table(spec.mixer, positions, x.dtype, length=past + tokens_BT.shape[1])
             if self.checkpoint_layers and self.training:
                 x = checkpoint(layer, x, ropes[key], use_reentrant=False)
             else:

@@ -11,17 +11,19 @@ from torch.nn import functional as F
 
 from growkit.models.config import Attention, DenseMLP, LayerSpec, ModelConfig, Pattention, PattentionMLP, Projection
 from growkit.models.norm import Normalize
+from growkit.models.rope import inverse_frequencies
 from growkit.ops.elementwise import rotate
 from growkit.ops.pattention import Tokens, pattention
 
 
 class LinearProjection(nn.Module):
-    def __init__(self, inp: int, out: int) -> None:
+    def __init__(self, inp: int, out: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out, inp))
+        self.bias = nn.Parameter(torch.empty(out)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight, self.bias)
 
 
 class PattentionProjection(nn.Module):
@@ -44,7 +46,7 @@ class PattentionProjection(nn.Module):
 def projection(spec: Projection, inp: int, out: int, backend: str) -> nn.Module:
     if isinstance(spec, Pattention):
         return PattentionProjection(spec, inp, out, backend)
-    return LinearProjection(inp, out)
+    return LinearProjection(inp, out, spec.bias)
 
 
 def project(projections: list[nn.Module], x: Tensor) -> list[Tensor]:
@@ -116,14 +118,24 @@ class CausalAttention(nn.Module):
         return self.o(y.transpose(1, 2).reshape(B, T, -1))
 
 
-def rope_table(spec: Attention, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (1, T, 1, rotated/2) of position · base^(−2i/rotated); angles in float32 at least."""
-    rotated = round(spec.head_dim * spec.rope_fraction)
+def rope_table(
+    spec: Attention, positions: Tensor, dtype: torch.dtype, *, length: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """cos and sin (1, T, 1, rotated/2) of position · base^(−2i/rotated), or as ``spec.rope_scaling`` has it; angles in
+    float32 at least. ``length``: of the whole sequence, cached positions included; T if None."""
+    base, rotated, scaling = spec.rope
     wide = torch.promote_types(dtype, torch.float32)
-    exponent = torch.arange(0, rotated, 2, device=positions.device, dtype=wide) / max(rotated, 1)
-    angles = positions.to(wide)[:, None] * spec.rope_base**-exponent
-    angles = angles[None, :, None, :]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    if scaling is None:
+        exponent = torch.arange(0, rotated, 2, device=positions.device, dtype=wide) / max(rotated, 1)
+        frequencies = base**-exponent
+    else:
+        turns = inverse_frequencies(scaling, base, rotated, length if length is not None else positions.shape[0])
+        frequencies = torch.tensor(turns, device=positions.device, dtype=wide)
+    angles = (positions.to(wide)[:, None] * frequencies)[None, :, None, :]
+    cos, sin = angles.cos(), angles.sin()
+    if scaling is not None and scaling.attention_factor != 1:
+        cos, sin = cos * scaling.attention_factor, sin * scaling.attention_factor
+    return cos.to(dtype), sin.to(dtype)
 
 
 class DenseFeedForward(nn.Module):
@@ -131,16 +143,16 @@ class DenseFeedForward(nn.Module):
         super().__init__()
         self.kind = spec.kind
         if spec.kind == "swiglu":
-            self.gate_up = LinearProjection(embed_dim, 2 * spec.dim)
+            self.gate_up = LinearProjection(embed_dim, 2 * spec.dim, spec.bias)
         else:
-            self.up = LinearProjection(embed_dim, spec.dim)
-        self.down = LinearProjection(spec.dim, embed_dim)
+            self.up = LinearProjection(embed_dim, spec.dim, spec.bias)
+        self.down = LinearProjection(spec.dim, embed_dim, spec.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kind == "gelu":
-            return self.down(F.gelu(self.up(x)))
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        if self.kind == "swiglu":
+            gate, up = self.gate_up(x).chunk(2, dim=-1)
+            return self.down(F.silu(gate) * up)
+        return self.down(F.gelu(self.up(x), approximate="tanh" if self.kind == "gelu_tanh" else "none"))
 
 
 class TokenFeedForward(nn.Module):
@@ -153,7 +165,7 @@ class TokenFeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)): pre-norm residual block."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)), or both from one x: pre-norm residual block."""
 
     def __init__(self, spec: LayerSpec, config: ModelConfig, backend: str) -> None:
         super().__init__()
@@ -164,11 +176,11 @@ class Layer(nn.Module):
             self.mlp: nn.Module = DenseFeedForward(spec.mlp, config.embed_dim)
         else:
             self.mlp = TokenFeedForward(spec.mlp, config.embed_dim, backend)
-        self.dropout = config.dropout
+        self.dropout, self.parallel = config.dropout, spec.parallel
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
-        x = x + self._drop(self.attention(self.attention_norm(x), rope, cache))
-        return x + self._drop(self.mlp(self.mlp_norm(x)))
+        mixed = x + self._drop(self.attention(self.attention_norm(x), rope, cache))
+        return mixed + self._drop(self.mlp(self.mlp_norm(x if self.parallel else mixed)))
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from growkit.errors import ConfigError
 from growkit.models.config import (
+    MLP_KINDS,
     MOST_LAYERS,
     NORM_KINDS,
     THETAS,
@@ -110,11 +111,11 @@ class _Common:
     def _head_dim(self) -> int:
         return self.head_dim or self.embed_dim // self.num_heads
 
-    def _model(self, mixer: Attention, mlp: DenseMLP | PattentionMLP) -> ModelConfig:
+    def _model(self, mixer: Attention, mlp: DenseMLP | PattentionMLP, *, parallel: bool = False) -> ModelConfig:
         return ModelConfig(
             vocab_size=self.vocab_size,
             embed_dim=self.embed_dim,
-            layers=tuple(LayerSpec(i, mixer, mlp) for i in range(self.num_layers)),
+            layers=tuple(LayerSpec(i, mixer, mlp, parallel=parallel) for i in range(self.num_layers)),
             norm=Norm(self.norm, self.norm_eps),  # type: ignore[arg-type]
             final_norm=Norm(self.final_norm or self.norm, self.norm_eps),  # type: ignore[arg-type]
             tied_head=self.tied_head,
@@ -168,16 +169,19 @@ class TokenFormer(_Common):
 @PRESETS.register("transformer")
 @dataclass
 class Transformer(_Common):
-    """Transformer++: RoPE, RMSNorm, SwiGLU, no biases."""
+    """Transformer++: RoPE, RMSNorm, SwiGLU, no biases, unless told otherwise."""
 
     preset: str = "transformer"
     mlp_dim: int | None = None  # default: 8/3 · embed_dim, rounded up to a multiple of 16
-    mlp: str = "swiglu"  # swiglu | gelu
+    mlp: str = "swiglu"  # swiglu | gelu | gelu_tanh
+    bias: bool = False  # on every dense map of a layer
+    parallel: bool = False  # attention and MLP of a layer read the same residual stream, as in GPT-NeoX
 
     def expand(self) -> ModelConfig:
         self._check()
         _positive(self, "mlp_dim")
-        _choice(self.mlp, ("swiglu", "gelu"), "mlp")
+        _choice(self.mlp, MLP_KINDS, "mlp")
         dim = self.mlp_dim or math.ceil(self.embed_dim * 8 / 3 / 16) * 16
-        linear = Linear()
-        return self._model(self._attention(linear, linear, linear, linear), DenseMLP(dim, self.mlp))  # type: ignore[arg-type]
+        linear = Linear(self.bias)
+        mlp = DenseMLP(dim, self.mlp, self.bias)  # type: ignore[arg-type]
+        return self._model(self._attention(linear, linear, linear, linear), mlp, parallel=self.parallel)

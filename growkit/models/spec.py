@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 from typing import Literal
 
 from growkit.models.axes import AnyAxis, Axis, Concat, Product
-from growkit.models.config import Attention, DenseMLP, LayerSpec, ModelConfig, Norm, Pattention, Projection
+from growkit.models.config import Attention, DenseMLP, LayerSpec, Linear, ModelConfig, Norm, Pattention, Projection
 
 Role = Literal["embedding", "head", "weight", "keys", "values", "gain", "bias"]
 Component = Literal["embedding", "attention", "mlp", "norm", "head"]
@@ -49,12 +49,15 @@ class ParamSpec:
 
     @property
     def out_dim(self) -> int | None:
-        """The dimension it writes: 0 of a linear weight (out, in), 1 of values and of an embedding table."""
-        return {"weight": 0, "values": 1, "embedding": 1}.get(self.role)
+        """The dimension it writes: 0 of a linear weight (out, in) and its bias, 1 of values and of an embedding table.
+        None of what a norm has, which scales and shifts what it reads."""
+        if self.component == "norm":
+            return None
+        return {"weight": 0, "bias": 0, "values": 1, "embedding": 1}.get(self.role)
 
     @property
     def writes_residual(self) -> bool:
-        """Whether its product is added to the residual stream (or starts it)."""
+        """Whether it, or its product, is added to the residual stream (or starts it)."""
         return self.out_dim is not None and self.axes[self.out_dim].names == {"embed"}
 
     def starts_at(self) -> float:
@@ -116,9 +119,9 @@ def _layer(layer: LayerSpec, config: ModelConfig, embed: Axis, depth: int) -> li
         wide = Axis("mlp", mlp.dim)
         inner = Concat((wide, wide)) if mlp.kind == "swiglu" else wide
         name = "gate_up" if mlp.kind == "swiglu" else "up"
-        rows.append((f"mlp.{name}.weight", _weight((inner, embed), "mlp", INIT_STD, layer.id, f"mlp.{name}.weight")))
-        std = _writer_std(depth)
-        rows.append(("mlp.down.weight", _weight((embed, wide), "mlp", std, layer.id, "mlp.down.weight")))
+        linear = Linear(mlp.bias)
+        dense(f"mlp.{name}.", linear, embed, inner, "mlp")
+        dense("mlp.down.", linear, wide, embed, "mlp")
     else:
         dense("mlp.tokens.", mlp.projection, embed, embed, "mlp")
     return rows
@@ -137,16 +140,16 @@ def _writer_std(depth: int) -> float:
     return INIT_STD / math.sqrt(2 * depth)
 
 
-def _weight(axes: tuple[AnyAxis, ...], part: Component, std: float, layer: int, local: str) -> ParamSpec:
-    return ParamSpec(axes, "weight", part, std, layer, local)
-
-
 def _projection(
     prefix: str, kind: Projection, inp: AnyAxis, out: AnyAxis, part: Component, layer: int, depth: int
 ) -> list[tuple[str, ParamSpec]]:
     if not isinstance(kind, Pattention):
         std = _writer_std(depth) if out.names == {"embed"} else INIT_STD
-        return [(f"{prefix}weight", _weight((out, inp), part, std, layer, f"{prefix}weight"))]
+        weight, bias = f"{prefix}weight", f"{prefix}bias"
+        rows = [(weight, ParamSpec((out, inp), "weight", part, std, layer, weight))]
+        if kind.bias:
+            rows.append((bias, ParamSpec((out,), "bias", part, None, layer, bias)))
+        return rows
     rows = []
     # Keys of norm 1: their scale leaves the function as it is but sets how fast Adam turns them. Values: TokenFormer's
     # published start, except where they write the residual stream, which that start would drown at small widths.
