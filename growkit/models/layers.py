@@ -93,7 +93,14 @@ class CausalAttention(nn.Module):
             self.q_norm = Normalize(spec.qk_norm, spec.head_dim)
             self.k_norm = Normalize(spec.qk_norm, spec.head_dim)
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: LayerCache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """``mask`` (B, 1, T, cached + T), bool: the keys that each query sees; None: all up to its own."""
         spec = self.spec
         B, T, _ = x_BTD.shape
         q, k, v = project([self.q, self.k, self.v], x_BTD)
@@ -103,11 +110,11 @@ class CausalAttention(nn.Module):
         if spec.qk_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rope).transpose(1, 2), rotate(k, *rope).transpose(1, 2)
-        causal, mask = True, None
+        causal = mask is None
         if cache is not None:
             past = cache.length
             k, v = cache.append(k, v)
-            if past:
+            if past and causal:
                 causal = False
                 ones = torch.ones(T, past + T, dtype=torch.bool, device=q.device)
                 mask = ones.tril(past) if T > 1 else None
@@ -117,12 +124,14 @@ class CausalAttention(nn.Module):
 
 
 def rope_table(spec: Attention, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (1, T, 1, rotated/2) of position · base^(−2i/rotated); angles in float32 at least."""
+    """cos and sin (1 or B, T, 1, rotated/2) of position · base^(−2i/rotated), positions (T,) or (B, T); angles in
+    float32 at least."""
     rotated = round(spec.head_dim * spec.rope_fraction)
     wide = torch.promote_types(dtype, torch.float32)
     exponent = torch.arange(0, rotated, 2, device=positions.device, dtype=wide) / max(rotated, 1)
-    angles = positions.to(wide)[:, None] * spec.rope_base**-exponent
-    angles = angles[None, :, None, :]
+    positions = positions if positions.ndim == 2 else positions[None]
+    angles = positions.to(wide)[..., None] * spec.rope_base**-exponent
+    angles = angles[:, :, None, :]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -166,8 +175,10 @@ class Layer(nn.Module):
             self.mlp = TokenFeedForward(spec.mlp, config.embed_dim, backend)
         self.dropout = config.dropout
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
-        x = x + self._drop(self.attention(self.attention_norm(x), rope, cache))
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        x = x + self._drop(self.attention(self.attention_norm(x), rope, cache, mask))
         return x + self._drop(self.mlp(self.mlp_norm(x)))
 
     def _drop(self, x: Tensor) -> Tensor:
