@@ -155,8 +155,8 @@ class GrowkitForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
 
 
 def _visible(real_BS: Tensor, new: int) -> Tensor:
-    """(B, 1, T, S): each query sees the tokens up to its own place. Padding sees itself: a softmax over nothing would be
-    NaN, and reach the tokens through the next layer's values."""
+    """(B, 1, T, S): each query sees the tokens up to its own place. Padding sees itself: a softmax over nothing would
+    be NaN, and reach the tokens through the next layer's values."""
     S = real_BS.shape[1]
     causal = torch.ones(new, S, dtype=torch.bool, device=real_BS.device).tril(S - new)
     return (causal & real_BS[:, None, None, :]) | causal.triu(S - new)

@@ -1,5 +1,5 @@
-"""The configuration that transformers sees of a growkit model. Importing it loads no torch: transformers does so while it
-is itself being imported (register.py)."""
+"""The configuration that transformers sees of a growkit model. It is imported while transformers itself is
+(register.py), so it loads no torch."""
 
 from __future__ import annotations
 
@@ -9,25 +9,9 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
+from growkit.checkpoint.hf.format import MODEL_TYPE, described
 from growkit.errors import ConfigError
 from growkit.models.config import ModelConfig, from_json, to_json
-
-MODEL_TYPE = "growkit"
-ARCHITECTURE = "GrowkitForCausalLM"
-
-
-def described(config: ModelConfig) -> dict[str, Any]:
-    """What tools around transformers ask any model for, by the names they know."""
-    first = config.layers[0].mixer
-    return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.embed_dim,
-        "num_hidden_layers": len(config.layers),
-        "num_attention_heads": first.num_heads,
-        "num_key_value_heads": first.num_kv_heads,
-        "head_dim": first.head_dim,
-        "tie_word_embeddings": config.tied_head,
-    }
 
 
 class GrowkitConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]

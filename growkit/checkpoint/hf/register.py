@@ -25,7 +25,8 @@ def register() -> None:
 
 
 def _enter(table: ModuleType) -> None:
-    from growkit.checkpoint.hf.config import MODEL_TYPE, GrowkitConfig
+    from growkit.checkpoint.hf.config import GrowkitConfig
+    from growkit.checkpoint.hf.format import MODEL_TYPE
 
     table.AutoConfig.register(MODEL_TYPE, GrowkitConfig, exist_ok=True)
 
