@@ -135,8 +135,8 @@ def test_the_whole_sequence_says_which_angles(kind: str) -> None:
         within = model(tokens[:, :context], cache=cache)
         torch.testing.assert_close(within, model(tokens[:, :context]), rtol=0, atol=1e-12)
         beyond, whole = model(tokens[:, context:], cache=cache), model(tokens)[:, context:]
-    table = rope_table(config.layers[0].mixer, torch.arange(context, context + 2), torch.float64, length=context + 2)
-    short = rope_table(config.layers[0].mixer, torch.arange(context, context + 2), torch.float64)
+    table = rope_table(config.layers[0].mixer, torch.arange(context, context + 2), torch.float64)
+    short = rope_table(config.layers[0].mixer, torch.arange(context, context + 2), torch.float64, length=context)
     assert not torch.equal(table[0], short[0])
     assert float((beyond - whole).abs().max()) > 1e-6  # keys of the short angles under queries of the long ones
 

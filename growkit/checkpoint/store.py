@@ -43,8 +43,8 @@ def write(folder: Path, state: TrainState, manifest: Manifest, *, log: bytes = b
     """Writes a checkpoint at ``folder``, where none is yet; ``log``: the metrics log behind one that lies in no run.
     Raises CheckpointError when the disk will not."""
     with writing(folder) as unfinished:
-        files = _write_group(unfinished, "params", state.params, fault=True)
-        files += _write_group(unfinished, "moments", flat_moments(state.moments))
+        files = list(write_group(unfinished, "params", state.params, fault=True))
+        files += write_group(unfinished, "moments", flat_moments(state.moments))
         if log:
             (unfinished / LOG).write_bytes(log)
             fsync(unfinished / LOG)
@@ -128,24 +128,34 @@ def read(folder: Path, *, verify: bool = True) -> Checkpoint:
     return Checkpoint(folder, manifest, TrainState(manifest.model, ordered, moments, dict(manifest.born)))
 
 
-def _write_group(folder: Path, group: str, tensors: Mapping[str, Tensor], *, fault: bool = False) -> list[str]:
-    files: list[str] = []
+def write_group(
+    folder: Path,
+    group: str,
+    tensors: Mapping[str, Tensor],
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    metadata: dict[str, str] | None = None,
+    fault: bool = False,
+) -> dict[str, dict[str, int]]:
+    """Writes ``tensors`` into files GROUP-NNNNN.safetensors of at most ``shard_bytes`` (but one tensor at least), one
+    file in memory at a time; returns file → name → bytes."""
+    files: dict[str, dict[str, int]] = {}
     held: dict[str, Tensor] = {}
     size = 0
 
     def flush() -> None:
         nonlocal held, size
         name = f"{group}-{len(files) + 1:05d}.safetensors"
-        save_file(held, folder / name)
+        save_file(held, folder / name, metadata)
         if fault:
             faults.point("mid_shard")
         fsync(folder / name)
-        files.append(name)
+        files[name] = {key: tensor.nbytes for key, tensor in held.items()}
         held, size = {}, 0
 
     for name in tensors:
         tensor = tensors[name].detach().to("cpu").contiguous()
-        if held and size + tensor.nbytes > SHARD_BYTES:
+        if held and size + tensor.nbytes > shard_bytes:
             flush()
         held[name] = tensor
         size += tensor.nbytes

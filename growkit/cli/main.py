@@ -232,6 +232,21 @@ def inspect(checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or a r
     inspect_checkpoint(checkpoint)
 
 
+@app.command(epilog="Example: growkit export runs/NAME exported --dtype bfloat16", rich_help_panel=CHECKPOINTS)
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or a run folder (its latest checkpoint).")],
+    folder: Annotated[Path, typer.Argument(help="The folder to write.")],
+    family: Annotated[
+        str, typer.Option("--as", help="Format: growkit (transformers reads it, with growkit).")
+    ] = "growkit",
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the weights.")] = "float32",
+) -> None:
+    """Write a checkpoint as a Hugging Face folder, with its tokenizer."""
+    from growkit.cli.export import export_checkpoint
+
+    export_checkpoint(checkpoint, folder, family, dtype)
+
+
 @app.command("eval", epilog="Example: growkit eval runs/NAME --data my.txt --context 512", rich_help_panel=CHECKPOINTS)
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or a run folder.")],

@@ -47,21 +47,34 @@ class DecoderLM(nn.Module):
         """Name → axes, role and layer of every parameter."""
         return param_specs(self.config)
 
-    def hidden(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
-        """Final-norm output (B, T, D). With ``cache``, tokens continue the cached positions."""
+    def hidden(
+        self,
+        tokens_BT: Tensor,
+        cache: Cache | None = None,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Final-norm output (B, T, D). With ``cache``, tokens continue the cached positions.
+
+        For rows that hold padding: ``positions`` (B, T) of the tokens, and ``mask`` (B, 1, T, cached + T), bool: the
+        keys that each query sees.
+        """
         x = self.embedding(tokens_BT)
         past = cache.length if cache is not None else 0
-        positions = torch.arange(past, past + tokens_BT.shape[1], device=x.device)
+        length = past + tokens_BT.shape[1] if positions is None else None  # then the positions say it
+        if positions is None:
+            positions = torch.arange(past, past + tokens_BT.shape[1], device=x.device)
         ropes: dict[object, tuple[Tensor, Tensor]] = {}
         for spec in self.config.layers:
             layer = self.layers[str(spec.id)]
             key = spec.mixer.rope
             if key not in ropes:
-                ropes[key] = rope_table(spec.mixer, positions, x.dtype, length=past + tokens_BT.shape[1])
+                ropes[key] = rope_table(spec.mixer, positions, x.dtype, length=length)
             if self.checkpoint_layers and self.training:
-                x = checkpoint(layer, x, ropes[key], use_reentrant=False)
+                x = checkpoint(layer, x, ropes[key], None, mask, use_reentrant=False)
             else:
-                x = layer(x, ropes[key], cache.layers[spec.id] if cache is not None else None)
+                x = layer(x, ropes[key], cache.layers[spec.id] if cache is not None else None, mask)
         if cache is not None:
             cache.length += tokens_BT.shape[1]
         return self.final_norm(x)
@@ -70,6 +83,11 @@ class DecoderLM(nn.Module):
     def head_weight(self) -> Tensor:
         """(V, D)."""
         return self.embedding.weight if self.config.tied_head else self.head.weight
+
+    def logits(self, h_BTD: Tensor) -> Tensor:
+        """(B, T, V) of the final norm's output."""
+        logits = F.linear(h_BTD, self.head_weight)
+        return logits if self.config.logit_scale == 1 else logits * self.config.logit_scale
 
     def forward(
         self,
@@ -83,8 +101,7 @@ class DecoderLM(nn.Module):
         """tokens (B, T) → logits (B, T, V); with ``targets`` (B, T), the losses instead, logits made in chunks."""
         h = self.hidden(tokens, cache)
         if targets is None:
-            logits = F.linear(h, self.head_weight)
-            return logits if self.config.logit_scale == 1 else logits * self.config.logit_scale
+            return self.logits(h)
         return chunked_cross_entropy(
             h.flatten(0, 1),
             self.head_weight,

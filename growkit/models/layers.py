@@ -95,7 +95,14 @@ class CausalAttention(nn.Module):
             self.q_norm = Normalize(spec.qk_norm, spec.head_dim)
             self.k_norm = Normalize(spec.qk_norm, spec.head_dim)
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: LayerCache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """``mask`` (B, 1, T, cached + T), bool: the keys that each query sees; None: all up to its own."""
         spec = self.spec
         B, T, _ = x_BTD.shape
         q, k, v = project([self.q, self.k, self.v], x_BTD)
@@ -105,11 +112,11 @@ class CausalAttention(nn.Module):
         if spec.qk_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rope).transpose(1, 2), rotate(k, *rope).transpose(1, 2)
-        causal, mask = True, None
+        causal = mask is None
         if cache is not None:
             past = cache.length
             k, v = cache.append(k, v)
-            if past:
+            if past and causal:
                 causal = False
                 ones = torch.ones(T, past + T, dtype=torch.bool, device=q.device)
                 mask = ones.tril(past) if T > 1 else None
@@ -121,17 +128,20 @@ class CausalAttention(nn.Module):
 def rope_table(
     spec: Attention, positions: Tensor, dtype: torch.dtype, *, length: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin (1, T, 1, rotated/2) of position · base^(−2i/rotated), or as ``spec.rope_scaling`` has it; angles in
-    float32 at least. ``length``: of the whole sequence, cached positions included; T if None."""
+    """cos and sin (1 or B, T, 1, rotated/2) of position · base^(−2i/rotated), or as ``spec.rope_scaling`` has it,
+    positions (T,) or (B, T); angles in float32 at least. ``length``: of the whole sequence, cached positions included;
+    None: up to the last of ``positions``, which have to be read for it where the angles are scaled."""
     base, rotated, scaling = spec.rope
     wide = torch.promote_types(dtype, torch.float32)
     if scaling is None:
         exponent = torch.arange(0, rotated, 2, device=positions.device, dtype=wide) / max(rotated, 1)
         frequencies = base**-exponent
     else:
-        turns = inverse_frequencies(scaling, base, rotated, length if length is not None else positions.shape[0])
+        length = int(positions.max()) + 1 if length is None else length
+        turns = inverse_frequencies(scaling, base, rotated, length)
         frequencies = torch.tensor(turns, device=positions.device, dtype=wide)
-    angles = (positions.to(wide)[:, None] * frequencies)[None, :, None, :]
+    positions = positions if positions.ndim == 2 else positions[None]
+    angles = (positions.to(wide)[..., None] * frequencies)[:, :, None, :]
     cos, sin = angles.cos(), angles.sin()
     if scaling is not None and scaling.attention_factor != 1:
         cos, sin = cos * scaling.attention_factor, sin * scaling.attention_factor
@@ -178,8 +188,10 @@ class Layer(nn.Module):
             self.mlp = TokenFeedForward(spec.mlp, config.embed_dim, backend)
         self.dropout, self.parallel = config.dropout, spec.parallel
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
-        mixed = x + self._drop(self.attention(self.attention_norm(x), rope, cache))
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        mixed = x + self._drop(self.attention(self.attention_norm(x), rope, cache, mask))
         return mixed + self._drop(self.mlp(self.mlp_norm(x if self.parallel else mixed)))
 
     def _drop(self, x: Tensor) -> Tensor:
