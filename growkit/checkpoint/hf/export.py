@@ -6,63 +6,43 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from growkit.checkpoint.hf import tokenizer
+from growkit.checkpoint.hf.adapter import Adapter
 from growkit.checkpoint.hf.folder import refuse_existing, write_folder
-from growkit.checkpoint.hf.format import ARCHITECTURE, MODEL_TYPE, described
+from growkit.checkpoint.hf.source import ADAPTERS
 from growkit.errors import require
-from growkit.models.config import ModelConfig, to_json
+from growkit.models.config import ModelConfig
 from growkit.registry import Registry
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-class StateDictAdapter(Protocol):
-    """Another side's names and shapes for growkit's tensors."""
-
-    def to_hf(self, config: ModelConfig, params: Mapping[str, Tensor]) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
-        """(the fields of config.json that describe the model, its tensors, made when asked for). Raises ConfigError for
-        what that side's configuration cannot say."""
-        ...
-
-
-FAMILIES: Registry[StateDictAdapter] = Registry("format to export as")
+FAMILIES: Registry[Adapter] = Registry("format to export as")
 
 
 @dataclass(frozen=True)
-class Renamed(Mapping[str, Tensor]):
-    """``tensors`` under ``prefix``, in ``dtype``, each made when it is asked for."""
+class Cast(Mapping[str, Tensor]):
+    """``tensors`` in ``dtype``, each made when it is asked for."""
 
     tensors: Mapping[str, Tensor]
-    prefix: str = ""
-    dtype: torch.dtype | None = None
+    dtype: torch.dtype
 
     def __getitem__(self, name: str) -> Tensor:
-        if not name.startswith(self.prefix):
-            raise KeyError(name)
-        tensor = self.tensors[name.removeprefix(self.prefix)]
-        return tensor if self.dtype is None else tensor.to(self.dtype)
+        return self.tensors[name].to(self.dtype)
 
     def __iter__(self) -> Iterator[str]:
-        return (self.prefix + name for name in self.tensors)
+        return iter(self.tensors)
 
     def __len__(self) -> int:
         return len(self.tensors)
 
 
-class _Growkit:
-    """All of it, as it is: read by AutoModelForCausalLM once growkit is imported."""
-
-    def to_hf(self, config: ModelConfig, params: Mapping[str, Tensor]) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
-        fields = {"model_type": MODEL_TYPE, "architectures": [ARCHITECTURE], "growkit": to_json(config)}
-        return fields | described(config), Renamed(params, "growkit.")
-
-
-FAMILIES.register("growkit")(_Growkit())
+for _adapter in ADAPTERS.values():
+    FAMILIES.register(_adapter.name)(_adapter)
 
 
 def export(
@@ -86,7 +66,7 @@ def export(
     fields |= {"dtype": str(dtype).removeprefix("torch."), "use_cache": True}
     fields |= {"bos_token_id": None, "eos_token_id": tokenizer.END_ID, "pad_token_id": tokenizer.END_ID}
     if context_length is not None:
-        fields["max_position_embeddings"] = context_length
+        fields.setdefault("max_position_embeddings", context_length)
     with tempfile.TemporaryDirectory() as made:
         files = tokenizer.write(Path(made))
-        write_folder(folder, fields, Renamed(tensors, dtype=dtype), beside=files)
+        write_folder(folder, fields, Cast(tensors, dtype), beside=files)
