@@ -8,9 +8,10 @@ from pathlib import Path
 from rich.console import Console
 
 from growkit.checkpoint.hf.export import DTYPES, FAMILIES, export
-from growkit.checkpoint.hf.folder import refuse_existing
+from growkit.checkpoint.hf.folder import ModelFolder, refuse_existing
 from growkit.cli.checkpoints import open_any
 from growkit.cli.evaluate import recipe_of, trained_context
+from growkit.errors import ConfigError
 
 console = Console(highlight=False)
 
@@ -20,6 +21,10 @@ def export_checkpoint(source: Path, folder: Path, family: str, dtype: str) -> No
     FAMILIES.get(family, key="--as")
     refuse_existing(folder)
     checkpoint = open_any(source)
+    if isinstance(checkpoint, ModelFolder) and checkpoint.adapter.name != "growkit":
+        mend = "`growkit grow` makes a larger one of it, with its tokenizer"
+        problem = "is a Hugging Face folder already, whose tokens are no bytes"
+        raise ConfigError("not-supported", problem, key=str(source), mend=mend)
     manifest = checkpoint.manifest
     recipe = recipe_of(manifest)
     export(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,35 +11,14 @@ from torch import Tensor
 
 from growkit.checkpoint.hf import tokenizer
 from growkit.checkpoint.hf.adapter import Adapter
-from growkit.checkpoint.hf.folder import refuse_existing, write_folder
+from growkit.checkpoint.hf.folder import Cast, refuse_existing, write_folder
 from growkit.checkpoint.hf.source import ADAPTERS
 from growkit.errors import require
 from growkit.models.config import ModelConfig
 from growkit.registry import Registry
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
 FAMILIES: Registry[Adapter] = Registry("format to export as")
-
-
-@dataclass(frozen=True)
-class Cast(Mapping[str, Tensor]):
-    """``tensors`` in ``dtype``, each made when it is asked for."""
-
-    tensors: Mapping[str, Tensor]
-    dtype: torch.dtype
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name].to(self.dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
-
-
 for _adapter in ADAPTERS.values():
     FAMILIES.register(_adapter.name)(_adapter)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from growkit.checkpoint.hf.settings import CONFIG, read_config
 from growkit.checkpoint.store import Checkpoint, Ordered, StoredTensors, fsync, write_group, writing
 from growkit.errors import CheckpointError
 from growkit.growth.state import TrainState
+from growkit.growth.verify import stream_logits
 from growkit.models.config import ModelConfig
 from growkit.models.spec import param_specs
 
@@ -126,6 +129,33 @@ def read_folder(folder: Path) -> ModelFolder:
     return ModelFolder(folder, manifest, state, config, adapter, dtype)
 
 
+def write_grown(
+    folder: ModelFolder, output: Path, grown: TrainState, event: Mapping[str, Any], dtype: torch.dtype
+) -> None:
+    """Writes ``grown``, made of ``folder``, as another folder of its family: what config.json said besides the model's
+    description goes on, the tokenizer's files are copied, and growkit.json keeps the lineage with ``event``. Raises
+    ConfigError for what the family cannot say, CheckpointError as ``write_folder``."""
+    adapter = folder.adapter
+    fields, tensors = adapter.to_hf(grown.config, grown.params)
+    dropped = (*adapter.older, "dtype", "torch_dtype")
+    kept = {key: value for key, value in folder.config.items() if key not in dropped}
+    lineage = dataclasses.replace(folder.manifest, lineage=(*folder.manifest.lineage, dict(event)))
+    with tempfile.TemporaryDirectory() as made:
+        history = Path(made) / source.LINEAGE
+        history.write_text(source.lineage_file(lineage), encoding="utf-8")
+        config = kept | fields | {"dtype": str(dtype).removeprefix("torch.")}
+        write_folder(output, config, Cast(tensors, dtype), beside=[*folder.travelling, history])
+
+
+def rounding(grown: TrainState, dtype: torch.dtype, probe: Tensor) -> float:
+    """How far the logits on ``probe`` (rows, context + 1) move, relative and in float64, when weights round to
+    ``dtype``."""
+    tokens = probe[:, :-1]
+    whole = stream_logits(grown.config, grown.params, tokens, torch.float64)
+    rounded = stream_logits(grown.config, Cast(grown.params, dtype), tokens, torch.float64)
+    return float((rounded - whole).norm() / whole.norm())
+
+
 def _stored(folder: Path) -> StoredTensors:
     """The tensors of model.safetensors, or of the shards that the index names."""
     if (folder / WEIGHTS).is_file():
@@ -178,6 +208,23 @@ def _names(
 def _wrong(path: Path, problem: str) -> CheckpointError:
     mend = "use the files as they were published, config.json and weights of one model"
     return CheckpointError("wrong-tensors", problem, key=str(path), mend=mend)
+
+
+@dataclass(frozen=True)
+class Cast(Mapping[str, Tensor]):
+    """``tensors`` in ``dtype``, each made when it is asked for."""
+
+    tensors: Mapping[str, Tensor]
+    dtype: torch.dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name].to(self.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
 
 @dataclass(frozen=True)
