@@ -42,7 +42,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_p
 
 
 def model(family: str, *, seed: int = 0, **fields: Any) -> Any:
-    """A model in evaluation whose every parameter is random and whose logits have a standard deviation of 1 at least."""
+    """A model in evaluation, every parameter random, its logits of standard deviation ≥ 1."""
     config, kind = CLASSES[family]
     made = kind(config(**(SIZES | OWN[family] | fields))).eval()
     generator = torch.Generator().manual_seed(seed)
