@@ -6,6 +6,7 @@ Programming errors inside growkit are plain ``assert`` or built-in exceptions.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +59,10 @@ def cannot_write(path: Path, error: BaseException) -> CheckpointError:
     place = "another place that is there (run.folder, --output, --as)"
     mend = f"free space or name {place}; earlier checkpoints are untouched"
     return CheckpointError("cannot-write", f"cannot be written ({error})", key=str(path), mend=mend)
+
+
+def require(package: str, *, extra: str, key: str) -> None:
+    """Raises ConfigError if ``package``, which ``key`` needs and growkit's ``extra`` brings, is not installed."""
+    if find_spec(package) is None:
+        mend = f"install it: pip install 'growkit[{extra}]'"
+        raise ConfigError("not-installed", f"needs the package {package}", key=key, mend=mend)

@@ -18,6 +18,7 @@ from growkit.growth.state import Moments, TrainState
 from growkit.growth.verify import TRAINING_TOLERANCE, certify, stream_logits
 from growkit.models.config import ModelConfig
 from growkit.models.decoder import build
+from growkit.models.rope import YarnRope
 from growkit.models.spec import param_specs
 from tests.support import model_config, probe, trained_like
 
@@ -51,6 +52,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "transformer-layernorm": {"preset": "transformer", "norm": "layernorm", "mlp": "gelu"},
     "transformer-moe": {"preset": "transformer", "mlp_dim": 20, "num_experts": 4},
+    "neox": {
+        "preset": "transformer",
+        "norm": "layernorm",
+        "mlp": "gelu",
+        "bias": True,
+        "parallel": True,
+        "head_dim": 16,
+        "rope_fraction": 0.25,
+        "tied_head": False,
+    },
+    "transformer-bias-yarn": {  # whose ramp lies elsewhere in wider heads
+        "preset": "transformer",
+        "bias": True,
+        "mlp": "gelu_tanh",
+        "qk_norm": True,
+        "rope_scaling": YarnRope(4.0, 64, 1.1),
+    },
 }
 
 # A small target for each operator, as a stage's ``grow:`` would say it. A new operator must add itself here.

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,20 @@ from growkit.growth.state import Moments, TrainState
 from growkit.models.config import ModelConfig
 from growkit.models.decoder import build
 from growkit.models.presets import PRESETS
+from growkit.models.rope import RopeScaling
 from growkit.models.spec import param_specs
 
 TEXT = "The quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. 0123456789\n"
 
 
-def model_config(preset: str, **fields: Any) -> ModelConfig:
-    """A tiny model: width 24, 2 layers, 2 heads, vocabulary 48."""
+def model_config(preset: str, *, rope_scaling: RopeScaling | None = None, **fields: Any) -> ModelConfig:
+    """A tiny model: width 24, 2 layers, 2 heads, vocabulary 48. ``rope_scaling``: of every layer."""
     small = {"vocab_size": 48, "embed_dim": 24, "num_layers": 2, "num_heads": 2}
     if preset == "tokenformer":
         small |= {"attention_tokens": 10, "mlp_tokens": 14}
-    return PRESETS.get(preset, key="preset")(**(small | fields)).expand()
+    config = PRESETS.get(preset, key="preset")(**(small | fields)).expand()
+    layers = (replace(layer, mixer=replace(layer.mixer, rope_scaling=rope_scaling)) for layer in config.layers)
+    return replace(config, layers=tuple(layers))
 
 
 def trained_like(config: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> TrainState:

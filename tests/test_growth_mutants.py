@@ -123,6 +123,30 @@ def half_an_identity(patch: Patch) -> None:
     _grow_tensor(patch, "depth", half)
 
 
+def a_bias_that_still_writes(patch: Patch) -> None:
+    """The inserted layer's weights write nothing, its biases do."""
+
+    def keep(growth: TensorGrowth, out: Grown) -> Grown:
+        if growth.old is not None or growth.spec.role != "bias":
+            return out
+        assert growth.origin is not None
+        return Grown(growth.origin.clone())
+
+    _grow_tensor(patch, "depth", keep)
+
+
+def unscaled_query_bias(patch: Patch) -> None:
+    def plain(growth: TensorGrowth, out: Grown) -> Grown:
+        return Grown(out.value / 2, placement=out.placement) if growth.spec.local == "attention.q.bias" else out
+
+    _grow_tensor(patch, "head_dim", plain)
+
+
+def a_ramp_called_exact(patch: Patch) -> None:
+    """Rotary angles that depend on a pair's place are taken for those that do not."""
+    patch.setattr(head_dim, "_angles_stay", lambda before, after, scaling: True)
+
+
 def zeroed_gains(patch: Patch) -> None:
     """An identity by zero gains instead of zero writes: exact, and dead."""
 
@@ -299,6 +323,9 @@ MUTANTS: list[tuple[Callable[[Patch], None], str, str]] = [
     (misordered_heads, "heads", "zero_out"),
     (misordered_concat, "mlp", "zero_down"),
     (half_an_identity, "depth", "identity"),
+    (a_bias_that_still_writes, "depth", "identity"),
+    (unscaled_query_bias, "head_dim", "interleave"),
+    (a_ramp_called_exact, "head_dim", "interleave"),
     (zeroed_gains, "depth", "identity"),
     (stacking_called_exact, "depth", "stack"),
     (growth_in_place, "depth", "identity"),
@@ -333,6 +360,9 @@ FAMILY = {
     random_keys_under_a_norm: "transformer-gqa",
     zero_keys_and_zero_queries: "transformer",
     undivided_clones: "transformer",
+    a_bias_that_still_writes: "neox",
+    unscaled_query_bias: "neox",
+    a_ramp_called_exact: "transformer-bias-yarn",
 }
 
 

@@ -54,6 +54,8 @@ TORCH_FREE = [
     "growkit.growth.path",
 ]
 MOST_LINES = 500
+# Published weights that are a pickle are converted there, and read as tensors alone.
+PUBLISHED = ROOT / "checkpoint" / "hf" / "tokenformer.py"
 
 
 def modules() -> list[Path]:
@@ -131,6 +133,9 @@ def test_nothing_loads_pickles_or_swallows_errors() -> None:
                 assert not silent, f"{path}:{node.lineno} swallows {names}"
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
+                how = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                if path == PUBLISHED and called == "torch.load" and how.get("weights_only") == "True":
+                    continue
                 assert called not in ("torch.load", "pickle.load", "pickle.loads", "torch.save"), (
                     f"{path}:{node.lineno}"
                 )

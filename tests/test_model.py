@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from growkit.errors import ConfigError
 from growkit.growth.path import grown_config
 from growkit.models.config import (
+    MLP_KINDS,
     NORM_KINDS,
     THETAS,
     DenseMLP,
@@ -400,10 +401,12 @@ _OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     },
     "transformer": {
         "mlp_dim": st.none() | st.integers(1, 50),
-        "mlp": st.sampled_from(["swiglu", "gelu"]),
+        "mlp": st.sampled_from(MLP_KINDS),
         "num_experts": st.none() | st.integers(3, 9),
         "experts_per_token": st.integers(2, 3),
         "balance_loss": st.floats(0, 1),
+        "bias": st.booleans(),
+        "parallel": st.booleans(),
     },
 }
 
@@ -419,6 +422,8 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     else:
         sizes |= {"embed_dim": kv_heads * group * 4 * quarter}
     fields = {name: draw(values) for name, values in {**_COMMON, **_OWN[preset]}.items()}
+    if fields.get("num_experts") is not None:  # experts are plain blocks
+        fields |= {"bias": False, "mlp": "gelu" if fields["mlp"] == "gelu_tanh" else fields["mlp"]}
     kind = PRESETS.get(preset, key="preset")
     said = {"preset", "embed_dim", "num_heads", "num_kv_heads", "head_dim", *fields}
     assert said == {field.name for field in dataclasses.fields(kind)}, "a field has no strategy"

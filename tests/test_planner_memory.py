@@ -125,6 +125,14 @@ ONE = {
             "shape": (8, 128, 2),
         },
         "experts, two micro-batches": {"num_experts": 4, "mlp": "gelu", "dropout": 0.1, "shape": (4, 128, 2)},
+        "biases, one residual": {"mlp": "gelu", "bias": True, "parallel": True},
+        "biases, one residual, layernorm": {"norm": "layernorm", "bias": True, "parallel": True},
+        "one residual, layernorm, dropout": {"norm": "layernorm", "dropout": 0.1, "parallel": True},
+        "one residual, recomputed": {
+            "norm": "layernorm",
+            "parallel": True,
+            "trainer": {"checkpoint_layers": True},
+        },
         "wide, its backward pass the peak": {"num_layers": 1, "mlp_dim": 1536, "shape": (8, 128, 2)},
     },
     "tokenformer": {

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from growkit.checkpoint import manifest as manifests
+from growkit.checkpoint.hf import source
 from growkit.errors import CheckpointError, ConfigError, GrowkitError, cannot_write
 
 if TYPE_CHECKING:
@@ -245,8 +246,10 @@ def run_of(checkpoint: Path) -> RunFolder | None:
 
 
 def manifest_of(path: Path) -> manifests.Manifest:
-    """What a checkpoint, or a run's newest one, says of itself; its tensors are not looked at. Raises CheckpointError
-    if there is none."""
+    """What a checkpoint, a run's newest one, or a Hugging Face folder says of itself; its tensors are not looked at.
+    Raises CheckpointError if there is none."""
+    if source.is_model_folder(path):
+        return source.manifest(path)
     if not (path / MARK).is_file():
         return manifests.read(path, verify=False)
     found = RunFolder(path).last_manifest()

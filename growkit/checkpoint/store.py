@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -43,8 +43,8 @@ def write(folder: Path, state: TrainState, manifest: Manifest, *, log: bytes = b
     """Writes a checkpoint at ``folder``, where none is yet; ``log``: the metrics log behind one that lies in no run.
     Raises CheckpointError when the disk will not."""
     with writing(folder) as unfinished:
-        files = _write_group(unfinished, "params", state.params, fault=True)
-        files += _write_group(unfinished, "moments", flat_moments(state.moments))
+        files = list(write_group(unfinished, "params", state.params, fault=True))
+        files += write_group(unfinished, "moments", flat_moments(state.moments))
         if log:
             (unfinished / LOG).write_bytes(log)
             fsync(unfinished / LOG)
@@ -111,8 +111,8 @@ def read(folder: Path, *, verify: bool = True) -> Checkpoint:
         params, flat = sharded.tensors(folder, manifest)
     else:
         names = list(manifest.files)
-        params = _Stored(folder, [name for name in names if name.startswith("params-")])
-        flat = _Stored(folder, [name for name in names if name.startswith("moments-")])
+        params = StoredTensors(folder, [name for name in names if name.startswith("params-")])
+        flat = StoredTensors(folder, [name for name in names if name.startswith("moments-")])
     expected = {name: spec.shape for name, spec in param_specs(manifest.model).items()}
     shapes = {name: tuple(params.shape(name)) for name in params}
     if shapes != expected:
@@ -121,31 +121,41 @@ def read(folder: Path, *, verify: bool = True) -> Checkpoint:
             "damaged", f"does not hold the model its manifest describes (first: {odd[0]})", key=str(folder)
         )
     # Tables of names come back in the model's order, so that whatever walks them is reproducible.
-    ordered = _Ordered(params, list(expected))
+    ordered = Ordered(params, list(expected))
     moments = _StoredMoments(
         flat, {name: manifest.adam_steps[name] for name in expected if name in manifest.adam_steps}
     )
     return Checkpoint(folder, manifest, TrainState(manifest.model, ordered, moments, dict(manifest.born)))
 
 
-def _write_group(folder: Path, group: str, tensors: Mapping[str, Tensor], *, fault: bool = False) -> list[str]:
-    files: list[str] = []
+def write_group(
+    folder: Path,
+    group: str,
+    tensors: Mapping[str, Tensor],
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    metadata: dict[str, str] | None = None,
+    fault: bool = False,
+) -> dict[str, dict[str, int]]:
+    """Writes ``tensors`` into files GROUP-NNNNN.safetensors of at most ``shard_bytes`` (but one tensor at least), one
+    file in memory at a time; returns file → name → bytes."""
+    files: dict[str, dict[str, int]] = {}
     held: dict[str, Tensor] = {}
     size = 0
 
     def flush() -> None:
         nonlocal held, size
         name = f"{group}-{len(files) + 1:05d}.safetensors"
-        save_file(held, folder / name)
+        save_file(held, folder / name, metadata)
         if fault:
             faults.point("mid_shard")
         fsync(folder / name)
-        files.append(name)
+        files[name] = {key: tensor.nbytes for key, tensor in held.items()}
         held, size = {}, 0
 
     for name in tensors:
         tensor = tensors[name].detach().to("cpu").contiguous()
-        if held and size + tensor.nbytes > SHARD_BYTES:
+        if held and size + tensor.nbytes > shard_bytes:
             flush()
         held[name] = tensor
         size += tensor.nbytes
@@ -181,14 +191,19 @@ class TensorTable(Mapping[str, Tensor]):
         raise NotImplementedError
 
 
-class _Stored(TensorTable):
-    """Tensors of several safetensors files, read when asked for."""
+class StoredTensors(TensorTable):
+    """Tensors of several safetensors files, read when asked for. Raises CheckpointError for a file that is none."""
 
-    def __init__(self, folder: Path, files: list[str]) -> None:
+    def __init__(self, folder: Path, files: Iterable[str]) -> None:
         self._where: dict[str, Path] = {}
         for file in files:
-            with safe_open(folder / file, framework="pt") as handle:
-                self._where.update(dict.fromkeys(handle.keys(), folder / file))
+            path = folder / file
+            try:
+                with safe_open(path, framework="pt") as handle:
+                    self._where.update(dict.fromkeys(handle.keys(), path))
+            except (SafetensorError, OSError) as error:
+                problem = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged or cut off ({error})"
+                raise CheckpointError("damaged", problem, key=str(path), mend="copy or fetch it again") from error
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._where[name], framework="pt") as handle:
@@ -198,6 +213,15 @@ class _Stored(TensorTable):
         with safe_open(self._where[name], framework="pt") as handle:
             return handle.get_slice(name).get_shape()
 
+    def dtype(self, name: str) -> str:
+        """As safetensors calls it: F32, BF16, ..."""
+        with safe_open(self._where[name], framework="pt") as handle:
+            return handle.get_slice(name).get_dtype()
+
+    def file(self, name: str) -> Path:
+        """Where the tensor lies."""
+        return self._where[name]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
 
@@ -205,7 +229,9 @@ class _Stored(TensorTable):
         return len(self._where)
 
 
-class _Ordered(Mapping[str, Tensor]):
+class Ordered(Mapping[str, Tensor]):
+    """``tensors`` in the order of ``names``."""
+
     def __init__(self, tensors: Mapping[str, Tensor], names: list[str]) -> None:
         self._tensors, self._names = tensors, names
 

@@ -15,6 +15,10 @@ from rich.table import Table
 from torch import Tensor
 
 from growkit.checkpoint import store
+from growkit.checkpoint.hf.folder import ModelFolder, read_folder, rounding, write_grown
+from growkit.checkpoint.hf.source import is_model_folder
+from growkit.checkpoint.hf.tokenformer import read_published
+from growkit.checkpoint.manifest import Manifest
 from growkit.checkpoint.metrics_log import encoded
 from growkit.checkpoint.run_folder import MARK, RunFolder, log_before, run_of
 from growkit.checkpoint.store import Checkpoint
@@ -31,6 +35,7 @@ from growkit.growth.path import grown_config, path
 from growkit.models.config import DenseMLP, MoEMLP, PattentionMLP
 from growkit.models.decoder import build
 from growkit.models.presets import PRESETS
+from growkit.schedule.progress import Progress
 from growkit.train.display import growth_table
 
 console = Console(highlight=False)
@@ -38,13 +43,14 @@ MIN_TEMPERATURE = 1e-3  # below it, logits over temperature leave the range of f
 
 
 def open_any(folder: Path, step: int | None = None) -> Checkpoint:
-    """A checkpoint folder, or the latest checkpoint (or that of ``step``) of a run folder. Raises CheckpointError."""
+    """A checkpoint or Hugging Face folder, or the latest checkpoint (or that of ``step``) of a run folder. Raises
+    CheckpointError, and ConfigError for a Hugging Face model growkit does not know."""
     if (folder / MARK).is_file():
         return RunFolder.open(folder).load(step)
     if step is not None:
         mend = "name a run folder, or leave --from out"
         raise ConfigError("no-such-step", "is for a run, and this is not one", key="--from", value=step, mend=mend)
-    return store.read(folder)
+    return read_folder(folder) if is_model_folder(folder) else store.read(folder)
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
@@ -63,15 +69,26 @@ def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
 
 
 def grow_checkpoint(
-    source: Path, targets: Sequence[str], output: Path, seed: int, probe_tokens: int, data: str | None = None
+    source: Path,
+    targets: Sequence[str],
+    output: Path,
+    seed: int,
+    probe_tokens: int,
+    data: str | None = None,
+    *,
+    as_growkit: bool = False,
+    dtype: str | None = None,
 ) -> None:
     """Grows ``source`` into a new checkpoint at ``output``; tensors stream, so memory holds a few at a time
     (the certificate's gradient check holds the model once). ``data``: text that the certificate is measured on, and
-    that methods which look before they grow choose by; without it, random tokens, for the certificate only."""
-    if output.exists():
-        mend = "name a folder that does not exist"
-        raise ConfigError("file-exists", "is already there", key="--output", value=str(output), mend=mend)
+    that methods which look before they grow choose by; without it, random tokens, for the certificate only. A Hugging
+    Face folder becomes another one, its tensors in ``dtype`` or as they were, unless ``as_growkit``."""
+    _refuse_existing(output)
     checkpoint = open_any(source)
+    folder = checkpoint if isinstance(checkpoint, ModelFolder) and not as_growkit else None
+    if dtype is not None and folder is None:
+        problem = "is for Hugging Face folders: growkit's own checkpoints are float32"
+        raise ConfigError("bad-command-line", problem, key="--dtype", value=dtype, mend="leave it out")
     fields: dict[str, Any] = {}
     for target in targets:
         apply_override(fields, target)
@@ -81,6 +98,8 @@ def grow_checkpoint(
         raise ConfigError("not-a-section", "must name a method for each", key="methods", value=methods, mend=mend)
     config = checkpoint.manifest.model
     wanted = grown_config(config, fields, methods)
+    if folder is not None:
+        folder.adapter.fields(wanted)  # refused before anything is grown
     links = path(config, wanted, methods)
     stage = checkpoint.manifest.progress.stage + 1
     generator = torch.Generator().manual_seed(seed)
@@ -91,6 +110,14 @@ def grow_checkpoint(
     report = growth_report(checkpoint.state, grown, links, probe)
     step = checkpoint.manifest.progress.step
     event = {"kind": "growth", "stage": stage, "name": output.name, "step": step} | report.record()
+    if folder is not None:
+        stored = getattr(torch, dtype) if dtype is not None else folder.dtype
+        event |= {"source": source.name, "dtype": str(stored).removeprefix("torch.")}
+        if stored != torch.float32:
+            event["delta_logits_stored"] = rounding(grown[-1], stored, probe)
+        write_grown(folder, output, grown[-1], event, stored)
+        _show_grown(event, output)
+        return
     run, at = run_of(checkpoint.folder), checkpoint.manifest.progress
     if run is not None:
         event["run"] = run.path.name
@@ -104,7 +131,32 @@ def grow_checkpoint(
         layout="whole",
     )
     store.write(output, grown[-1], manifest, log=log)
+    _show_grown(event, output)
+
+
+def convert_published(file: Path, output: Path, num_heads: int) -> None:
+    """Writes the published TokenFormer weights in ``file`` as a growkit checkpoint at ``output``."""
+    _refuse_existing(output)
+    state = read_published(file, num_heads)
+    store.write(output, state, Manifest(state.config, Progress()))
+    config = state.config
+    size = f"{config.num_params():,} parameters, {len(config.layers)} layers of width {config.embed_dim}"
+    console.print(f"wrote {output}: {size}", soft_wrap=True, markup=False)
+
+
+def _refuse_existing(output: Path) -> None:
+    if output.exists():
+        mend = "name a folder that does not exist"
+        raise ConfigError("file-exists", "is already there", key="--output", value=str(output), mend=mend)
+
+
+def _show_grown(event: dict[str, Any], output: Path) -> None:
     console.print(growth_table(event))
+    if "delta_logits_stored" in event:
+        moved = f"{event['delta_logits_stored']:.1e}"
+        console.print(
+            f"stored as {event['dtype']}, which by itself moves the grown model's logits by {moved} (relative)"
+        )
     console.print(f"wrote {output}", soft_wrap=True, markup=False)
 
 
@@ -122,7 +174,11 @@ def inspect_checkpoint(folder: Path) -> None:
     checkpoint = open_any(folder)
     manifest, config = checkpoint.manifest, checkpoint.manifest.model
     at = manifest.progress
-    console.print(f"[bold]{escape(str(checkpoint.folder))}[/bold]: sound, every file matches its hash", soft_wrap=True)
+    sound = "sound, every file matches its hash"
+    if isinstance(checkpoint, ModelFolder):
+        stored = str(checkpoint.dtype).removeprefix("torch.")
+        sound = f"{checkpoint.adapter.architecture} in {stored}; every tensor is there and of its shape"
+    console.print(f"[bold]{escape(str(checkpoint.folder))}[/bold]: {sound}", soft_wrap=True)
     console.print(
         f"step {at.step} (stage {at.stage + 1}), {quantity(at.tokens)} tokens, {quantity(at.flops)} FLOPs; "
         f"{config.num_params():,} parameters, {len(config.layers)} layers of width {config.embed_dim}"

@@ -37,8 +37,8 @@ def evaluate(
     """Prints loss, loss by position, speed and memory of the checkpoint at ``folder``."""
     checkpoint = open_any(folder)
     manifest, config = checkpoint.manifest, checkpoint.manifest.model
-    recipe = parse_recipe(manifest.recipe, [], PRESETS, name="the checkpoint's recipe") if manifest.recipe else None
-    context = context or _trained_context(recipe, manifest)
+    recipe = recipe_of(manifest)
+    context = context or trained_context(recipe, manifest)
     name, text, ends = _text(source, text_field, recipe, tokenizer_of(checkpoint))
     if len(text) <= context:
         problem = f"has {len(text)} tokens, a window needs {context + 1}"
@@ -95,7 +95,12 @@ def evaluate(
     )
 
 
-def _trained_context(recipe: Recipe | None, manifest: Manifest) -> int:
+def recipe_of(manifest: Manifest) -> Recipe | None:
+    return parse_recipe(manifest.recipe, [], PRESETS, name="the checkpoint's recipe") if manifest.recipe else None
+
+
+def trained_context(recipe: Recipe | None, manifest: Manifest) -> int:
+    """Tokens of a sequence in the stage that the checkpoint is of. Raises ConfigError without a recipe."""
     if recipe is None:
         mend = "say how long the windows are"
         raise ConfigError("missing-key", "is missing, and the checkpoint has no recipe", key="--context", mend=mend)

@@ -29,7 +29,7 @@ CHECKPOINTS, MACHINE = "Work with checkpoints", "Look at this machine"
 app.add_typer(recipes_app, name="recipes", rich_help_panel=PLAN)
 
 Extends = Annotated[
-    Path | None, typer.Option("--extend", help="The run or checkpoint that the recipe's stages go on from.")
+    Path | None, typer.Option("--extend", help="The run, checkpoint or Hugging Face folder that the stages go on from.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 
@@ -151,7 +151,9 @@ def resume(
 
 @app.command(epilog="Example: growkit extend runs/NAME more.yaml run.name=longer", rich_help_panel=TRAIN)
 def extend(
-    source: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="What to go on from.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="What to go on from; also a Hugging Face folder.")
+    ],
     recipe: Annotated[str, typer.Argument(help="A YAML file with further stages, and what shall differ; no model.")],
     overrides: Overrides = None,
     from_step: Annotated[int | None, typer.Option("--from", help="Step of the run (default: the latest).")] = None,
@@ -212,7 +214,7 @@ def sync(run: Annotated[Path, typer.Argument(help="A run folder, of any logger."
     epilog="Example: growkit grow runs/NAME num_layers=8 -o grown methods.depth=identity", rich_help_panel=CHECKPOINTS
 )
 def grow(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or a run folder (its latest checkpoint).")],
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a run (its latest one) or a Hugging Face folder.")],
     targets: Annotated[list[str], typer.Argument(help="key=value: sizes to grow to, methods.OPERATOR=METHOD.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the grown checkpoint goes.")],
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of what is drawn at random.")] = 0,
@@ -220,19 +222,64 @@ def grow(
         str | None, typer.Option(help="Text to measure on: a file, folder or hf:NAME (default: random tokens).")
     ] = None,
     probe_tokens: Annotated[int, typer.Option(min=2, help="Tokens the certificate is measured on.")] = 512,
+    kind: Annotated[
+        Literal["growkit"] | None, typer.Option("--as", help="A growkit checkpoint, whatever the source is.")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Of a Hugging Face folder's tensors (default: as they were)."),
+    ] = None,
 ) -> None:
-    """Grow a checkpoint without training, with a certificate."""
+    """Grow a checkpoint or a Hugging Face folder without training, with a certificate."""
     from growkit.cli.checkpoints import grow_checkpoint
 
-    grow_checkpoint(checkpoint, targets, output, seed, probe_tokens, data)
+    grow_checkpoint(checkpoint, targets, output, seed, probe_tokens, data, as_growkit=kind == "growkit", dtype=dtype)
 
 
 @app.command(epilog="Example: growkit inspect runs/NAME", rich_help_panel=CHECKPOINTS)
-def inspect(checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or a run folder.")]) -> None:
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a run (its latest one) or a Hugging Face folder.")],
+) -> None:
     """Show what a checkpoint holds: model, progress, lineage with certificates; every file is verified."""
     from growkit.cli.checkpoints import inspect_checkpoint
 
     inspect_checkpoint(checkpoint)
+
+
+@app.command(epilog="Example: growkit export runs/NAME exported --dtype bfloat16", rich_help_panel=CHECKPOINTS)
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a run (its latest one) or a Hugging Face folder.")],
+    folder: Annotated[Path, typer.Argument(help="The folder to write.")],
+    family: Annotated[
+        str,
+        typer.Option(
+            "--as",
+            help="Format: growkit (transformers reads it, with growkit), llama, mistral, qwen3 or gpt_neox "
+            "(transformers alone).",
+        ),
+    ] = "growkit",
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the weights.")] = "float32",
+) -> None:
+    """Write a checkpoint as a Hugging Face folder, with its tokenizer."""
+    from growkit.cli.export import export_checkpoint
+
+    export_checkpoint(checkpoint, folder, family, dtype)
+
+
+@app.command(
+    epilog="Example: growkit convert pytorch_model.bin -o tokenformer --num-heads 12", rich_help_panel=CHECKPOINTS
+)
+def convert(
+    file: Annotated[Path, typer.Argument(help="The pytorch_model.bin of a published TokenFormer.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the checkpoint goes.")],
+    num_heads: Annotated[
+        int, typer.Option(help="Attention heads, which the file does not say (150M: 12; larger: 16).")
+    ],
+) -> None:
+    """Make a growkit checkpoint of published TokenFormer weights."""
+    from growkit.cli.checkpoints import convert_published
+
+    convert_published(file, output, num_heads)
 
 
 @app.command("eval", epilog="Example: growkit eval runs/NAME --data my.txt --context 512", rich_help_panel=CHECKPOINTS)

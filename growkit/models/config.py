@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from growkit.errors import ConfigError
+from growkit.models.rope import RopeScaling
 
 Theta = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
 NormKind = Literal["rmsnorm", "layernorm", "layernorm_gainless"]
+MLPKind = Literal["swiglu", "gelu", "gelu_tanh"]
 THETAS: tuple[str, ...] = get_args(Theta)
 NORM_KINDS: tuple[str, ...] = get_args(NormKind)
+MLP_KINDS: tuple[str, ...] = get_args(MLPKind)
 MOST_LAYERS = 10_000  # every layer is written out, so a slip of the keyboard could fill the memory
 
 
@@ -30,8 +33,9 @@ class Norm:
 
 @dataclass(frozen=True)
 class Linear:
-    """A dense map X Wᵀ without bias."""
+    """A dense map X Wᵀ, plus b if there is a ``bias``."""
 
+    bias: bool = False
     kind: Literal["linear"] = "linear"
 
 
@@ -71,15 +75,27 @@ class Attention:
     rope_base: float = 10000.0
     rope_fraction: float = 1.0
     qk_norm: Norm | None = None
+    rope_scaling: RopeScaling | None = None
     kind: Literal["attention"] = "attention"
+
+    @property
+    def rotated(self) -> int:
+        """Dimensions of a head that rotary positions turn."""
+        return round(self.head_dim * self.rope_fraction)
+
+    @property
+    def rope(self) -> tuple[float, int, RopeScaling | None]:
+        """What the angles of rotary positions depend on: layers in which it is the same share a table of them."""
+        return self.rope_base, self.rotated, self.rope_scaling
 
 
 @dataclass(frozen=True)
 class DenseMLP:
-    """``swiglu``: down(silu(gate x) ⊙ up x); ``gelu``: down(gelu(up x))."""
+    """``swiglu``: down(silu(gate x) ⊙ up x); ``gelu``: down(gelu(up x)), by erf, ``gelu_tanh`` by its tanh form."""
 
     dim: int
-    kind: Literal["swiglu", "gelu"] = "swiglu"
+    kind: MLPKind = "swiglu"
+    bias: bool = False
 
     @property
     def gated(self) -> bool:
@@ -113,12 +129,14 @@ class PattentionMLP:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One layer. ``origin``: the layer it was copied from, if it was inserted by growth."""
+    """One layer. ``origin``: the layer it was copied from, if it was inserted by growth. ``parallel``: attention and
+    MLP read the same residual stream, x + attention(norm x) + mlp(norm′ x) (GPT-NeoX), not one after the other."""
 
     id: int
     mixer: Attention
     mlp: DenseMLP | MoEMLP | PattentionMLP
     origin: int | None = None
+    parallel: bool = False
 
 
 @dataclass(frozen=True)

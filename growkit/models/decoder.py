@@ -47,26 +47,41 @@ class DecoderLM(nn.Module):
         """Name → axes, role and layer of every parameter."""
         return param_specs(self.config)
 
-    def hidden(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
-        """Final-norm output (B, T, D). With ``cache``, tokens continue the cached positions."""
-        return self._hidden(tokens_BT, cache)[0]
+    def hidden(
+        self,
+        tokens_BT: Tensor,
+        cache: Cache | None = None,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Final-norm output (B, T, D). With ``cache``, tokens continue the cached positions.
 
-    def _hidden(self, tokens_BT: Tensor, cache: Cache | None) -> tuple[Tensor, list[Tensor]]:
+        For rows that hold padding: ``positions`` (B, T) of the tokens, and ``mask`` (B, 1, T, cached + T), bool: the
+        keys that each query sees.
+        """
+        return self._hidden(tokens_BT, cache, positions, mask)[0]
+
+    def _hidden(
+        self, tokens_BT: Tensor, cache: Cache | None, positions: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """``hidden``, and the balance losses of the layers that have one."""
         balances = []
         x = self.embedding(tokens_BT)
         past = cache.length if cache is not None else 0
-        positions = torch.arange(past, past + tokens_BT.shape[1], device=x.device)
-        ropes: dict[tuple[int, float, float], tuple[Tensor, Tensor]] = {}
+        length = past + tokens_BT.shape[1] if positions is None else None  # then the positions say it
+        if positions is None:
+            positions = torch.arange(past, past + tokens_BT.shape[1], device=x.device)
+        ropes: dict[object, tuple[Tensor, Tensor]] = {}
         for spec in self.config.layers:
             layer = self.layers[str(spec.id)]
-            key = (spec.mixer.head_dim, spec.mixer.rope_fraction, spec.mixer.rope_base)
+            key = spec.mixer.rope
             if key not in ropes:
-                ropes[key] = rope_table(spec.mixer, positions, x.dtype)
+                ropes[key] = rope_table(spec.mixer, positions, x.dtype, length=length)
             if self.checkpoint_layers and self.training:
-                x, balance = checkpoint(layer, x, ropes[key], use_reentrant=False)
+                x, balance = checkpoint(layer, x, ropes[key], None, mask, use_reentrant=False)
             else:
-                x, balance = layer(x, ropes[key], cache.layers[spec.id] if cache is not None else None)
+                x, balance = layer(x, ropes[key], cache.layers[spec.id] if cache is not None else None, mask)
             if balance is not None:
                 balances.append(balance)
         if cache is not None:
@@ -77,6 +92,11 @@ class DecoderLM(nn.Module):
     def head_weight(self) -> Tensor:
         """(V, D)."""
         return self.embedding.weight if self.config.tied_head else self.head.weight
+
+    def logits(self, h_BTD: Tensor) -> Tensor:
+        """(B, T, V) of the final norm's output."""
+        logits = F.linear(h_BTD, self.head_weight)
+        return logits if self.config.logit_scale == 1 else logits * self.config.logit_scale
 
     def forward(
         self,
@@ -91,8 +111,7 @@ class DecoderLM(nn.Module):
         training the total has the mixtures' balance losses in it, added up over the layers."""
         h, balances = self._hidden(tokens, cache)
         if targets is None:
-            logits = F.linear(h, self.head_weight)
-            return logits if self.config.logit_scale == 1 else logits * self.config.logit_scale
+            return self.logits(h)
         loss = chunked_cross_entropy(
             h.flatten(0, 1),
             self.head_weight,

@@ -21,17 +21,19 @@ from growkit.models.config import (
 )
 from growkit.models.experts import MixtureFeedForward
 from growkit.models.norm import Normalize
+from growkit.models.rope import inverse_frequencies
 from growkit.ops.elementwise import rotate
 from growkit.ops.pattention import Tokens, pattention
 
 
 class LinearProjection(nn.Module):
-    def __init__(self, inp: int, out: int) -> None:
+    def __init__(self, inp: int, out: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out, inp))
+        self.bias = nn.Parameter(torch.empty(out)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight, self.bias)
 
 
 class PattentionProjection(nn.Module):
@@ -54,7 +56,7 @@ class PattentionProjection(nn.Module):
 def projection(spec: Projection, inp: int, out: int, backend: str) -> nn.Module:
     if isinstance(spec, Pattention):
         return PattentionProjection(spec, inp, out, backend)
-    return LinearProjection(inp, out)
+    return LinearProjection(inp, out, spec.bias)
 
 
 def project(projections: list[nn.Module], x: Tensor) -> list[Tensor]:
@@ -103,7 +105,14 @@ class CausalAttention(nn.Module):
             self.q_norm = Normalize(spec.qk_norm, spec.head_dim)
             self.k_norm = Normalize(spec.qk_norm, spec.head_dim)
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: LayerCache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """``mask`` (B, 1, T, cached + T), bool: the keys that each query sees; None: all up to its own."""
         spec = self.spec
         B, T, _ = x_BTD.shape
         q, k, v = project([self.q, self.k, self.v], x_BTD)
@@ -113,11 +122,11 @@ class CausalAttention(nn.Module):
         if spec.qk_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rope).transpose(1, 2), rotate(k, *rope).transpose(1, 2)
-        causal, mask = True, None
+        causal = mask is None
         if cache is not None:
             past = cache.length
             k, v = cache.append(k, v)
-            if past:
+            if past and causal:
                 causal = False
                 ones = torch.ones(T, past + T, dtype=torch.bool, device=q.device)
                 mask = ones.tril(past) if T > 1 else None
@@ -126,14 +135,27 @@ class CausalAttention(nn.Module):
         return self.o(y.transpose(1, 2).reshape(B, T, -1))
 
 
-def rope_table(spec: Attention, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (1, T, 1, rotated/2) of position · base^(−2i/rotated); angles in float32 at least."""
-    rotated = round(spec.head_dim * spec.rope_fraction)
+def rope_table(
+    spec: Attention, positions: Tensor, dtype: torch.dtype, *, length: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """cos and sin (1 or B, T, 1, rotated/2) of position · base^(−2i/rotated), or as ``spec.rope_scaling`` has it,
+    positions (T,) or (B, T); angles in float32 at least. ``length``: of the whole sequence, cached positions included;
+    None: up to the last of ``positions``, which have to be read for it where the angles are scaled."""
+    base, rotated, scaling = spec.rope
     wide = torch.promote_types(dtype, torch.float32)
-    exponent = torch.arange(0, rotated, 2, device=positions.device, dtype=wide) / max(rotated, 1)
-    angles = positions.to(wide)[:, None] * spec.rope_base**-exponent
-    angles = angles[None, :, None, :]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    if scaling is None:
+        exponent = torch.arange(0, rotated, 2, device=positions.device, dtype=wide) / max(rotated, 1)
+        frequencies = base**-exponent
+    else:
+        length = int(positions.max()) + 1 if length is None else length
+        turns = inverse_frequencies(scaling, base, rotated, length)
+        frequencies = torch.tensor(turns, device=positions.device, dtype=wide)
+    positions = positions if positions.ndim == 2 else positions[None]
+    angles = (positions.to(wide)[..., None] * frequencies)[:, :, None, :]
+    cos, sin = angles.cos(), angles.sin()
+    if scaling is not None and scaling.attention_factor != 1:
+        cos, sin = cos * scaling.attention_factor, sin * scaling.attention_factor
+    return cos.to(dtype), sin.to(dtype)
 
 
 class DenseFeedForward(nn.Module):
@@ -141,16 +163,16 @@ class DenseFeedForward(nn.Module):
         super().__init__()
         self.kind = spec.kind
         if spec.kind == "swiglu":
-            self.gate_up = LinearProjection(embed_dim, 2 * spec.dim)
+            self.gate_up = LinearProjection(embed_dim, 2 * spec.dim, spec.bias)
         else:
-            self.up = LinearProjection(embed_dim, spec.dim)
-        self.down = LinearProjection(spec.dim, embed_dim)
+            self.up = LinearProjection(embed_dim, spec.dim, spec.bias)
+        self.down = LinearProjection(spec.dim, embed_dim, spec.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kind == "gelu":
-            return self.down(F.gelu(self.up(x)))
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        if self.kind == "swiglu":
+            gate, up = self.gate_up(x).chunk(2, dim=-1)
+            return self.down(F.silu(gate) * up)
+        return self.down(F.gelu(self.up(x), approximate="tanh" if self.kind == "gelu_tanh" else "none"))
 
 
 class TokenFeedForward(nn.Module):
@@ -163,7 +185,7 @@ class TokenFeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)): pre-norm residual block.
+    """x + mixer(norm(x)), then x + mlp(norm(x)), or both from one x: pre-norm residual block.
 
     Returns the residual stream and, of a mixture of experts in training, its balance loss: returned, and not left on
     the module, so that a layer that is computed again in backward does not count it twice.
@@ -180,16 +202,16 @@ class Layer(nn.Module):
             self.mlp = MixtureFeedForward(spec.mlp, config.embed_dim)
         else:
             self.mlp = TokenFeedForward(spec.mlp, config.embed_dim, backend)
-        self.dropout = config.dropout
+        self.dropout, self.parallel = config.dropout, spec.parallel
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None
+        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        x = x + self._drop(self.attention(self.attention_norm(x), rope, cache))
-        y, balance = self.mlp(self.mlp_norm(x)), None
+        mixed = x + self._drop(self.attention(self.attention_norm(x), rope, cache, mask))
+        y, balance = self.mlp(self.mlp_norm(x if self.parallel else mixed)), None
         if isinstance(self.mlp, MixtureFeedForward):
             y, balance = y
-        return x + self._drop(y), balance
+        return mixed + self._drop(y), balance
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 from growkit.errors import ConfigError
 from growkit.models.config import (
+    MLP_KINDS,
     MOST_LAYERS,
     NORM_KINDS,
     THETAS,
@@ -61,6 +62,12 @@ def mixture(block: DenseMLP | MoEMLP, experts: int, per_token: int, balance_loss
     if not 0 <= balance_loss < math.inf:
         problem = "must be 0 or more"
         raise ConfigError("out-of-range", problem, key=f"{section}.balance_loss", value=balance_loss)
+    if isinstance(block, DenseMLP) and (block.bias or block.kind == "gelu_tanh"):
+        what = "biases" if block.bias else "GELU by tanh"
+        mend = "leave num_experts out, or start from blocks without biases, swiglu or gelu"
+        raise ConfigError(
+            "unknown-choice", f"does not go with {what}", key=f"{section}.num_experts", value=experts, mend=mend
+        )
     kind: Literal["moe_swiglu", "moe_gelu"] = "moe_swiglu" if block.gated else "moe_gelu"
     return MoEMLP(block.dim, experts, per_token, float(balance_loss), kind)
 
@@ -127,11 +134,13 @@ class _Common:
     def _head_dim(self) -> int:
         return self.head_dim or self.embed_dim // self.num_heads
 
-    def _model(self, mixer: Attention, mlp: DenseMLP | MoEMLP | PattentionMLP) -> ModelConfig:
+    def _model(
+        self, mixer: Attention, mlp: DenseMLP | MoEMLP | PattentionMLP, *, parallel: bool = False
+    ) -> ModelConfig:
         return ModelConfig(
             vocab_size=self.vocab_size,
             embed_dim=self.embed_dim,
-            layers=tuple(LayerSpec(i, mixer, mlp) for i in range(self.num_layers)),
+            layers=tuple(LayerSpec(i, mixer, mlp, parallel=parallel) for i in range(self.num_layers)),
             norm=Norm(self.norm, self.norm_eps),  # type: ignore[arg-type]
             final_norm=Norm(self.final_norm or self.norm, self.norm_eps),  # type: ignore[arg-type]
             tied_head=self.tied_head,
@@ -185,22 +194,24 @@ class TokenFormer(_Common):
 @PRESETS.register("transformer")
 @dataclass
 class Transformer(_Common):
-    """Transformer++: RoPE, RMSNorm, SwiGLU, no biases."""
+    """Transformer++: RoPE, RMSNorm, SwiGLU, no biases, unless told otherwise."""
 
     preset: str = "transformer"
     mlp_dim: int | None = None  # default: 8/3 · embed_dim, rounded up to a multiple of 16
-    mlp: str = "swiglu"  # swiglu | gelu
+    mlp: str = "swiglu"  # swiglu | gelu | gelu_tanh
     num_experts: int | None = None  # feed-forward blocks of mlp_dim in each layer; default: one, without a router
     experts_per_token: int = 2  # of them that a token goes through, 2..num_experts
     balance_loss: float = 0.01  # weight of the experts' load-balancing loss in training, 0 or more
+    bias: bool = False  # on every dense map of a layer
+    parallel: bool = False  # attention and MLP of a layer read the same residual stream, as in GPT-NeoX
 
     def expand(self) -> ModelConfig:
         self._check()
         _positive(self, "mlp_dim")
-        _choice(self.mlp, ("swiglu", "gelu"), "mlp")
+        _choice(self.mlp, MLP_KINDS, "mlp")
         dim = self.mlp_dim or math.ceil(self.embed_dim * 8 / 3 / 16) * 16
-        linear = Linear()
-        mlp: DenseMLP | MoEMLP = DenseMLP(dim, self.mlp)  # type: ignore[arg-type]
+        linear = Linear(self.bias)
+        mlp: DenseMLP | MoEMLP = DenseMLP(dim, self.mlp, self.bias)  # type: ignore[arg-type]
         if self.num_experts is not None:
             mlp = mixture(mlp, self.num_experts, self.experts_per_token, self.balance_loss, "model")
-        return self._model(self._attention(linear, linear, linear, linear), mlp)
+        return self._model(self._attention(linear, linear, linear, linear), mlp, parallel=self.parallel)

@@ -12,7 +12,17 @@ from functools import cached_property, lru_cache
 from typing import Literal
 
 from growkit.models.axes import AnyAxis, Axis, Concat, Product
-from growkit.models.config import Attention, DenseMLP, LayerSpec, ModelConfig, MoEMLP, Norm, Pattention, Projection
+from growkit.models.config import (
+    Attention,
+    DenseMLP,
+    LayerSpec,
+    Linear,
+    ModelConfig,
+    MoEMLP,
+    Norm,
+    Pattention,
+    Projection,
+)
 
 Role = Literal["embedding", "head", "weight", "keys", "values", "gain", "bias"]
 Component = Literal["embedding", "attention", "mlp", "norm", "head"]
@@ -58,13 +68,15 @@ class ParamSpec:
 
     @property
     def out_dim(self) -> int | None:
-        """The dimension it writes: of a linear weight (out, in) or (experts, out, in) the last but one, 1 of values and
-        of an embedding table."""
-        return {"weight": len(self.axes) - 2, "values": 1, "embedding": 1}.get(self.role)
+        """The dimension it writes: of a linear weight (out, in) or (experts, out, in) the last but one, 0 of its bias,
+        1 of values and of an embedding table. None of what a norm has, which scales and shifts what it reads."""
+        if self.component == "norm":
+            return None
+        return {"weight": len(self.axes) - 2, "bias": 0, "values": 1, "embedding": 1}.get(self.role)
 
     @property
     def writes_residual(self) -> bool:
-        """Whether its product is added to the residual stream (or starts it)."""
+        """Whether it, or its product, is added to the residual stream (or starts it)."""
         return self.out_dim is not None and self.axes[self.out_dim].names == {"embed"}
 
     def starts_at(self) -> float:
@@ -123,24 +135,36 @@ def _layer(layer: LayerSpec, config: ModelConfig, embed: Axis, depth: int) -> li
     norm("mlp_norm.", config.norm, embed)
     mlp = layer.mlp
     if isinstance(mlp, DenseMLP | MoEMLP):
-        rows.extend(_feed_forward(mlp, embed, layer.id, depth))
+        read, inner = _hidden_axes(mlp)
+        if isinstance(mlp, MoEMLP):
+            rows.extend(_experts(mlp, embed, layer.id, depth))
+        else:
+            dense(f"mlp.{read}.", Linear(mlp.bias), embed, inner, "mlp")
+            dense("mlp.down.", Linear(mlp.bias), Axis("mlp", mlp.dim), embed, "mlp")
     else:
         dense("mlp.tokens.", mlp.projection, embed, embed, "mlp")
     return rows
 
 
-def _feed_forward(mlp: DenseMLP | MoEMLP, embed: Axis, layer: int, depth: int) -> list[tuple[str, ParamSpec]]:
-    """One dense block, or a router and several: experts have the block's names, with an axis more, so that a block that
-    becomes a mixture keeps its parameters."""
+def _hidden_axes(mlp: DenseMLP | MoEMLP) -> tuple[str, AnyAxis]:
+    """Name and output axis of what reads the stream: gate and up are one parameter."""
     wide = Axis("mlp", mlp.dim)
-    name, inner = ("gate_up", Concat((wide, wide))) if mlp.gated else ("up", wide)
-    rows = [(f"mlp.{name}.weight", (inner, embed), INIT_STD), ("mlp.down.weight", (embed, wide), _writer_std(depth))]
-    if isinstance(mlp, DenseMLP):
-        return [(local, _weight(axes, "mlp", std, layer, local)) for local, axes, std in rows]
+    return ("gate_up", Concat((wide, wide))) if mlp.gated else ("up", wide)
+
+
+def _experts(mlp: MoEMLP, embed: Axis, layer: int, depth: int) -> list[tuple[str, ParamSpec]]:
+    """A router and several dense blocks, which have a dense block's names, with an axis more: a block that becomes a
+    mixture keeps its parameters."""
+    wide = Axis("mlp", mlp.dim)
+    name, inner = _hidden_axes(mlp)
+    rows: list[tuple[str, tuple[AnyAxis, ...], float]] = [
+        (f"mlp.{name}.weight", (inner, embed), INIT_STD),
+        ("mlp.down.weight", (embed, wide), _writer_std(depth)),
+    ]
     experts, k = Axis("experts", mlp.num_experts), mlp.experts_per_token
     router = "mlp.router.weight"
     return [
-        (router, _weight((experts, embed), "mlp", INIT_STD, layer, router)),
+        (router, ParamSpec((experts, embed), "weight", "mlp", INIT_STD, layer, router)),
         *(
             (local, ParamSpec((experts, *axes), "weight", "mlp", std, layer, local, experts_per_token=k))
             for local, axes, std in rows
@@ -161,16 +185,16 @@ def _writer_std(depth: int) -> float:
     return INIT_STD / math.sqrt(2 * depth)
 
 
-def _weight(axes: tuple[AnyAxis, ...], part: Component, std: float, layer: int, local: str) -> ParamSpec:
-    return ParamSpec(axes, "weight", part, std, layer, local)
-
-
 def _projection(
     prefix: str, kind: Projection, inp: AnyAxis, out: AnyAxis, part: Component, layer: int, depth: int
 ) -> list[tuple[str, ParamSpec]]:
     if not isinstance(kind, Pattention):
         std = _writer_std(depth) if out.names == {"embed"} else INIT_STD
-        return [(f"{prefix}weight", _weight((out, inp), part, std, layer, f"{prefix}weight"))]
+        weight, bias = f"{prefix}weight", f"{prefix}bias"
+        rows = [(weight, ParamSpec((out, inp), "weight", part, std, layer, weight))]
+        if kind.bias:
+            rows.append((bias, ParamSpec((out,), "bias", part, None, layer, bias)))
+        return rows
     rows = []
     # Keys of norm 1: their scale leaves the function as it is but sets how fast Adam turns them. Values: TokenFormer's
     # published start, except where they write the residual stream, which that start would drown at small widths.

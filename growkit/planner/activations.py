@@ -271,7 +271,7 @@ def projections(
 
 
 class DenseFeedForward:
-    """models/layers.py: SwiGLU or GELU. Reads float32."""
+    """models/layers.py: SwiGLU or GELU of either form. Reads float32."""
 
     def __init__(self, at: Pass, spec: DenseMLP, embed: int, *, lends_gradient: bool) -> None:
         self.swiglu, self.inner = spec.kind == "swiglu", at.narrow(spec.dim)

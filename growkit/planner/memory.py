@@ -109,7 +109,7 @@ def _stage(
     layers: Counter[int | None] = Counter()
     for spec in param_specs(stage.model).values():
         layers[spec.layer] += spec.numel
-        if not spec.is_matmul and spec.component == "norm":
+        if spec.role in ("gain", "bias"):
             elementwise[spec.layer] += spec.numel
 
     def passes(adds_gradients: bool) -> tuple[float, float]:

@@ -20,7 +20,7 @@ from growkit.planner.activations import (
 )
 from growkit.planner.ledger import Ledger, Trace
 
-HIDDEN = {"swiglu": 4, "gelu": 2}  # hidden widths alive at once when nothing is kept
+HIDDEN = {"swiglu": 4, "gelu": 2, "gelu_tanh": 2}  # hidden widths alive at once when nothing is kept
 
 
 class AttentionBlock:
@@ -79,7 +79,7 @@ class LayerPass:
     """models/layers.py, ``Layer``: from the residual stream to the residual stream, both float32."""
 
     def __init__(self, at: Pass, spec: LayerSpec, config: ModelConfig, dropout: bool) -> None:
-        self.at, self.dropout, embed = at, dropout, config.embed_dim
+        self.at, self.dropout, self.parallel, embed = at, dropout, spec.parallel, config.embed_dim
         self.x, self.narrow = at.wide(embed), at.narrow(embed)
         mask = 1 if at.cuda else at.element  # on a CPU, PyTorch draws a mask as wide as what it drops
         self.mask = at.tokens * embed * mask if dropout else 0.0
@@ -109,6 +109,8 @@ class LayerPass:
             ledger.give(self.narrow)
         if not self.norm.holds_input:
             ledger.give(self.x, self.x)
+        elif self.parallel:  # both norms hold the layer's input, and nothing the sum between them
+            ledger.give(self.x)
 
     def backward(self, ledger: Ledger) -> None:
         for branch in reversed(self.branches):
@@ -122,6 +124,11 @@ class LayerPass:
                 ledger.give(self.x)  # the norm's output
             self.norm.backward(ledger)
             ledger.give(self.x)  # added to the residual stream's
+            if self.parallel and branch is not self.branches[0]:
+                ledger.take(self.x if self.norm.holds_input else 0.0)  # the other norm holds it still
+                ledger.take(self.x if self.lends else 0.0)  # the sum is not what attention's branch was lent
+        if self.parallel:
+            ledger.give(self.x if self.lends else 0.0)
 
 
 class LossPass:
@@ -216,15 +223,16 @@ def trace(config: ModelConfig, at: Pass, elementwise: Mapping[int | None, float]
     by id; None: the model's own."""
     ledger, back = Ledger(), Ledger()
     embed, x = config.embed_dim, at.wide(config.embed_dim)
-    ropes = {(s.mixer.head_dim, s.mixer.rope_fraction, s.mixer.rope_base) for s in config.layers}
-    batch = 4 * INDEX * at.tokens + sum(FLOAT * at.context * dim * share for dim, share, _ in ropes)
+    ropes = {s.mixer.rope for s in config.layers}
+    batch = 4 * INDEX * at.tokens + sum(FLOAT * at.context * rotated for _, rotated, _ in ropes)
     ledger.take(batch, x)
-    known: dict[tuple[object, object], Traces] = {}
+    known: dict[object, Traces] = {}
     passes = []
     for spec in config.layers:
-        if (spec.mixer, spec.mlp) not in known:
-            known[spec.mixer, spec.mlp] = _layer(spec, config, at)
-        passes.append(known[spec.mixer, spec.mlp])
+        kind = (spec.mixer, spec.mlp, spec.parallel)
+        if kind not in known:
+            known[kind] = _layer(spec, config, at)
+        passes.append(known[kind])
         ledger.replay(passes[-1].forward)
     norm, loss = NormBlock(at, config.final_norm, embed), LossPass(at, config)
     norm.forward(ledger)

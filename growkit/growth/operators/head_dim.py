@@ -23,6 +23,9 @@ from growkit.growth.operator import (
 from growkit.growth.operators.width import padded_norm
 from growkit.models.axes import NEW
 from growkit.models.config import Attention, LayerSpec, ModelConfig
+from growkit.models.rope import LongRope, RopeScaling, critical_lengths, inverse_frequencies
+
+ANGLE_TOLERANCE = 1e-12  # relative: the same speed by another formula, a few float64 roundings
 
 
 class HeadDim(GrowthOperator):
@@ -55,6 +58,11 @@ class HeadDim(GrowthOperator):
         return each_layer(config, target, widened)
 
     def exactness(self, source: ModelConfig, target: ModelConfig, method: str) -> Exactness:
+        for layer in source.layers:
+            scaling = layer.mixer.rope_scaling
+            if scaling is not None and not _angles_stay(layer.mixer, target.layer(layer.id).mixer, scaling):
+                reason = f"in wider heads the {scaling.kind} scaling of rotary positions gives old pairs other angles"
+                return Exactness("not", reason)
         reason = "old rotary pairs keep their angles, √(d′/d) in the queries makes up for the scale of the scores"
         return Exactness("exact", reason, rescales=True)
 
@@ -83,10 +91,27 @@ class HeadDim(GrowthOperator):
 
 
 def _widened(mixer: Attention, dim: int) -> Attention:
-    """A mean over more zeros is smaller by d/d′, so QK-norm's eps is too."""
-    ratio = mixer.head_dim / dim
+    """A mean over more zeros is smaller by d/d′, so QK-norm's eps is too. Factors that a scaling of the angles has for
+    each pair go with the pair, and its new neighbours take them over."""
+    ratio, times = mixer.head_dim / dim, dim // mixer.head_dim
     norm = padded_norm(mixer.qk_norm, ratio) if mixer.qk_norm is not None else None
-    return dataclasses.replace(mixer, head_dim=dim, qk_norm=norm)
+    scaling = mixer.rope_scaling
+    if isinstance(scaling, LongRope):
+        short, long = (tuple(f for f in by for _ in range(times)) for by in (scaling.short, scaling.long))
+        scaling = dataclasses.replace(scaling, short=short, long=long)
+    return dataclasses.replace(mixer, head_dim=dim, qk_norm=norm, rope_scaling=scaling)
+
+
+def _angles_stay(before: Attention, after: Attention, scaling: RopeScaling) -> bool:
+    """Whether pair i turns as pair m·i does in heads m times as wide, whatever the length of the sequence."""
+    times = after.head_dim // before.head_dim
+    for length in critical_lengths(scaling):
+        (base, rotated, old), (_, wider, new) = before.rope, after.rope
+        kept = inverse_frequencies(new, base, wider, length)[::times]
+        turned = zip(inverse_frequencies(old, base, rotated, length), kept, strict=True)
+        if not all(math.isclose(a, b, rel_tol=ANGLE_TOLERANCE) for a, b in turned):
+            return False
+    return True
 
 
 def rotary_placement(before: Attention, after: Attention, *, clones: bool = False) -> list[int]:
