@@ -177,11 +177,11 @@ class _Cache(decoder.Cache):
 
 
 class _LayerCache(layers.LayerCache):
+    """Made anew for each forward pass: ``length`` is what it holds before."""
+
     def __init__(self, cache: Cache, index: int) -> None:
         self.length = cache.get_seq_length(index)
         self._cache, self._index = cache, index
 
     def append(self, k_BGTd: Tensor, v_BGTd: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = self._cache.update(k_BGTd, v_BGTd, self._index)
-        self.length += k_BGTd.shape[2]
-        return k, v
+        return self._cache.update(k_BGTd, v_BGTd, self._index)
