@@ -34,6 +34,7 @@ PARSED_ONLY = {
     "logger.kind=wandb": "starts wandb; the tests of the logger do, against a stand-in server",
     "--measure": "times the machine, and keeps the result in the reader's home",
     "sync": "needs an account of Weights & Biases",
+    "--tasks": "downloads the tasks' data; tests/test_tasks.py makes some of its own",
 }
 # Texts that pages name; all are the same small one.
 TEXTS = ("my.txt", "tinyshakespeare.txt", "path/to/file-or-folder", "path/to/folder/notes.md")

@@ -35,9 +35,10 @@ ONLY_IN = {
     "lightning": {"train"},
     "wandb": {"train"},
     "wandb_workspaces": {"train"},
-    "datasets": {"data"},
+    "datasets": {"data", "eval"},  # eval: its errors
     "transformers": {"data", "checkpoint", "eval"},
     "tokenizers": {"data"},
+    "lm_eval": {"eval"},
     "triton": {"ops"},
     "matplotlib": {"report"},
     "plotly": {"report"},

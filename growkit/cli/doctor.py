@@ -30,7 +30,7 @@ LEAST_DISK, LEAST_MEMORY = 2e9, 2e9  # bytes: a few checkpoints of a small model
 REQUIRED = ("lightning", "datasets", "omegaconf", "safetensors", "matplotlib", "plotly", "wandb")
 # What does without it: the extra that brings it, and what it is for.
 OPTIONAL = {
-    "transformers": ("tokenizers", "data.tokenizer and models of other libraries"),
+    "transformers": ("hf", "data.tokenizer and models of other libraries"),
     "tensorboard": ("tensorboard", "logger.kind=tensorboard"),
     "wandb-workspaces": ("workspaces", "the prepared W&B workspace"),
 }

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from growkit.checkpoint.hf.export import DTYPES, FAMILIES, export
 from growkit.checkpoint.hf.folder import ModelFolder, refuse_existing
-from growkit.cli.checkpoints import open_any
+from growkit.cli.checkpoints import open_any, tokenizer_of
 from growkit.cli.evaluate import recipe_of, trained_context
 from growkit.errors import ConfigError
 
@@ -23,7 +23,7 @@ def export_checkpoint(source: Path, folder: Path, family: str, dtype: str) -> No
     checkpoint = open_any(source)
     if isinstance(checkpoint, ModelFolder) and checkpoint.adapter.name != "growkit":
         mend = "`growkit grow` makes a larger one of it, with its tokenizer"
-        problem = "is a Hugging Face folder already, whose tokens are no bytes"
+        problem = "is a Hugging Face folder already"
         raise ConfigError("not-supported", problem, key=str(source), mend=mend)
     manifest = checkpoint.manifest
     recipe = recipe_of(manifest)
@@ -31,6 +31,7 @@ def export_checkpoint(source: Path, folder: Path, family: str, dtype: str) -> No
         folder,
         manifest.model,
         checkpoint.state.params,
+        tokenizer_of(checkpoint),
         family=family,
         dtype=DTYPES[dtype],
         context_length=trained_context(recipe, manifest) if recipe is not None else None,

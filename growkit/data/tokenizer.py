@@ -41,12 +41,13 @@ class Tokenizer:
     """Bytes: an id is a byte. (``FastTokenizer`` is every other one.)
 
     ``name``: as the recipe has it. ``vocab_size``: every id is below. ``end``: the id between documents.
-    ``identity``: says which tokenizer it is, whatever its name.
+    ``bos``: the id before each, if any. ``identity``: says which tokenizer it is, whatever its name.
     """
 
     name = identity = BYTES
     vocab_size = VOCAB_SIZE
     end = END[0]
+    bos: int | None = None
 
     def encode_documents(self, documents: Sequence[bytes], *, ends: bool = False) -> tuple[Ids, Ends | None]:
         """(ids of ``documents``, joined by ``end``; byte of the text, the documents joined by ``END``, at which each id
@@ -101,10 +102,19 @@ class FastTokenizer(Tokenizer):
     def __init__(self, name: str, fast: tokenizers.Tokenizer, end: int, bos: int | None = None) -> None:
         fast.no_padding()
         fast.no_truncation()
-        self.name, self.end, self._fast = name, end, fast
+        self.name, self.end, self.bos, self._fast = name, end, bos, fast
         self._before = [] if bos is None else [bos]
         self.vocab_size = 1 + max(end, *self._before, *fast.get_vocab(with_added_tokens=True).values())
-        self.identity = hashlib.sha256(json.dumps([fast.to_str(), end, bos]).encode()).hexdigest()
+        self.identity = hashlib.sha256(json.dumps([self.file, end, bos]).encode()).hexdigest()
+
+    @property
+    def file(self) -> str:
+        """What a tokenizer.json of it says."""
+        return str(self._fast.to_str())
+
+    def token(self, id: int) -> str:
+        """How ``id`` is spelled."""
+        return str(self._fast.id_to_token(id))
 
     def encode_documents(self, documents: Sequence[bytes], *, ends: bool = False) -> tuple[Ids, Ends | None]:
         ids: list[NDArray[np.int64]] = []
@@ -164,7 +174,7 @@ def load_tokenizer(data: DataConfig) -> Tokenizer:
         raise DataError("tokenizer-unavailable", "does not exist", key="data.tokenizer", value=name, mend=mend)
     library = "tokenizers" if is_file else "transformers"
     if find_spec(library) is None:
-        mend = "pip install 'growkit[tokenizers]'"
+        mend = "pip install 'growkit[hf]'"
         raise DataError("not-installed", f"needs {library}", key="data.tokenizer", value=name, mend=mend)
     end, bos = None, None
     with _blame(name):

@@ -251,7 +251,7 @@ DATA_CASES = [
     Case("a vocabulary below the tokenizer's, validated", "validate recipe.yaml data.tokenizer=t.json data.end_token=z",
          "vocab-too-small", "model.vocab_size", "got 256", "301 or more", _tokenizer),
     Case("a tokenizer and no library", "train recipe.yaml run.name=new data.tokenizer=t.json data.end_token=z",
-         "not-installed", "data.tokenizer", "'t.json'", "growkit[tokenizers]", _no_library),
+         "not-installed", "data.tokenizer", "'t.json'", "growkit[hf]", _no_library),
     Case("a run of another tokenizer", "resume runs/run", "tokenizer-changed", "data.tokenizer", "'bytes'", "restore",
          reseal(corpus={"name": "corpus.txt", "sha256": "0", "tokenizer": "0" * 64})),
     Case("text of another tokenizer", "generate runs/run", "tokenizer-changed", "data.tokenizer", "'bytes'", "restore",

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from growkit.checkpoint.hf import tokenizer
 from growkit.checkpoint.hf.adapter import Adapter
 from growkit.checkpoint.hf.folder import Cast, refuse_existing, write_folder
 from growkit.checkpoint.hf.source import ADAPTERS
+from growkit.checkpoint.hf.tokenizer import write
+from growkit.data.tokenizer import Tokenizer
 from growkit.errors import require
 from growkit.models.config import ModelConfig
 from growkit.registry import Registry
@@ -27,24 +28,25 @@ def export(
     folder: Path,
     config: ModelConfig,
     params: Mapping[str, Tensor],
+    tokenizer: Tokenizer,
     *,
     family: str = "growkit",
     dtype: torch.dtype = torch.float32,
     context_length: int | None = None,
 ) -> None:
-    """Writes a byte-level model with its tokenizer as a new Hugging Face folder; tensors stream.
+    """Writes a model with its tokenizer as a new Hugging Face folder; tensors stream.
 
     ``context_length``: tokens of a sequence in training, which tools take for the most they may pass. Raises
     ConfigError without transformers, for an unknown ``family`` or for a model it cannot say, and CheckpointError as
     ``write_folder``.
     """
-    require("transformers", extra="eval", key="export")
+    require("transformers", extra="hf", key="export")
     refuse_existing(folder)
     fields, tensors = FAMILIES.get(family, key="--as").to_hf(config, params)
-    fields |= {"dtype": str(dtype).removeprefix("torch."), "use_cache": True}
-    fields |= {"bos_token_id": None, "eos_token_id": tokenizer.END_ID, "pad_token_id": tokenizer.END_ID}
+    fields["dtype"] = str(dtype).removeprefix("torch.")
+    fields |= {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.end, "pad_token_id": tokenizer.end}
     if context_length is not None:
         fields.setdefault("max_position_embeddings", context_length)
     with tempfile.TemporaryDirectory() as made:
-        files = tokenizer.write(Path(made))
+        files = write(Path(made), tokenizer)
         write_folder(folder, fields, Cast(tensors, dtype), beside=files)
