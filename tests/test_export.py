@@ -17,6 +17,7 @@ from growkit.checkpoint import store
 from growkit.checkpoint.hf.export import FAMILIES, export
 from growkit.checkpoint.hf.tokenizer import byte_tokenizer
 from growkit.checkpoint.manifest import Manifest
+from growkit.data.tokenizer import Tokenizer
 from growkit.models.decoder import build
 from growkit.schedule.progress import Progress
 from tests.support import cli, model_config, probe, trained_like, write_recipe
@@ -96,7 +97,14 @@ def test_another_family_plugs_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setitem(FAMILIES._items, "backwards", Backwards())
     _, model = checkpoint(tmp_path / "source", "transformer")
-    export(tmp_path / "out", model.config, dict(model.named_parameters()), family="backwards", context_length=7)
+    export(
+        tmp_path / "out",
+        model.config,
+        dict(model.named_parameters()),
+        Tokenizer(),
+        family="backwards",
+        context_length=7,
+    )
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["model_type"], config["dtype"], config["max_position_embeddings"]) == ("other", "float32", 7)
     assert {"tokenizer.json", "tokenizer_config.json", "model.safetensors"} <= {

@@ -11,8 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from growkit.checkpoint.hf.export import Cast
-from growkit.checkpoint.hf.folder import INDEX, WEIGHTS, ModelFolder, read_folder, write_folder
+from growkit.checkpoint.hf.folder import INDEX, WEIGHTS, Cast, ModelFolder, read_folder, write_folder
 from growkit.checkpoint.hf.source import ADAPTERS
 from growkit.errors import CheckpointError, ConfigError
 from growkit.growth.path import grown_config

@@ -140,7 +140,7 @@ def test_mistakes(llama: tuple[Path, Any], tmp_path: Path) -> None:
     for words, word in (
         (["grow", folder, "num_layers=3", "-o", folder], "file-exists"),
         (["grow", tmp_path / "own", "num_layers=4", "-o", tmp_path / "x", "--dtype", "bfloat16"], "bad-command-line"),
-        (["export", folder, tmp_path / "x"], "whose tokens are no bytes"),
+        (["export", folder, tmp_path / "x"], "is a Hugging Face folder already"),
         (["inspect", tmp_path], "not-a-checkpoint"),
         (["convert", tmp_path / "no.bin", "-o", tmp_path / "x", "--num-heads", "4"], "does not exist"),
     ):

@@ -37,7 +37,7 @@ ONLY_IN = {
     "wandb_workspaces": {"train"},
     "datasets": {"data", "eval"},  # eval: its errors
     "transformers": {"data", "checkpoint", "eval"},
-    "tokenizers": {"data"},
+    "tokenizers": {"data", "checkpoint"},
     "lm_eval": {"eval"},
     "triton": {"ops"},
     "matplotlib": {"report"},

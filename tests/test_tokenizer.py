@@ -443,3 +443,16 @@ def test_identity_is_of_the_content(file: Path, bpe: FastTokenizer, tmp_path: Pa
     assert again.identity == bpe.identity
     less = load_tokenizer(DataConfig(tokenizer=str(train_bpe(tmp_path / "t.json", vocabulary=319)), end_token=STOP))
     assert less.identity != bpe.identity
+
+
+def test_an_export_takes_the_tokenizer_along(run: Path, bpe: FastTokenizer, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    code, _, err = cli("export", run, tmp_path / "out")
+    assert code == 0, err
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = "The quick brown fox, étude 12"
+    assert theirs(text, add_special_tokens=False)["input_ids"] == bpe.encode(text)
+    assert theirs.eos_token_id == theirs.pad_token_id == bpe.end
+    said = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert said["eos_token_id"] == bpe.end
