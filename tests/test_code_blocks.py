@@ -36,6 +36,7 @@ PARSED_ONLY = {
     "--measure": "times the machine, and keeps the result in the reader's home",
     "sync": "needs an account of Weights & Biases",
     "convert": "needs the published weights; tests/test_hf_grow.py has some like them",
+    "--tasks": "downloads the tasks' data; tests/test_tasks.py makes some of its own",
 }
 # Texts that pages name; all are the same small one.
 TEXTS = ("my.txt", "tinyshakespeare.txt", "path/to/file-or-folder", "path/to/folder/notes.md")

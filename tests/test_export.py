@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from growkit.checkpoint import store
@@ -53,6 +54,8 @@ def test_transformers_reads_the_same_function(tmp_path: Path, preset: str) -> No
 def test_bfloat16_is_what_it_says(tmp_path: Path) -> None:
     source, model = checkpoint(tmp_path / "source", "tokenformer")
     assert cli("export", source, tmp_path / "out", "--dtype", "bfloat16")[0] == 0
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert read.dtype == torch.bfloat16
     for name, p in model.named_parameters():

@@ -35,8 +35,9 @@ ONLY_IN = {
     "lightning": {"train"},
     "wandb": {"train"},
     "wandb_workspaces": {"train"},
-    "datasets": {"data"},
+    "datasets": {"data", "eval"},  # eval: its errors
     "transformers": {"data", "checkpoint", "eval"},
+    "lm_eval": {"eval"},
     "triton": {"ops"},
     "matplotlib": {"report"},
     "plotly": {"report"},

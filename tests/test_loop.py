@@ -97,6 +97,12 @@ def test_what_stood_still_stands_still() -> None:
     assert standing == ["embedding.weight"]
 
 
+def test_layers_are_still_recomputed() -> None:
+    model, optimizer = trained()
+    model.checkpoint_layers = True
+    assert grow(model, optimizer, num_layers=3)[0].checkpoint_layers
+
+
 def test_mistakes_are_named() -> None:
     model, optimizer = trained(steps=1)
     other, _ = trained(steps=0)

@@ -281,14 +281,33 @@ def convert(
 
 @app.command("eval", epilog="Example: growkit eval runs/NAME --data my.txt --context 512", rich_help_panel=CHECKPOINTS)
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or a run folder.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A checkpoint or a run folder; for --tasks also a Hugging Face folder.")
+    ],
     data: Annotated[str | None, typer.Option(help="Text to score, all of it (default: what the run held out).")] = None,
     text_field: Annotated[str, typer.Option(help="Column of a Hugging Face data set.")] = "text",
     context: Annotated[int | None, typer.Option(min=1, help="Tokens of a window (default: as trained).")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="About how many tokens to score.")] = 131072,
+    tasks: Annotated[
+        str | None, typer.Option(help="Instead of a text: tasks of lm-evaluation-harness, TASK,TASK.")
+    ] = None,
+    tasks_path: Annotated[Path | None, typer.Option(help="A folder with task YAMLs of your own.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task (default: all).")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, with the loss at every position.")] = False,
 ) -> None:
-    """Score a checkpoint on any text: loss, bits per byte, loss by position; sampling speed and memory."""
+    """Score a checkpoint on any text: loss, bits per byte, loss by position; sampling speed and memory. Or on tasks."""
+    if tasks is not None:
+        if data is not None:
+            mend = "score the text and the tasks one after the other"
+            raise ConfigError("bad-command-line", "stands beside --tasks", key="--data", value=data, mend=mend)
+        from growkit.cli.tasks import evaluate_tasks
+
+        evaluate_tasks(checkpoint, tasks, tasks_path, limit, context, as_json=json)
+        return
+    for option, value in (("--tasks-path", tasks_path), ("--limit", limit)):
+        if value is not None:
+            mend = "name tasks with --tasks, or leave it out"
+            raise ConfigError("bad-command-line", "is for --tasks", key=option, value=str(value), mend=mend)
     from growkit.cli import evaluate as evaluation
 
     evaluation.evaluate(checkpoint, data, text_field, context, tokens, as_json=json)

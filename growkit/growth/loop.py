@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +20,31 @@ from growkit.models.spec import ParamSpec, param_specs
 ADAMS = (torch.optim.Adam, torch.optim.AdamW)
 
 
+@runtime_checkable
+class Wrapped(Protocol):
+    """A model around a DecoderLM, with no parameters beside: GrowkitForCausalLM, for transformers."""
+
+    growkit: DecoderLM
+
+    def with_decoder(self, model: DecoderLM) -> Self:
+        """The same around ``model``."""
+        ...
+
+
+M = TypeVar("M", bound=DecoderLM | Wrapped)
+
+
 def grow(
-    model: DecoderLM,
+    model: M,
     optimizer: torch.optim.Optimizer,
     *,
     methods: Mapping[str, str] | None = None,
     probe: Tensor | None = None,
     seed: int = 0,
     **sizes: Any,
-) -> tuple[DecoderLM, torch.optim.Optimizer, GrowthReport]:
+) -> tuple[M, torch.optim.Optimizer, GrowthReport]:
     """A larger model with its optimizer, and what the growth did; ``model`` and ``optimizer`` are left as they were.
+    A model that wraps a DecoderLM comes back as its own kind.
 
     ``sizes``: what a recipe's ``grow:`` may say (``num_layers=24``), ``methods`` its ``methods:``. ``probe``: tokens
     (rows, context + 1) that the certificate is measured on; random ones if None. ``optimizer``: Adam or AdamW over this
@@ -39,13 +54,27 @@ def grow(
     Raises ConfigError for a size that cannot be reached or another optimizer, and PreservationError if a step that
     claims to be exact is not.
     """
+    if isinstance(model, Wrapped):
+        larger, further, report = _grow(model.growkit, optimizer, methods or {}, probe, seed, sizes)
+        return model.with_decoder(larger), further, report
+    result: Any = _grow(model, optimizer, methods or {}, probe, seed, sizes)
+    return result
+
+
+def _grow(
+    model: DecoderLM,
+    optimizer: torch.optim.Optimizer,
+    methods: Mapping[str, str],
+    probe: Tensor | None,
+    seed: int,
+    sizes: Mapping[str, Any],
+) -> tuple[DecoderLM, torch.optim.Optimizer, GrowthReport]:
     if type(optimizer) not in ADAMS or any(group["amsgrad"] for group in optimizer.param_groups):
         kind, mend = type(optimizer).__name__, "use torch.optim.AdamW or Adam, without amsgrad"
         raise ConfigError("unknown-optimizer", "has moments that do not grow", key="optimizer", value=kind, mend=mend)
     names = _names(model, optimizer)
     if not sizes:
         raise ConfigError("nothing-grows", "names no size", key="grow", mend="name one, such as num_layers=24")
-    methods = methods or {}
     target = grown_config(model.config, sizes, methods)
     device = model.embedding.weight.device
     params = {name: p.detach().cpu() for name, p in model.named_parameters()}
@@ -54,7 +83,7 @@ def grow(
     if probe is None:
         probe = torch.randint(model.config.vocab_size, (2, 65), generator=generator)
     grown, report = grow_state(state, target, methods, generator, probe.cpu())
-    larger = build(target, grown.params).to(device).train(model.training)
+    larger = build(target, grown.params, checkpoint_layers=model.checkpoint_layers).to(device).train(model.training)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     for name, p in larger.named_parameters():
         p.requires_grad_(name in trained or name not in params)

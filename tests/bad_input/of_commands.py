@@ -119,6 +119,17 @@ EVAL_CASES = [
          bare_checkpoint(MORE)),
     Case("evaluate when the corpus is gone", "eval runs/run", "corpus-missing", "data.source", "corpus.txt", "name",
          no_corpus),
+    Case("tasks in no folder", "eval runs/run --tasks mine --tasks-path nope", "no-such-folder", "--tasks-path",
+         "'nope'", "your task YAMLs"),
+    Case("a text and tasks at once", "eval runs/run --tasks mine --data corpus.txt", "bad-command-line", "--data",
+         "'corpus.txt'", "one after the other"),
+    Case("a limit of no tasks", "eval runs/run --limit 3", "bad-command-line", "--limit", "'3'", "--tasks"),
+]  # fmt: skip
+
+EXPORT_CASES = [
+    Case("export nothing", "export nope out", "not-a-checkpoint", "nope", "does not exist", "name a checkpoint"),
+    Case("export onto a folder", "export runs/run runs", "file-exists", "runs", "already there", "does not exist"),
+    Case("export as no format", "export runs/run out --as lama", "unknown-choice", "--as", "'lama'", "growkit"),
 ]  # fmt: skip
 
 INIT_CASES = [

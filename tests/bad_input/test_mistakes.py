@@ -21,7 +21,15 @@ from growkit.models.decoder import build
 from growkit.ops.dispatch import resolve_backend
 from growkit.registry import Registry
 from growkit.train import hardware
-from tests.bad_input.of_commands import EVAL_CASES, INIT_CASES, LOGGER_CASES, PLANNER_CASES, PROFILE_CASES, REPORT_CASES
+from tests.bad_input.of_commands import (
+    EVAL_CASES,
+    EXPORT_CASES,
+    INIT_CASES,
+    LOGGER_CASES,
+    PLANNER_CASES,
+    PROFILE_CASES,
+    REPORT_CASES,
+)
 from tests.bad_input.of_recipes import DATA_CASES, RECIPE_CASES
 from tests.bad_input.of_runs import CHECKPOINT_CASES, EXTEND_CASES, RUN_CASES
 from tests.bad_input.support import Case, assert_one_message, contents
@@ -38,6 +46,7 @@ CASES = [
     *CHECKPOINT_CASES,
     *EXTEND_CASES,
     *EVAL_CASES,
+    *EXPORT_CASES,
     *INIT_CASES,
     *PROFILE_CASES,
     *LOGGER_CASES,
@@ -76,6 +85,13 @@ def _grow_with(optimizer: Callable[[torch.nn.Module, torch.nn.Module], torch.opt
     return grow(model, optimizer(model, other), num_layers=3)
 
 
+def _through_transformers(**arguments: object) -> object:
+    from growkit.checkpoint.hf.auto import GrowkitForCausalLM  # which loads transformers
+
+    config = model_config("transformer")
+    return GrowkitForCausalLM.around(build(config, trained_like(config).params))(**arguments)
+
+
 CALLS: list[tuple[str, Callable[[], object], str, str, str]] = [
     (
         "no chain leads there",
@@ -102,6 +118,13 @@ CALLS: list[tuple[str, Callable[[], object], str, str, str]] = [
         "not-its-optimizer",
         "optimizer",
         "not the model's",
+    ),
+    (
+        "what a model in transformers does not give",
+        lambda: _through_transformers(input_ids=torch.ones(1, 2, dtype=torch.long), output_attentions=True),
+        "not-in-transformers",
+        "output_attentions",
+        "model.growkit",
     ),
 ]
 

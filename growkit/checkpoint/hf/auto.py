@@ -17,6 +17,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from growkit.checkpoint.hf.config import GrowkitConfig
+from growkit.checkpoint.hf.format import described
 from growkit.errors import ConfigError
 from growkit.models import decoder, layers
 from growkit.models.config import ModelConfig
@@ -56,13 +57,12 @@ class GrowkitForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         config = GrowkitConfig(model.config, architectures=[cls.__name__], dtype=model.embedding.weight.dtype)
         return cls(config, model).train(model.training)
 
-    def with_decoder(self, model: DecoderLM) -> GrowkitForCausalLM:
+    def with_decoder(self, model: DecoderLM) -> Self:
         """The same around another DecoderLM: what ``growkit.grow`` hands back."""
-        other = type(self).around(model)
+        old = described(self.config.model) | {"growkit": None}
+        fields = {name: value for name, value in self.config.to_dict().items() if name not in old}
+        other = type(self)(GrowkitConfig(model.config, **fields), model).train(model.training)
         other.generation_config = self.generation_config
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "max_position_embeddings"):
-            if hasattr(self.config, name):
-                setattr(other.config, name, getattr(self.config, name))
         return other
 
     @torch.no_grad()
@@ -123,7 +123,7 @@ class GrowkitForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         if input_ids is None:
             raise ConfigError("not-in-transformers", "is missing", key="input_ids", mend="pass tokens (rows, length)")
         if use_cache is None:
-            use_cache = not self.training and labels is None and getattr(self.config, "use_cache", True)
+            use_cache = not self.training and labels is None and self.config.use_cache
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache(config=self.config)
         cache = None if past_key_values is None else _Cache(past_key_values, self.config.model)
@@ -177,11 +177,11 @@ class _Cache(decoder.Cache):
 
 
 class _LayerCache(layers.LayerCache):
+    """Made anew for each forward pass: ``length`` is what it holds before."""
+
     def __init__(self, cache: Cache, index: int) -> None:
         self.length = cache.get_seq_length(index)
         self._cache, self._index = cache, index
 
     def append(self, k_BGTd: Tensor, v_BGTd: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = self._cache.update(k_BGTd, v_BGTd, self._index)
-        self.length += k_BGTd.shape[2]
-        return k, v
+        return self._cache.update(k_BGTd, v_BGTd, self._index)

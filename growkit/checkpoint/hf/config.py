@@ -36,7 +36,9 @@ class GrowkitConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
                 mend = f"drop it: the model in `growkit` has {value}"
                 raise ConfigError("bad-model", "contradicts the model", key=name, value=kwargs[name], mend=mend)
         self.growkit = json.loads(json.dumps(to_json(model)))
+        use_cache = kwargs.pop("use_cache", True)
         super().__init__(**(kwargs | sizes))
+        self.use_cache = use_cache  # which the base class would drop
         # From here on a model of this configuration may be asked for. Registering it any earlier would load torch and
         # half of transformers while transformers itself is still being imported.
         from growkit.checkpoint.hf import auto

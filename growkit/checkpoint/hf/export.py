@@ -41,7 +41,7 @@ def export(
     require("transformers", extra="eval", key="export")
     refuse_existing(folder)
     fields, tensors = FAMILIES.get(family, key="--as").to_hf(config, params)
-    fields |= {"dtype": str(dtype).removeprefix("torch."), "use_cache": True}
+    fields["dtype"] = str(dtype).removeprefix("torch.")
     fields |= {"bos_token_id": None, "eos_token_id": tokenizer.END_ID, "pad_token_id": tokenizer.END_ID}
     if context_length is not None:
         fields.setdefault("max_position_embeddings", context_length)
