@@ -21,6 +21,7 @@ from growkit.checkpoint.run_folder import RunFolder
 from growkit.cli import main as command_line
 from growkit.cli.recipes import find_recipe, recipes_folder
 from growkit.growth.operator import OPERATORS
+from tests import hugging_face
 from tests.documents import FENCE, ROOT, Block, blocks, name, pages, schedule_of
 from tests.support import cli, corpus_file, recipe_dict, write_recipe
 
@@ -34,6 +35,7 @@ PARSED_ONLY = {
     "logger.kind=wandb": "starts wandb; the tests of the logger do, against a stand-in server",
     "--measure": "times the machine, and keeps the result in the reader's home",
     "sync": "needs an account of Weights & Biases",
+    "convert": "needs the published weights; tests/test_hf_grow.py has some like them",
     "--tasks": "downloads the tasks' data; tests/test_tasks.py makes some of its own",
 }
 # Texts that pages name; all are the same small one.
@@ -129,6 +131,7 @@ def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for copy in RUNS[1:]:
         shutil.copytree(folder / "runs" / RUNS[0], folder / "runs" / copy)
     (folder / "more.yaml").write_text(MORE)
+    hugging_face.save(hugging_face.model("llama"), folder / "my-llama")
     return folder
 
 
