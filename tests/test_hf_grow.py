@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +17,13 @@ from torch.nn import functional as F
 
 from growkit.checkpoint import store
 from growkit.checkpoint.hf.folder import read_folder
+from growkit.checkpoint.hf.tokenizer import write
 from growkit.cli import checkpoints
+from growkit.config.load import load_recipe
+from growkit.data.tokenizer import Tokenizer
 from growkit.growth.operator import EXACT_FLOAT64, RESCALED_FLOAT32
 from growkit.models.decoder import build
+from growkit.models.presets import PRESETS
 from tests.hugging_face import logits, model, reloaded, save, tokens
 from tests.support import cli, recipe_dict, records, write_recipe
 
@@ -32,8 +37,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """(a folder with a tokenizer's files, the model in it)."""
     made = model("llama")
     folder = save(made, tmp_path_factory.mktemp("hf") / "llama")
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (folder / name).write_text(f'"{name}"')
+    write(folder, Tokenizer())
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "README.md").write_text("not for a grown model")
     return folder, made
 
@@ -177,6 +182,10 @@ def test_a_run_goes_on_from_a_folder(llama: tuple[Path, Any], tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     code, _, err = cli("extend", folder, path, "run.name=on")
     assert code == 0, err
+    assert load_recipe(tmp_path / "runs/on/recipe.yaml", [], PRESETS).data.tokenizer == str(folder)
+    bare = shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    code, _, err = cli("extend", bare, path, "run.name=lost")
+    assert code == 2 and "data.tokenizer" in err and not (tmp_path / "runs/lost").exists()
     run = tmp_path / "runs" / "on"
     start = store.read(run / "checkpoints" / "step-00000004").manifest
     assert start.progress.step == 4 and len(start.model.layers) == 3

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from growkit.checkpoint.hf.source import LAYOUT
 from growkit.checkpoint.manifest import Manifest
 from growkit.config.load import parse_recipe, read_mapping
 from growkit.config.recipe import Recipe, StartConfig
@@ -24,7 +25,8 @@ def extended_recipe(manifest: Manifest, source: str, text: str, overrides: Seque
     for its model, its stages and the name of its run; where no recipe of growkit made the checkpoint, a tokenizer that
     lies in its folder is its own. Raises ConfigError.
     """
-    if "start" in read_mapping(text, name):
+    own_words = read_mapping(text, name)
+    if "start" in own_words:
         mend = "drop start: it is filled in from the checkpoint"
         raise ConfigError("start-given", "is not for a recipe to say", key="start", mend=mend)
     under: dict[str, Any] = read_mapping(manifest.recipe, "the checkpoint's recipe") if manifest.recipe else {}
@@ -33,8 +35,13 @@ def extended_recipe(manifest: Manifest, source: str, text: str, overrides: Seque
     if not manifest.recipe:
         from growkit.data.tokenizer import tokenizer_in  # numpy, which a plan does without
 
+        said = "tokenizer" in (own_words.get("data") or {}) or any(o.startswith("data.tokenizer=") for o in overrides)
         if (own := tokenizer_in(Path(source))) is not None:
             under["data"] = {"tokenizer": own}
+        elif manifest.layout == LAYOUT and not said:
+            problem = "is missing, and no tokenizer lies beside the model"
+            mend = "name the one it was trained with; 'bytes' if its ids are bytes"
+            raise ConfigError("missing-key", problem, key="data.tokenizer", mend=mend)
     under["start"] = dataclasses.asdict(_start(manifest, source))
     return parse_recipe(text, overrides, PRESETS, name=name, under=under)
 
