@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from growkit import faults
-from growkit.growth.expand import expand_moments
+from growkit.growth.expand import expand_moments, index_maps
 from growkit.growth.operator import Grown, TensorGrowth
 from growkit.growth.path import Link, operator, path
 from growkit.growth.state import Moments, TrainState
 from growkit.growth.verify import Certificate, certify, certify_links
+from growkit.models.axes import NEW
 from growkit.models.config import ModelConfig
 from growkit.models.decoder import init_tensor
 from growkit.models.spec import param_specs
@@ -87,10 +88,11 @@ def growth_report(
     certificate, deltas = None, tuple[float, ...]()
     if probe is not None:
         claims, entries = tuple(link.exactness for link in links), new_entries(state, links)
+        wide = None
         if len(links) > 1:
             names = [f"{link.operator} ({link.method})" for link in links]
-            deltas = certify_links([state, *grown], claims, names, probe)
-        certificate = certify(state, grown[-1], claims, probe, new=entries, dtype=dtype)
+            deltas, wide = certify_links([state, *grown], claims, names, probe)
+        certificate = certify(state, grown[-1], claims, probe, new=entries, dtype=dtype, wide=wide)
         deltas = deltas or (certificate.delta_logits_float64,)
     before, after = state.config.num_params(), grown[-1].config.num_params()
     return GrowthReport(tuple(links), deltas, new, before, after, certificate)
@@ -100,57 +102,46 @@ def lazy_states(
     state: TrainState, links: Sequence[Link], generator: torch.Generator, *, stage: int = 0
 ) -> list[TrainState]:
     """The state after each link, as mappings that grow a tensor when it is asked for, so that growth can stream."""
-    states = []
     # One draw seeds everything; each tensor's own seed is a hash with its name, so order and sharding do not matter.
     seed = int(torch.randint(2**62, (), generator=generator))
+    return [state for _, state in _chain(state, links, seed, stage)]
+
+
+def _chain(state: TrainState, links: Sequence[Link], seed: int, stage: int) -> list[tuple[_Link, TrainState]]:
+    chain = []
     for number, link in enumerate(links):
         view = _Link(state, link, f"{seed}/{number}")
         born = dict(state.born) | {name: stage for name in view.specs if name not in view.old_specs}
         params = _Lazy(list(view.specs), view.value)
         kept = [name for name in view.specs if name in view.old_specs and name in state.moments]
         state = TrainState(link.target, params, _Lazy(kept, view.moments), born)
-        states.append(state)
-    return states
+        chain.append((view, state))
+    return chain
 
 
-def new_entries(state: TrainState, links: Sequence[Link]) -> dict[str, Tensor]:
-    """Where the grown state holds entries that did not exist before (bool), of the parameters that have any. Of the
-    clones of an entry all but the first are new."""
-    numbered = TrainState(state.config, state.params, _Numbered(state.params))
-    marked = lazy_states(numbered, links, torch.Generator())[-1]
-    entries = {}
-    for name, spec in param_specs(marked.config).items():
-        if name not in marked.moments:
-            entries[name] = torch.ones(spec.shape, dtype=torch.bool)
-            continue
-        moments = marked.moments[name]  # both have the factors of gradients in them, which the quotient has not
-        numbers = (moments.exp_avg / moments.exp_avg_sq.sqrt()).round()
-        new = numbers == 0
-        if int((~new).sum()) > state.params[name].numel():
-            ordered, places = numbers.flatten().sort(stable=True)
-            again = places[1:][ordered[1:] == ordered[:-1]]
-            new.view(-1)[again] = True
-        if new.any():
-            entries[name] = new
-    return entries
+def new_entries(state: TrainState, links: Sequence[Link]) -> Mapping[str, Tensor]:
+    """Where the grown state holds entries that did not exist before (bool), of the parameters that have any, made when
+    asked for. Of the clones of an entry all but the first are new."""
+    views = [view for view, _ in _chain(state, links, 0, 0)]
+    before, after = param_specs(state.config), param_specs(links[-1].target)
 
+    def marked(name: str) -> Tensor:
+        shape = after[name].shape
+        if name not in before:
+            return torch.ones((), dtype=torch.bool).expand(shape)  # takes no memory
+        held: list[Sequence[int]] = [range(size) for size in before[name].shape]
+        for view in views:
+            maps = view.maps(name)
+            held = [[NEW if i == NEW else old[i] for i in new] for old, new in zip(held, maps, strict=True)]
+        new = torch.zeros(shape, dtype=torch.bool)
+        for dim, indices in enumerate(held):
+            firsts = {old: place for place, old in reversed(list(enumerate(indices)))}
+            again = [old == NEW or firsts[old] != place for place, old in enumerate(indices)]
+            new |= torch.tensor(again).view(-1, *[1] * (len(shape) - 1 - dim))
+        return new
 
-class _Numbered(Mapping[str, Moments]):
-    """Carried along as moments, numbers from 1 on tell old entries apart; new entries start at zero."""
-
-    def __init__(self, params: Mapping[str, Tensor]) -> None:
-        self._params = params
-
-    def __getitem__(self, name: str) -> Moments:
-        shape = self._params[name].shape
-        numbers = torch.arange(1, shape.numel() + 1, dtype=torch.float64).view(shape)
-        return Moments(numbers, torch.ones((), dtype=torch.float64).expand(shape), 0.0)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._params)
-
-    def __len__(self) -> int:
-        return len(self._params)
+    # Every old entry is held at least once, so a parameter has new entries where it has more of them.
+    return _Lazy([n for n, spec in after.items() if n not in before or spec.numel > before[n].numel], marked)
 
 
 class _Lazy(Mapping[str, T]):
@@ -178,6 +169,7 @@ class _Link:
         self.state, self.link, self.seed = state, link, seed
         self.specs, self.old_specs = param_specs(link.target), param_specs(link.source)
         self.operator = operator(link.operator)
+        self._how: dict[str, Grown] = {}
         self._by_place = {(s.layer, s.local): name for name, s in self.old_specs.items() if s.layer is not None}
 
     def grown(self, name: str) -> Grown:
@@ -199,7 +191,18 @@ class _Link:
         growth = TensorGrowth(spec, old_spec, old, origin, link.source, link.target, link.method, fresh)
         result = self.operator.grow_tensor(growth)
         assert result.value.shape == spec.shape, (name, tuple(result.value.shape), spec.shape)
+        self._how[name] = replace(result, value=result.value.new_empty(0))
         return result
+
+    def how(self, name: str) -> Grown:
+        """What growing ``name`` does to its gradient and where it lays it, without the value: moments and marks need
+        no more, and the value is grown once already where it was written or measured before them."""
+        return self._how[name] if name in self._how else self.grown(name)
+
+    def maps(self, name: str) -> list[list[int]]:
+        """For each dimension of an old parameter, what every index of it holds now."""
+        axes, old_axes = self.specs[name].axes, self.old_specs[name].axes
+        return index_maps(old_axes, axes, self.how(name).placement if axes != old_axes else None)
 
     def value(self, name: str) -> Tensor:
         return self.grown(name).value
@@ -208,5 +211,5 @@ class _Link:
         old, spec, old_spec = self.state.moments[name], self.specs[name], self.old_specs[name]
         if spec.axes == old_spec.axes:
             return old
-        grown = self.grown(name)
+        grown = self.how(name)
         return expand_moments(old, old_spec.axes, spec.axes, gradient=grown.gradient, placement=grown.placement)
