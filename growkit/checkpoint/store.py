@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -217,21 +218,22 @@ class TensorTable(Mapping[str, Tensor]):
 
 
 class _Stored(TensorTable):
-    """Tensors of several safetensors files, read when asked for."""
+    """Tensors of several safetensors files, mapped rather than read: a tensor's pages are the file's until they are
+    written to."""
 
     def __init__(self, folder: Path, files: list[str]) -> None:
-        self._where: dict[str, Path] = {}
+        self._where: dict[str, Any] = {}  # safe_open, which has no types
         for file in files:
-            with safe_open(folder / file, framework="pt") as handle:
-                self._where.update(dict.fromkeys(handle.keys(), folder / file))
+            handle: Any = safe_open(folder / file, framework="pt")  # open as long as this table is
+            self._where.update(dict.fromkeys(handle.keys(), handle))
 
     def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self._where[name], framework="pt") as handle:
-            return handle.get_tensor(name)
+        tensor: Tensor = self._where[name].get_tensor(name)
+        return tensor
 
     def shape(self, name: str) -> list[int]:
-        with safe_open(self._where[name], framework="pt") as handle:
-            return handle.get_slice(name).get_shape()
+        shape: list[int] = self._where[name].get_slice(name).get_shape()
+        return shape
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
