@@ -42,8 +42,8 @@ def open_any(folder: Path, step: int | None = None) -> Checkpoint:
 
 
 def grow_checkpoint(source: Path, targets: Sequence[str], output: Path, seed: int, probe_tokens: int) -> None:
-    """Grows ``source`` into a new checkpoint at ``output``; tensors stream, so memory holds a few at a time
-    (the certificate's gradient check holds the model once)."""
+    """Grows ``source`` into a new checkpoint at ``output``; tensors stream, its certificate's too, so memory
+    holds a few at a time."""
     if output.exists():
         mend = "name a folder that does not exist"
         raise ConfigError("file-exists", "is already there", key="--output", value=str(output), mend=mend)
