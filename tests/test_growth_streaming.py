@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import tempfile
@@ -37,7 +36,6 @@ GRADIENT_TOLERANCE = 1e-5
 # Of anonymous memory, in largest tensors. A layer is 2.3 of them: twice that in float64, and in the gradient check
 # its weights, its gradients, one tensor's signs and comparisons. 9.5 were seen; a whole state is 70.
 MOST_TENSORS = 15
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 Grown = tuple[TrainState, list[TrainState], list[Any]]
 
@@ -190,8 +188,6 @@ DEEP = {"vocab_size": 256, "embed_dim": 256, "num_layers": 8, "num_heads": 4}
 def grow_and_report(source: Path, folder: Path, pipe: Connection) -> None:
     """In a process of its own: what growing adds to anonymous memory at its peak, once all is imported."""
     torch.set_num_threads(1)
-    # glibc keeps freed blocks of up to 32 MB for itself, which all blocks of so small a model are: give them back.
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
     tiny = folder / "tiny"
     bench_growth.write_source(tiny, model_config("transformer"))
     gradients.HELD_BYTES = 0  # as a large model's

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ from growkit.models.decoder import build
 from growkit.train.display import growth_table
 
 console = Console(highlight=False)
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+OWN_MAPPING_BYTES = 1 << 18  # blocks from here on are mapped on their own while a checkpoint grows
 MIN_TEMPERATURE = 1e-3  # below it, logits over temperature leave the range of float32
 
 
@@ -47,6 +50,7 @@ def grow_checkpoint(source: Path, targets: Sequence[str], output: Path, seed: in
     if output.exists():
         mend = "name a folder that does not exist"
         raise ConfigError("file-exists", "is already there", key="--output", value=str(output), mend=mend)
+    _give_freed_blocks_back()
     checkpoint = open_any(source)
     fields: dict[str, Any] = {}
     for target in targets:
@@ -79,6 +83,14 @@ def grow_checkpoint(source: Path, targets: Sequence[str], output: Path, seed: in
     store.write(output, grown[-1], manifest, log=log)
     console.print(growth_table(event))
     console.print(f"wrote {output}", soft_wrap=True, markup=False)
+
+
+def _give_freed_blocks_back() -> None:
+    """glibc keeps freed blocks of up to 32 MB in its heap, where they lie between others: growing 1.3B parameters, it
+    held 1.7 GB that nobody used. Mapped on their own, they go back when they are freed."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # another C library has neither this nor the habit
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, OWN_MAPPING_BYTES)
 
 
 def inspect_checkpoint(folder: Path) -> None:

@@ -90,14 +90,14 @@ def _bytes(count: int) -> Tensor:
     """``count`` zeros (uint8), beyond HELD_BYTES in a mapped file that is gone when they are."""
     if count <= HELD_BYTES:
         return torch.zeros(count, dtype=torch.uint8)
-    with tempfile.NamedTemporaryFile(prefix="growkit-signs-") as file:
-        try:
+    try:
+        with tempfile.NamedTemporaryFile(prefix="growkit-signs-") as file:
             os.posix_fallocate(file.fileno(), 0, count)  # a mapped file that finds no room later kills the process
-        except OSError as error:
-            mend = f"free {count / 1e9:.1f} GB there, or name another folder in TMPDIR"
-            problem = f"cannot hold what the certificate remembers between its steps ({error})"
-            raise ConfigError("no-room", problem, key="TMPDIR", value=tempfile.gettempdir(), mend=mend) from error
-        return torch.from_file(file.name, shared=True, size=count, dtype=torch.uint8)
+            return torch.from_file(file.name, shared=True, size=count, dtype=torch.uint8)
+    except OSError as error:
+        mend = f"free {count / 1e9:.1f} GB there, or name another folder in TMPDIR"
+        problem = f"cannot hold what the certificate remembers between its steps ({error})"
+        raise ConfigError("no-room", problem, key="TMPDIR", value=tempfile.gettempdir(), mend=mend) from error
 
 
 def _backward(config: ModelConfig, params: _Stepped, tokens: Tensor, targets: Tensor) -> Iterator[tuple[str, Tensor]]:
