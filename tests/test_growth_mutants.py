@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from growkit.errors import PreservationError
-from growkit.growth import engine, expand, operator
+from growkit.growth import engine, expand
 from growkit.growth.operator import OPERATORS, Exactness, Grown, TensorGrowth
 from growkit.growth.operators import dense, head_dim, param_tokens, width
 from growkit.growth.state import Moments
@@ -71,7 +71,7 @@ def unscaled_moments(patch: Patch) -> None:
     def unscaled(old, old_axes, new_axes, *, placement=None, **_):  # type: ignore[no-untyped-def]
         return original(old, old_axes, new_axes, placement=placement)
 
-    patch.setattr(operator, "expand_moments", unscaled)
+    patch.setattr(engine, "expand_moments", unscaled)
 
 
 def unseeded_second_moments(patch: Patch) -> None:
@@ -82,7 +82,7 @@ def unseeded_second_moments(patch: Patch) -> None:
         grown = original(old, old_axes, new_axes, **options)
         return Moments(grown.exp_avg, torch.where(grown.exp_avg == 0, 0.0, grown.exp_avg_sq), grown.step)
 
-    patch.setattr(operator, "expand_moments", unseeded)
+    patch.setattr(engine, "expand_moments", unseeded)
 
 
 def misplaced_moments(patch: Patch) -> None:
@@ -92,7 +92,7 @@ def misplaced_moments(patch: Patch) -> None:
     def misplaced(old, old_axes, new_axes, *, placement=None, **factors):  # type: ignore[no-untyped-def]
         return original(old, old_axes, new_axes, **factors)
 
-    patch.setattr(operator, "expand_moments", misplaced)
+    patch.setattr(engine, "expand_moments", misplaced)
 
 
 def misordered_heads(patch: Patch) -> None:

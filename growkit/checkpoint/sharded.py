@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from growkit import faults
 from growkit.checkpoint import store
-from growkit.checkpoint.manifest import Manifest
+from growkit.checkpoint.manifest import Manifest, file_hash
 from growkit.growth.state import TrainState
 
 GROUPS = ("params", "moments")
@@ -48,7 +48,7 @@ def write(folder: Path, state: TrainState, manifest: Manifest) -> None:
                     store.fsync(beside / group)
             steps = {name: moments.step for name, moments in state.moments.items()}
             sealed = dataclasses.replace(manifest, layout="sharded", adam_steps=steps, born=dict(state.born))
-            store.seal(beside, sealed, files)
+            store.seal(beside, sealed, {name: file_hash(beside / name) for name in files})
     dist.barrier()  # the checkpoint is complete before anyone trains on
 
 

@@ -9,24 +9,26 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from growkit import faults
 from growkit.checkpoint import manifest as manifests
 from growkit.checkpoint.manifest import Manifest
 from growkit.checkpoint.run_folder import LOG
+from growkit.checkpoint.shard_writer import ShardWriter
 from growkit.errors import CheckpointError, cannot_write
 from growkit.growth.state import Moments, TrainState
 from growkit.models.spec import param_specs
 
-SHARD_BYTES = 2 << 30  # tensors are gathered up to this size before a file is written
+SHARD_BYTES = 1 << 30  # of tensors in a file; files are hashed beside the writing of the next one
 WRITING = ".writing-"
 
 
@@ -42,15 +44,20 @@ class Checkpoint:
 def write(folder: Path, state: TrainState, manifest: Manifest, *, log: bytes = b"") -> None:
     """Writes a checkpoint at ``folder``, where none is yet; ``log``: the metrics log behind one that lies in no run.
     Raises CheckpointError when the disk will not."""
-    with writing(folder) as unfinished:
-        files = list(write_group(unfinished, "params", state.params, fault=True))
-        files += write_group(unfinished, "moments", flat_moments(state.moments))
+    with writing(folder) as unfinished, ThreadPoolExecutor(manifests.HASHERS) as hashers:
+        hashes: dict[str, Future[str]] = {}
+        steps: dict[str, float] = {}
+
+        def complete(path: Path) -> None:
+            hashes[path.name] = hashers.submit(_flushed_hash, path)
+
+        write_group(unfinished, "params", state.params, fault=True, complete=complete)
+        write_group(unfinished, "moments", _FlatMoments(state.moments, steps), complete=complete)
         if log:
             (unfinished / LOG).write_bytes(log)
-            fsync(unfinished / LOG)
-            files.append(LOG)
-        steps = {name: state.moments[name].step for name in state.moments}
-        seal(unfinished, dataclasses.replace(manifest, adam_steps=steps, born=dict(state.born)), files)
+            complete(unfinished / LOG)
+        sealed = dataclasses.replace(manifest, adam_steps=steps, born=dict(state.born))
+        seal(unfinished, sealed, {name: digest.result() for name, digest in hashes.items()})
 
 
 def beside(final: Path) -> Path:
@@ -90,11 +97,9 @@ class writing:
             raise cannot_write(self.final, failure) from failure
 
 
-def seal(folder: Path, manifest: Manifest, files: list[str]) -> None:
-    """Writes the manifest, with the size and hash of each of ``files``."""
-    entries = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": manifests.file_hash(folder / name)} for name in files
-    }
+def seal(folder: Path, manifest: Manifest, hashes: Mapping[str, str]) -> None:
+    """Writes the manifest, with the size of each file whose sha256 ``hashes`` has."""
+    entries = {name: {"bytes": (folder / name).stat().st_size, "sha256": digest} for name, digest in hashes.items()}
     path = folder / manifests.NAME
     path.write_bytes(manifests.encode(dataclasses.replace(manifest, files=entries)))
     fsync(path)
@@ -134,45 +139,66 @@ def write_group(
     tensors: Mapping[str, Tensor],
     *,
     shard_bytes: int = SHARD_BYTES,
-    metadata: dict[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
     fault: bool = False,
+    complete: Callable[[Path], None] | None = None,
 ) -> dict[str, dict[str, int]]:
-    """Writes ``tensors`` into files GROUP-NNNNN.safetensors of at most ``shard_bytes`` (but one tensor at least), one
-    file in memory at a time; returns file → name → bytes."""
+    """Writes ``tensors``, one at a time, into files GROUP-NNNNN.safetensors of at most ``shard_bytes`` (but one tensor
+    at least); returns file → name → bytes. ``complete`` is called with each file once it is written, and is to see to
+    it that it is on the disk; None does just that."""
     files: dict[str, dict[str, int]] = {}
-    held: dict[str, Tensor] = {}
-    size = 0
+    names = list(tensors)
+    shard: ShardWriter | None = None
 
-    def flush() -> None:
-        nonlocal held, size
-        name = f"{group}-{len(files) + 1:05d}.safetensors"
-        save_file(held, folder / name, metadata)
+    def close(shard: ShardWriter) -> None:
+        files[shard.path.name] = shard.close()
         if fault:
             faults.point("mid_shard")
-        fsync(folder / name)
-        files[name] = {key: tensor.nbytes for key, tensor in held.items()}
-        held, size = {}, 0
+        (complete or fsync)(shard.path)
 
-    for name in tensors:
-        tensor = tensors[name].detach().to("cpu").contiguous()
-        if held and size + tensor.nbytes > shard_bytes:
-            flush()
-        held[name] = tensor
-        size += tensor.nbytes
-    if held:
-        flush()
+    try:
+        for number, name in enumerate(names):
+            tensor = tensors[name].detach().to("cpu").contiguous()
+            if shard is not None and shard.bytes + tensor.nbytes > shard_bytes:
+                close(shard)
+                shard = None
+            if shard is None:
+                path = folder / f"{group}-{len(files) + 1:05d}.safetensors"
+                shard = ShardWriter(path, names[number:], metadata or {})
+            shard.add(name, tensor)
+            del tensor  # before the next one is there
+        if shard is not None:
+            close(shard)
+    finally:
+        if shard is not None:
+            shard.abandon()
     return files
 
 
-class _FlatMoments(Mapping[str, Tensor]):
-    """Moments as one flat table: ``exp_avg/NAME`` and ``exp_avg_sq/NAME``."""
+def _flushed_hash(path: Path) -> str:
+    fsync(path)
+    return manifests.file_hash(path)
 
-    def __init__(self, moments: Mapping[str, Moments]) -> None:
-        self.moments = moments
+
+class _FlatMoments(Mapping[str, Tensor]):
+    """Moments as one flat table: ``exp_avg/NAME`` and ``exp_avg_sq/NAME``, which are made together once when they are
+    asked for in order. ``steps``, if given, gets the updates of each parameter that was asked for."""
+
+    def __init__(self, moments: Mapping[str, Moments], steps: dict[str, float] | None = None) -> None:
+        self.moments, self.steps = moments, steps
+        self._ahead: tuple[str, Tensor] | None = None
 
     def __getitem__(self, key: str) -> Tensor:
+        if self._ahead is not None and self._ahead[0] == key:
+            (_, tensor), self._ahead = self._ahead, None
+            return tensor
         kind, _, name = key.partition("/")
-        return getattr(self.moments[name], kind)
+        moments = self.moments[name]
+        if self.steps is not None:
+            self.steps[name] = moments.step
+        if kind == "exp_avg":
+            self._ahead = f"exp_avg_sq/{name}", moments.exp_avg_sq
+        return getattr(moments, kind)
 
     def __iter__(self) -> Iterator[str]:
         return (f"{kind}/{name}" for name in self.moments for kind in ("exp_avg", "exp_avg_sq"))
@@ -192,26 +218,27 @@ class TensorTable(Mapping[str, Tensor]):
 
 
 class StoredTensors(TensorTable):
-    """Tensors of several safetensors files, read when asked for. Raises CheckpointError for a file that is none."""
+    """Tensors of several safetensors files, mapped rather than read: a tensor's pages are the file's until they are
+    written to. Raises CheckpointError for a file that is none."""
 
     def __init__(self, folder: Path, files: Iterable[str]) -> None:
-        self._where: dict[str, Path] = {}
+        self._where: dict[str, Any] = {}  # safe_open, which has no types
         for file in files:
             path = folder / file
             try:
-                with safe_open(path, framework="pt") as handle:
-                    self._where.update(dict.fromkeys(handle.keys(), path))
+                handle: Any = safe_open(path, framework="pt")  # open as long as this table is
+                self._where.update(dict.fromkeys(handle.keys(), handle))
             except (SafetensorError, OSError) as error:
                 problem = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged or cut off ({error})"
                 raise CheckpointError("damaged", problem, key=str(path), mend="copy or fetch it again") from error
 
     def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self._where[name], framework="pt") as handle:
-            return handle.get_tensor(name)
+        tensor: Tensor = self._where[name].get_tensor(name)
+        return tensor
 
     def shape(self, name: str) -> list[int]:
-        with safe_open(self._where[name], framework="pt") as handle:
-            return handle.get_slice(name).get_shape()
+        shape: list[int] = self._where[name].get_slice(name).get_shape()
+        return shape
 
     def dtype(self, name: str) -> str:
         """As safetensors calls it: F32, BF16, ..."""

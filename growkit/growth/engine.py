@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -14,11 +13,13 @@ from torch import Tensor
 
 from growkit import faults
 from growkit.errors import ConfigError
+from growkit.growth.expand import aligned, expand_moments, index_maps
 from growkit.growth.observe import Seen, observe, own
-from growkit.growth.operator import TensorGrowth
+from growkit.growth.operator import Grown, TensorGrowth
 from growkit.growth.path import Link, operator, path
 from growkit.growth.state import Moments, TrainState
 from growkit.growth.verify import Certificate, certify, certify_links
+from growkit.models.axes import NEW
 from growkit.models.config import ModelConfig
 from growkit.models.decoder import init_tensor
 from growkit.models.spec import param_specs
@@ -86,14 +87,16 @@ def growth_report(
 ) -> GrowthReport:
     """What ``links`` made of ``state``, ``grown`` after each, measured on ``probe`` if there is one. Raises
     PreservationError as ``grow``."""
-    new = tuple(name for name in grown[-1].params if name not in state.params)
+    states = [state, *grown]
+    new = tuple(name for name in grown[-1].params if not all(name in one.params for one in states))
     certificate, deltas = None, tuple[float, ...]()
     if probe is not None:
         claims, entries = tuple(link.exactness for link in links), new_entries(state, links, probe)
+        wide = None
         if len(links) > 1:
             names = [f"{link.operator} ({link.method})" for link in links]
-            deltas = certify_links([state, *grown], claims, names, probe)
-        certificate = certify(state, grown[-1], claims, probe, new=entries, dtype=dtype)
+            deltas, wide = certify_links(states, claims, names, probe)
+        certificate = certify(state, grown[-1], claims, probe, new=entries, dtype=dtype, wide=wide)
         deltas = deltas or (certificate.delta_logits_float64,)
     before, after = state.config.num_params(), grown[-1].config.num_params()
     return GrowthReport(tuple(links), deltas, new, before, after, certificate)
@@ -120,9 +123,15 @@ def lazy_states(
     ``probe``: tokens (rows, context + 1) for methods that look before they grow, which hold the model once. Raises
     ConfigError for one of those without a probe."""
     require_probe(links, probe)
-    states = []
     # One draw seeds everything; each tensor's own seed is a hash with its name, so order and sharding do not matter.
     seed = int(torch.randint(2**62, (), generator=generator))
+    return [state for _, state in _chain(state, links, seed, stage, probe)]
+
+
+def _chain(
+    state: TrainState, links: Sequence[Link], seed: int, stage: int, probe: Tensor | None
+) -> list[tuple[_Link, TrainState]]:
+    chain = []
     for number, link in enumerate(links):
         view = _Link(state, link, f"{seed}/{number}", probe)
         born = {name: state.born.get(name, 0) if name in view.old_specs else stage for name in view.specs}
@@ -130,49 +139,50 @@ def lazy_states(
         params = Lazy(list(view.specs), view.value)
         kept = [name for name in view.specs if name in view.old_specs and name in state.moments]
         state = TrainState(link.target, params, Lazy(kept, view.moments), born)
-        states.append(state)
-    return states
+        chain.append((view, state))
+    return chain
 
 
-def new_entries(state: TrainState, links: Sequence[Link], probe: Tensor | None = None) -> dict[str, Tensor]:
-    """Where the grown state holds entries that did not exist before (bool), of the parameters that have any. Of the
-    clones of an entry all but the first are new. ``probe``: as for ``lazy_states``."""
-    numbered = TrainState(state.config, state.params, _Numbered(state.config, state.params))
-    marked = lazy_states(numbered, links, torch.Generator(), probe=probe)[-1]
-    entries = {}
-    for name, spec in param_specs(marked.config).items():
-        if name not in marked.moments:
-            entries[name] = torch.ones(spec.shape, dtype=torch.bool)
-            continue
-        numbers = marked.moments[name].exp_avg  # times what a gradient is multiplied by, alike for clones of one
-        new = numbers == 0
-        if int((~new).sum()) > state.params[name].numel():
-            ordered, places = numbers.flatten().sort(stable=True)
-            again = places[1:][ordered[1:] == ordered[:-1]]
-            new.view(-1)[again] = True
-        if new.any():
-            entries[name] = new
-    return entries
+def new_entries(state: TrainState, links: Sequence[Link], probe: Tensor | None = None) -> Mapping[str, Tensor]:
+    """Where the grown state holds entries that did not exist before (bool), of the parameters that have any, made when
+    asked for. Of the clones of an entry all but the first are new. ``probe``: as for ``lazy_states``."""
+    views = [view for view, _ in _chain(state, links, 0, 0, probe)]
+    before, after = param_specs(state.config), param_specs(links[-1].target)
+
+    def marked(name: str) -> Tensor:
+        shape = after[name].shape
+        held: list[Sequence[int]] | None = [range(size) for size in before[name].shape] if name in before else None
+        for view in views:
+            if held is None or name not in view.specs:
+                held = None  # a bank laid into another one; a later link may make a new one of its name
+                continue
+            held = [range(1)] * (len(view.specs[name].shape) - len(held)) + held  # axes it had not
+            held = [_composed(old, new) for old, new in zip(held, view.maps(name), strict=True)]
+        if held is None:
+            return torch.ones((), dtype=torch.bool).expand(shape)  # takes no memory
+        new = torch.zeros(shape, dtype=torch.bool)
+        for dim, indices in enumerate(held):
+            firsts = {old: place for place, old in reversed(list(enumerate(indices)))}
+            again = [old == NEW or firsts[old] != place for place, old in enumerate(indices)]
+            new |= torch.tensor(again).view(-1, *[1] * (len(shape) - 1 - dim))
+        return new
+
+    # Every old entry is held at least once, so a parameter has new entries where it has more of them: its own old ones,
+    # or those of others that were laid into it.
+    def grown(name: str) -> bool:
+        if not all(name in view.old_specs for view in views):
+            return True
+        if any(view.gathers(name) for view in views):
+            return bool(marked(name).any())
+        return after[name].numel > before[name].numel
+
+    return Lazy([name for name in after if grown(name)], marked)
 
 
-class _Numbered(Mapping[str, Moments]):
-    """Carried along as moments, numbers from 1 on tell old entries apart; new entries start at zero."""
-
-    def __init__(self, config: ModelConfig, params: Mapping[str, Tensor]) -> None:
-        self._params = params
-        sizes = {name: spec.numel for name, spec in param_specs(config).items()}
-        self._first = dict(zip(sizes, accumulate(sizes.values(), initial=1), strict=False))
-
-    def __getitem__(self, name: str) -> Moments:
-        shape, first = self._params[name].shape, self._first[name]
-        numbers = torch.arange(first, first + shape.numel(), dtype=torch.float64).view(shape)
-        return Moments(numbers, torch.ones((), dtype=torch.float64).expand(shape), 0.0)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._params)
-
-    def __len__(self) -> int:
-        return len(self._params)
+def _composed(old: Sequence[int], new: Sequence[int]) -> list[int]:
+    """What each index holds after a second step, ``new`` of what ``old`` held; beyond ``old`` are entries that came
+    from other parameters, and keep their numbers."""
+    return [NEW if i == NEW else old[i] if i < len(old) else i for i in new]
 
 
 class Lazy(Mapping[str, T]):
@@ -203,6 +213,7 @@ class _Link:
         self.state, self.link, self.seed, self.probe = state, link, seed, probe
         self.specs, self.old_specs = param_specs(link.target), param_specs(link.source)
         self.operator = operator(link.operator)
+        self._how: dict[str, Grown] = {}
         self._by_place: dict[int | None, dict[str, str]] = {}  # layer → local name → name
         for name, spec in self.old_specs.items():
             self._by_place.setdefault(spec.layer, {})[spec.local or name] = name
@@ -238,14 +249,37 @@ class _Link:
         layer = self.of_layer(self.state.params, spec.layer)
         return TensorGrowth(spec, old_spec, old, origin, link.source, link.target, link.method, fresh, layer, seen)
 
+    def grown(self, name: str) -> Grown:
+        spec, result = self.specs[name], self.operator.grow_tensor(self.about(name))
+        assert result.value.shape == spec.shape, (name, tuple(result.value.shape), spec.shape)
+        self._how[name] = replace(result, value=result.value.new_empty(0))
+        return result
+
+    def how(self, name: str) -> Grown:
+        """What growing ``name`` does to its gradient and where it lays it, without the value: moments and marks need
+        no more, and the value is grown once already where it was written or measured before them."""
+        return self._how[name] if name in self._how else self.grown(name)
+
+    def gathers(self, name: str) -> bool:
+        """Whether this link lays several old parameters, or parts of one, into an old parameter."""
+        return self.specs[name].axes != self.old_specs[name].axes and self.how(name).moments is not None
+
+    def maps(self, name: str) -> list[list[int]]:
+        """For each dimension of an old parameter, what every index of it holds now."""
+        axes, old_axes = self.specs[name].axes, self.old_specs[name].axes
+        if self.gathers(name):
+            return [list(range(size)) for size in self.specs[name].shape]
+        return index_maps(aligned(old_axes, axes), axes, self.how(name).placement if axes != old_axes else None)
+
     def value(self, name: str) -> Tensor:
-        spec, value = self.specs[name], self.operator.grow_tensor(self.about(name)).value
-        assert value.shape == spec.shape, (name, tuple(value.shape), spec.shape)
-        return value
+        return self.grown(name).value
 
     def moments(self, name: str) -> Moments:
-        if self.specs[name].axes == self.old_specs[name].axes:
+        spec, old_spec = self.specs[name], self.old_specs[name]
+        if spec.axes == old_spec.axes:
             return self.state.moments[name]
-        growth = self.about(name)
-        layer = self.of_layer(self.state.moments, growth.spec.layer)
-        return self.operator.grow_moments(growth, self.state.moments[name], layer)
+        how = self.how(name)
+        if how.moments is not None:
+            return how.moments(self.of_layer(self.state.moments, spec.layer))
+        factors: dict[str, Any] = {"gradient": how.gradient, "squared": how.squared}
+        return expand_moments(self.state.moments[name], old_spec.axes, spec.axes, placement=how.placement, **factors)

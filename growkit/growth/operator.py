@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from growkit.errors import ConfigError
-from growkit.growth.expand import expand_moments
 from growkit.growth.state import Moments
 from growkit.models.axes import Placement
 from growkit.models.config import LayerSpec, ModelConfig
@@ -65,12 +64,14 @@ class TensorGrowth:
 class Grown:
     """A tensor of the target. ``gradient``: what the gradient of old entries is multiplied by, as moments will be;
     ``placement``: what the grown axes hold, when the old indices are not at their front (axes.index_map); ``squared``:
-    what the gradient's square is multiplied by, where that is not gradient² (entries that see fewer tokens now)."""
+    what the gradient's square is multiplied by, where that is not gradient² (entries that see fewer tokens now).
+    ``moments``: of a tensor laid together from parts of old ones, its moments from theirs, by local name."""
 
     value: Tensor
     gradient: float = 1.0
     placement: Placement | None = None
     squared: float | None = None
+    moments: Callable[[Mapping[str, Moments]], Moments] | None = None
 
 
 class GrowthOperator:
@@ -99,15 +100,6 @@ class GrowthOperator:
     def grow_tensor(self, growth: TensorGrowth) -> Grown:
         """One tensor of the target."""
         raise NotImplementedError
-
-    def grow_moments(self, growth: TensorGrowth, old: Moments, layer: Mapping[str, Moments]) -> Moments:
-        """The moments of the tensor, which were ``old``; ``layer``: those of all old tensors of its layer, by local
-        name. By default they go where the entries go."""
-        assert growth.old_spec is not None
-        grown = self.grow_tensor(growth)
-        axes = growth.old_spec.axes, growth.spec.axes
-        how: dict[str, Any] = {"squared": grown.squared, "placement": grown.placement}
-        return expand_moments(old, *axes, gradient=grown.gradient, **how)
 
     def default_method(self, config: ModelConfig) -> str:
         """The method meant when a recipe names none."""

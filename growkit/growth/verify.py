@@ -6,22 +6,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from growkit.errors import PreservationError
+from growkit.growth.gradients import PROBE_STEPS, empty_layer, empty_norm, fill, probe_gradients
 from growkit.growth.operator import Exactness
 from growkit.growth.state import TrainState
 from growkit.models.config import ModelConfig
-from growkit.models.decoder import DecoderLM, build
-from growkit.models.layers import Layer, rope_table
-from growkit.models.norm import Normalize
+from growkit.models.layers import rope_table
 
 # Relative Δlogits of an exact step, measured in the dtype of training: the same function in another order of sums.
 # 1e-4 is about 1000 float32 roundings of 6e-8; 5e-2 is some ten bf16 roundings of 4e-3.
 TRAINING_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2}
-PROBE_STEPS = 3  # gradients taken by the dead-parameter check
-PROBE_SIZE = 1e-3  # sign step between them, about one Adam step at lr 1e-3
+HEAD_BYTES = 64 << 20  # of the head's weights as they are read; converted and multiplied that much at a time
+COMPARED = 16  # entries of a row that are compared before whole rows are
 
 
 @dataclass(frozen=True)
@@ -61,17 +60,22 @@ def certify(
     *,
     new: Mapping[str, Tensor],
     dtype: torch.dtype = torch.float32,
+    wide: tuple[Tensor, Tensor] | None = None,
 ) -> Certificate:
     """Compares ``before`` and ``after`` on ``probe`` (rows, context + 1). Raises PreservationError if all ``claims``
-    are exact and a tolerance is missed. ``new``: where the new entries are (bool), of the parameters that have any.
-    Layers are held in float64 one at a time."""
+    are exact and a tolerance is missed. ``new``: where the new entries are (bool), of the parameters that have any; it
+    may be lazy, as the states. ``wide``: the float64 logits of both, if they are known. One layer at a time is in
+    memory."""
     tokens, targets = probe[:, :-1], probe[:, 1:]
     exact = all(claim.kind == "exact" for claim in claims)
-    wide_before = stream_logits(before.config, before.params, tokens, torch.float64)
-    wide_after = stream_logits(after.config, after.params, tokens, torch.float64)
+    if wide is None:
+        wide_before = stream_logits(before.config, before.params, tokens, torch.float64)
+        wide_after = stream_logits(after.config, after.params, tokens, torch.float64)
+    else:
+        wide_before, wide_after = wide
     run_before = stream_logits(before.config, before.params, tokens, dtype)
     run_after = stream_logits(after.config, after.params, tokens, dtype)
-    rounds = _gradients(after, tokens, targets)
+    norms, alive, locked = _new_gradients(after, tokens, targets, new)
     certificate = Certificate(
         exact=exact,
         reason="; ".join(dict.fromkeys(claim.reason for claim in claims)),
@@ -83,9 +87,9 @@ def certify(
         loss_after=_loss(run_after, targets),
         parameters_before=before.config.num_params(),
         parameters_after=after.config.num_params(),
-        new_grad_norms=tuple(_norm(gradients, new) for gradients in rounds),
-        dead=tuple(name for name, at in new.items() if not any(gradients[name][at].any() for gradients in rounds)),
-        locked_rows=sum(_locked(after.params[name], rounds[-1][name], at) for name, at in new.items()),
+        new_grad_norms=norms,
+        dead=tuple(name for name in new if name not in alive),
+        locked_rows=locked,
     )
     if exact:
         stored = next(iter(after.params.values())).dtype
@@ -95,11 +99,12 @@ def certify(
 
 def certify_links(
     states: Sequence[TrainState], claims: Sequence[Exactness], names: Sequence[str], probe: Tensor
-) -> tuple[float, ...]:
-    """Relative Δlogits, in float64, of each link between two ``states``. Raises PreservationError for one that claims
-    to be exact and is not: in a chain with others that are not, the chain's own certificate would let it pass."""
+) -> tuple[tuple[float, ...], tuple[Tensor, Tensor]]:
+    """Relative Δlogits, in float64, of each link between two ``states``, and the logits of the first and the last.
+    Raises PreservationError for one that claims to be exact and is not: in a chain with others that are not, the
+    chain's own certificate would let it pass."""
     deltas = []
-    before = stream_logits(states[0].config, states[0].params, probe[:, :-1], torch.float64)
+    first = before = stream_logits(states[0].config, states[0].params, probe[:, :-1], torch.float64)
     stored = next(iter(states[0].params.values())).dtype
     for state, claim, name in zip(states[1:], claims, names, strict=True):
         after = stream_logits(state.config, state.params, probe[:, :-1], torch.float64)
@@ -108,7 +113,7 @@ def certify_links(
         if claim.kind == "exact" and not deltas[-1] <= tolerance:  # NaN fails too
             raise _not_preserved(f"{name}: {claim.reason}", deltas[-1], tolerance, "float64")
         before = after
-    return tuple(deltas)
+    return tuple(deltas), (first, before)
 
 
 def _hold_to(certificate: Certificate, float64_tolerance: float, dtype: torch.dtype) -> None:
@@ -136,38 +141,41 @@ def stream_logits(config: ModelConfig, params: Mapping[str, Tensor], tokens: Ten
     one layer at a time in memory."""
     work = torch.float32 if dtype == torch.bfloat16 else dtype
     with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        x = F.embedding(tokens, params["embedding.weight"].to(work))
+        x = F.embedding(tokens, params["embedding.weight"]).to(work)
         positions = torch.arange(tokens.shape[1], device=x.device)
         for spec in config.layers:
-            with torch.device("meta"):
-                layer = Layer(spec, config, "auto").eval()
-            _fill(layer, params, f"layers.{spec.id}.", work)
+            layer = fill(empty_layer(spec, config), params, f"layers.{spec.id}.", work)
             x, _ = layer(x, rope_table(spec.mixer, positions, x.dtype))
-        with torch.device("meta"):
-            norm = Normalize(config.final_norm, config.embed_dim)
-        _fill(norm, params, "final_norm.", work)
-        head = params["embedding.weight" if config.tied_head else "head.weight"].to(work)
-        return F.linear(norm(x), head).to(torch.promote_types(work, torch.float32)) * config.logit_scale
+            del layer  # before the next one is there
+        h = fill(empty_norm(config), params, "final_norm.", work)(x)
+        head = params["embedding.weight" if config.tied_head else "head.weight"]
+        logits = h.new_empty(*tokens.shape, config.vocab_size, dtype=torch.promote_types(work, torch.float32))
+        start = 0
+        for rows in torch.split(head, max(1, HEAD_BYTES // head[0].nbytes)):
+            logits[..., start : start + len(rows)] = F.linear(h, rows.to(work))
+            start += len(rows)
+        return logits.mul_(config.logit_scale)
 
 
-def _fill(module: nn.Module, params: Mapping[str, Tensor], prefix: str, dtype: torch.dtype) -> None:
-    state = {name: params[prefix + name].to(dtype) for name, _ in module.named_parameters()}
-    module.load_state_dict(state, strict=True, assign=True)
-
-
-def _gradients(state: TrainState, tokens: Tensor, targets: Tensor) -> list[dict[str, Tensor]]:
-    """Gradients (float32) of the loss on PROBE_STEPS steps, a sign step of PROBE_SIZE on every parameter between."""
-    model: DecoderLM = build(state.config, {name: p.float() for name, p in state.params.items()}).eval()
-    rounds = []
-    for _ in range(PROBE_STEPS):
-        model.zero_grad()
-        model(tokens, targets).total.backward()
-        gradients = {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
-        rounds.append(gradients)
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                p.sub_(gradients[name].sign(), alpha=PROBE_SIZE)
-    return rounds
+def _new_gradients(
+    state: TrainState, tokens: Tensor, targets: Tensor, new: Mapping[str, Tensor]
+) -> tuple[tuple[float, ...], set[str], int]:
+    """Of the ``new`` entries: the norm of their gradients on each step of the probe, the parameters in which any of
+    them has one, and the locked rows on the last step."""
+    norms: list[dict[str, Tensor]] = [{} for _ in range(PROBE_STEPS)]
+    alive, locked = set(), 0
+    for step, name, gradient in probe_gradients(state, tokens, targets):
+        if name not in new:
+            continue
+        at = new[name]
+        entries = gradient if at.all() else gradient[at]
+        norms[step][name] = entries.norm()
+        if entries.any():
+            alive.add(name)
+        if step == PROBE_STEPS - 1:
+            locked += _locked(state.params[name], gradient, at)
+    total = [float(torch.stack([of[name] for name in new]).norm()) if new else 0.0 for of in norms]
+    return tuple(total), alive, locked
 
 
 def _locked(value: Tensor, gradient: Tensor, new: Tensor) -> int:
@@ -180,9 +188,21 @@ def _locked(value: Tensor, gradient: Tensor, new: Tensor) -> int:
 
 
 def _locked_rows(value: Tensor, gradient: Tensor, new: Tensor) -> int:
-    rows, moving, added = torch.cat((value.float(), gradient), dim=1), gradient.any(dim=1), new.all(dim=1)
-    different = [len(torch.unique(rows[of], dim=0)) for of in (moving, moving & ~added)]
+    moving, added = gradient.any(dim=1), new.all(dim=1)
+    different = [_different_rows(value, gradient, of) for of in (moving, moving & ~added)]
     return int((moving & added).sum()) - (different[0] - different[1])
+
+
+def _different_rows(value: Tensor, gradient: Tensor, of: Tensor) -> int:
+    """How many different rows ``of`` the two tensors, side by side, have. Whole rows are gathered and compared only
+    where some of their entries already agree."""
+    index = of.nonzero()[:, 0]
+    columns = torch.linspace(0, value.shape[1] - 1, COMPARED).long()
+    some = torch.cat([tensor[index[:, None], columns] for tensor in (value.float(), gradient)], dim=1)
+    _, group, size = torch.unique(some, dim=0, return_inverse=True, return_counts=True)
+    alike = index[size[group] > 1]
+    whole = torch.cat((value[alike].float(), gradient[alike]), dim=1)
+    return int((size == 1).sum()) + len(torch.unique(whole, dim=0))
 
 
 def _relative(new: Tensor, old: Tensor) -> float:
@@ -191,7 +211,3 @@ def _relative(new: Tensor, old: Tensor) -> float:
 
 def _loss(logits: Tensor, targets: Tensor) -> float:
     return float(F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
-
-
-def _norm(gradients: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> float:
-    return float(torch.stack([gradients[name][at].norm() for name, at in new.items()]).norm()) if new else 0.0

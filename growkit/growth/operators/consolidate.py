@@ -15,6 +15,7 @@ from growkit.growth.state import Moments
 from growkit.models.config import LayerSpec, ModelConfig, Pattention
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -69,26 +70,9 @@ class Consolidate(GrowthOperator):
             return Grown(growth.old)
         import torch
 
-        return Grown(torch.cat([growth.layer[name] * factor for name, factor in factors.items()]))
-
-    def grow_moments(self, growth: TensorGrowth, old: Moments, layer: Mapping[str, Moments]) -> Moments:
-        factors = self._factors(growth)
-        if factors is None:
-            return old
-        import torch
-
-        sizes = {name: growth.layer[name].shape for name in factors}
-        mean = torch.cat([layer[name].exp_avg_sq.flatten() for name in factors if name in layer]).mean()
-
-        def laid(kind: str, power: int, missing: Tensor) -> Tensor:
-            parts = []
-            for name, factor in factors.items():
-                waiting = missing.to(old.exp_avg.dtype).expand(sizes[name])  # a bank that was never updated
-                parts.append(getattr(layer[name], kind) / factor**power if name in layer else waiting)
-            return torch.cat(parts)
-
-        steps = max(layer[name].step for name in factors if name in layer)
-        return Moments(laid("exp_avg", 1, torch.zeros(())), laid("exp_avg_sq", 2, mean), steps)
+        parts = {name: growth.layer[name] * factor for name, factor in factors.items()}
+        sizes = {name: part.shape for name, part in parts.items()}
+        return Grown(torch.cat(list(parts.values())), moments=lambda layer: _moments(layer, factors, sizes))
 
     def _factors(self, growth: TensorGrowth) -> dict[str, float] | None:
         """Local name → factor of the tensors that this one is laid together from; None if it stays as it is."""
@@ -106,6 +90,24 @@ class Consolidate(GrowthOperator):
             keys, values = scales_under_one_norm(growth.seen, growth.layer, prefix, before, after)
             factors = keys if spec.role == "keys" else values
         return {f"{prefix}{spec.role}.{bank}": factor for bank, factor in enumerate(factors)}
+
+
+def _moments(layer: Mapping[str, Moments], factors: Mapping[str, float], sizes: Mapping[str, torch.Size]) -> Moments:
+    """Moments laid together as the tensors were, which were multiplied by ``factors``; a bank that was never updated
+    waits with none, and with the mean of the others' squares."""
+    import torch
+
+    mean = torch.cat([layer[name].exp_avg_sq.flatten() for name in factors if name in layer]).mean()
+
+    def laid(kind: str, power: int, missing: Tensor) -> Tensor:
+        parts = []
+        for name, factor in factors.items():
+            waiting = missing.expand(sizes[name])
+            parts.append(getattr(layer[name], kind) / factor**power if name in layer else waiting)
+        return torch.cat(parts)
+
+    steps = max(layer[name].step for name in factors if name in layer)
+    return Moments(laid("exp_avg", 1, torch.zeros_like(mean)), laid("exp_avg_sq", 2, mean), steps)
 
 
 def in_one(spec: Pattention) -> Pattention:

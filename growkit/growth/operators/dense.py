@@ -44,7 +44,7 @@ class Dense(GrowthOperator):
         grown = {d for d, axis in enumerate(spec.axes) if axis.names & self.axes and old.shape[d] != axis.size}
         written = grown <= out_dims
         zero = written == (self.zero_side == "out")
-        new = growth.fresh().zero_() if zero else self.drawn(growth)
+        new = old.new_zeros(spec.shape) if zero else self.drawn(growth)
         return Grown(expand(old, old_spec.axes, new, spec.axes, placement), placement=placement)
 
     def placement(self, growth: TensorGrowth) -> Placement | None:

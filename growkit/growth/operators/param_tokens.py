@@ -84,14 +84,20 @@ class ParamTokens(GrowthOperator):
     def grow_tensor(self, growth: TensorGrowth) -> Grown:
         if growth.old is not None:
             kept = _kept(growth)
-            return Grown(growth.old if kept is None else growth.old[kept])
+            return Grown(growth.old) if kept is None else _some(growth.old, growth.spec.local, kept)
         fresh = growth.fresh()
         zeroed = {"bank": "values", "held": "keys", "published": None}[growth.method]
         return Grown(fresh.zero_() if growth.spec.role == zeroed else fresh)
 
-    def grow_moments(self, growth: TensorGrowth, old: Moments, layer: Mapping[str, Moments]) -> Moments:
-        kept = _kept(growth)
-        return old if kept is None else Moments(old.exp_avg[kept], old.exp_avg_sq[kept], old.step)
+
+def _some(old: Tensor, local: str, kept: Tensor) -> Grown:
+    """The rows ``kept`` of the old tensor, and of its moments."""
+
+    def moments(layer: Mapping[str, Moments]) -> Moments:
+        whole = layer[local]
+        return Moments(whole.exp_avg[kept], whole.exp_avg_sq[kept], whole.step)
+
+    return Grown(old[kept], moments=moments)
 
 
 def _kept(growth: TensorGrowth) -> Tensor | None:

@@ -1,0 +1,160 @@
+"""Gradients of a model that is never whole in memory: only the residual stream is kept between layers, forward and
+backward hold the weights of one layer at a time.
+
+Legend: B batch, T tokens, D embed, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from growkit.errors import ConfigError
+from growkit.growth.state import TrainState
+from growkit.models.config import LayerSpec, ModelConfig
+from growkit.models.layers import Layer, rope_table
+from growkit.models.loss import chunked_cross_entropy
+from growkit.models.norm import Normalize
+from growkit.models.spec import param_specs
+
+PROBE_STEPS = 3  # gradients taken by the dead-parameter check
+PROBE_SIZE = 1e-3  # sign step between them, about one Adam step at lr 1e-3
+HELD_BYTES = 64 << 20  # signs of smaller models stay in memory
+assert PROBE_STEPS <= 5, "a byte holds the signs of four steps"
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def probe_gradients(state: TrainState, tokens: Tensor, targets: Tensor) -> Iterator[tuple[int, str, Tensor]]:
+    """(step, parameter, gradient) of the loss on PROBE_STEPS steps in float32, a sign step of PROBE_SIZE on every
+    parameter between them; within a step from the head down. ``tokens``, ``targets`` (B, T).
+
+    Raises ConfigError when there is no room for the signs of a large model in the folder of temporary files.
+    """
+    params = _Stepped(state)
+    for step in range(PROBE_STEPS):
+        for name, gradient in _backward(state.config, params, tokens, targets):
+            yield step, name, gradient
+            if step < PROBE_STEPS - 1:
+                params.add(name, gradient)
+        params.steps += 1
+
+
+class _Stepped(Mapping[str, Tensor]):
+    """Parameters (float32) after the sign steps so far. Of earlier gradients only the signs are kept, two bits each;
+    for a large model in a file without a name, whose pages the kernel takes back when it needs them."""
+
+    def __init__(self, state: TrainState) -> None:
+        self._params, self._specs, self.steps = state.params, param_specs(state.config), 0
+        self._start: dict[str, int] = {}
+        count = 0
+        for name, spec in self._specs.items():
+            self._start[name] = count
+            count += spec.numel
+        self._signs = _bytes(count)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._moved(self._params[name].detach().float(), self._of(name))
+
+    def rows(self, name: str, index: Tensor) -> Tensor:
+        """The rows ``index`` of a matrix, without the others."""
+        return self._moved(self._params[name].detach()[index].float(), self._of(name)[index])
+
+    def _moved(self, value: Tensor, signs: Tensor) -> Tensor:
+        for step in range(self.steps):
+            sign = (signs >> 2 * step & 3 ^ 2).to(torch.int8).sub_(2)  # two's complement of two bits
+            value = value.sub(sign, alpha=PROBE_SIZE)
+        return value
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """Remembers a gradient of this step, for the parameters after it."""
+        self._of(name).bitwise_or_((gradient.sign().to(torch.int8) & 3).to(torch.uint8) << 2 * self.steps)
+
+    def _of(self, name: str) -> Tensor:
+        spec = self._specs[name]
+        return self._signs.narrow(0, self._start[name], spec.numel).view(spec.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._params)
+
+    def __len__(self) -> int:
+        return len(self._params)
+
+
+def _bytes(count: int) -> Tensor:
+    """``count`` zeros (uint8), beyond HELD_BYTES in a mapped file that is gone when they are."""
+    if count <= HELD_BYTES:
+        return torch.zeros(count, dtype=torch.uint8)
+    try:
+        with tempfile.NamedTemporaryFile(prefix="growkit-signs-") as file:
+            os.posix_fallocate(file.fileno(), 0, count)  # a mapped file that finds no room later kills the process
+            return torch.from_file(file.name, shared=True, size=count, dtype=torch.uint8)
+    except OSError as error:
+        mend = f"free {count / 1e9:.1f} GB there, or name another folder in TMPDIR"
+        problem = f"cannot hold what the certificate remembers between its steps ({error})"
+        raise ConfigError("no-room", problem, key="TMPDIR", value=tempfile.gettempdir(), mend=mend) from error
+
+
+def _backward(config: ModelConfig, params: _Stepped, tokens: Tensor, targets: Tensor) -> Iterator[tuple[str, Tensor]]:
+    # Autograd records nothing on the way up, but is on: ops choose their path by it, and it is to be training's.
+    positions = torch.arange(tokens.shape[1], device=tokens.device)
+    x = params.rows("embedding.weight", tokens)
+    streams = []
+    for spec in config.layers:
+        streams.append(x)
+        layer = fill(empty_layer(spec, config), params, f"layers.{spec.id}.", x.dtype).requires_grad_(False)
+        x, _ = layer(x, rope_table(spec.mixer, positions, x.dtype))
+        del layer  # before the next one is there
+    norm = fill(empty_norm(config), params, "final_norm.", x.dtype)
+    head_name = "embedding.weight" if config.tied_head else "head.weight"
+    head, x = params[head_name].detach().requires_grad_(), x.requires_grad_()
+    loss = chunked_cross_entropy(
+        norm(x).flatten(0, 1), head, targets.flatten(), logit_scale=config.logit_scale, z_loss=0.0, chunk_tokens=0
+    )
+    tied, along, *gradients = torch.autograd.grad(loss.total, [head, x, *norm.parameters()])
+    del head, loss
+    yield from _last_first([f"final_norm.{name}" for name, _ in norm.named_parameters()], gradients)
+    if not config.tied_head:
+        yield head_name, tied
+        del tied
+    for spec in reversed(config.layers):
+        prefix, x = f"layers.{spec.id}.", streams.pop().requires_grad_()
+        layer = fill(empty_layer(spec, config), params, prefix, x.dtype)
+        out, _ = layer(x, rope_table(spec.mixer, positions, x.dtype))
+        along, *gradients = torch.autograd.grad(out, [x, *layer.parameters()], along)
+        names = [prefix + name for name, _ in layer.named_parameters()]
+        del layer, out
+        yield from _last_first(names, gradients)
+    # A look-up's gradient lies in the rows that were looked up, each summed before it joins the tied head's.
+    rows, place = torch.unique(tokens, return_inverse=True)
+    summed = along.new_zeros(len(rows), config.embed_dim).index_add_(0, place.flatten(), along.flatten(0, 1))
+    embedding = tied if config.tied_head else along.new_zeros(config.vocab_size, config.embed_dim)
+    yield "embedding.weight", embedding.index_add_(0, rows, summed)
+
+
+def _last_first(names: list[str], gradients: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Pairs of both, which are emptied: what was looked at is let go."""
+    while names:
+        yield names.pop(), gradients.pop()
+
+
+def empty_layer(spec: LayerSpec, config: ModelConfig) -> Layer:
+    with torch.device("meta"):
+        return Layer(spec, config, "auto").eval()
+
+
+def empty_norm(config: ModelConfig) -> Normalize:
+    with torch.device("meta"):
+        return Normalize(config.final_norm, config.embed_dim)
+
+
+def fill(module: M, params: Mapping[str, Tensor], prefix: str, dtype: torch.dtype) -> M:
+    """``module`` with its parameters from ``params``, where their names start with ``prefix``, in ``dtype``."""
+    state = {name: params[prefix + name].to(dtype) for name, _ in module.named_parameters()}
+    module.load_state_dict(state, strict=True, assign=True)
+    return module

@@ -1,0 +1,213 @@
+"""Growth streams: memory holds a few tensors, never a state, and what is measured is what the whole model measures."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from growkit.checkpoint import store
+from growkit.checkpoint.shard_writer import ENTRY_BYTES
+from growkit.cli import checkpoints
+from growkit.errors import ConfigError
+from growkit.growth import expand, gradients, verify
+from growkit.growth.engine import lazy_states, new_entries
+from growkit.growth.gradients import PROBE_SIZE, PROBE_STEPS, probe_gradients
+from growkit.growth.operator import OPERATORS
+from growkit.growth.path import grown_config, path
+from growkit.growth.state import Moments, TrainState
+from growkit.models.config import ModelConfig
+from growkit.models.decoder import build
+from growkit.models.spec import param_specs
+from scripts import bench_growth
+from tests import contract
+from tests.support import context, model_config, probe, trained_like
+
+# Float32 products in another order, through two layers and back; the steps between rounds turn a rounding of a
+# gradient near zero into a step of PROBE_SIZE, so the second and third round are that much looser.
+GRADIENT_TOLERANCE = 1e-5
+# Of anonymous memory, in largest tensors. A layer is 2.3 of them: twice that in float64, and in the gradient check
+# its weights, its gradients, one tensor's signs and comparisons. 9.5 were seen; a whole state is 70.
+MOST_TENSORS = 15
+
+Grown = tuple[TrainState, list[TrainState], list[Any]]
+
+
+def everything(preset: str, dtype: torch.dtype = torch.float32) -> Grown:
+    """A state, it after each link of a chain along all axes, and the links."""
+    fields: dict[str, Any] = {"num_layers": 4, "embed_dim": 48, "num_heads": 4, "head_dim": 24}
+    fields |= {"attention_tokens": 15} if preset == "tokenformer" else {"mlp_dim": 96, "num_kv_heads": 4}
+    source = model_config(preset, **({} if preset == "tokenformer" else {"tied_head": False}))
+    methods = {"width": "clone_noise"}
+    state = trained_like(source, dtype=dtype)
+    links = path(source, grown_config(source, fields, methods), methods)
+    return state, lazy_states(state, links, contract.generator(), stage=1), links
+
+
+def whole_gradients(state: TrainState, tokens: torch.Tensor, targets: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    model = build(state.config, {name: p.float() for name, p in state.params.items()}).eval()
+    rounds = []
+    for _ in range(PROBE_STEPS):
+        model.zero_grad()
+        model(tokens, targets).total.backward()
+        rounds.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.sub_(rounds[-1][name].sign(), alpha=PROBE_SIZE)
+    return rounds
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["held", "mapped"])
+@pytest.mark.parametrize("family", contract.FAMILIES)
+def test_gradients_are_the_whole_models(
+    family: str, mapped: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(gradients, "HELD_BYTES", 0 if mapped else gradients.HELD_BYTES)
+    state = trained_like(model_config(**contract.FAMILIES[family]), dtype=torch.float32)
+    kept = {name: tensor.clone() for name, tensor in state.params.items()}
+    data = probe(state.config)
+    tokens, targets = data[:, :-1], data[:, 1:]
+    expected, seen = whole_gradients(state, tokens, targets), set()
+    for step, name, gradient in probe_gradients(state, tokens, targets):
+        whole = expected[step][name]
+        assert float((gradient - whole).norm()) <= GRADIENT_TOLERANCE * float(whole.norm()), (step, name)
+        seen.add((step, name))
+    assert seen == {(step, name) for step in range(PROBE_STEPS) for name in kept}
+    assert all(torch.equal(kept[name], tensor) and not tensor.requires_grad for name, tensor in state.params.items())
+    assert not list(tmp_path.glob("growkit-signs-*")), "the file has no name"
+
+
+def test_no_room_for_the_signs_is_said_before_the_kernel_kills(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(gradients, "HELD_BYTES", 0)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    state = trained_like(model_config("transformer"))
+    with pytest.raises(ConfigError, match=r"TMPDIR.*No space left.*name another folder in TMPDIR") as error:
+        next(probe_gradients(state, probe(state.config)[:, :-1], probe(state.config)[:, 1:]))
+    assert error.value.code == "no-room"
+
+
+@pytest.mark.parametrize("preset", ["tokenformer", "transformer"])
+def test_what_is_new_is_what_numbered_entries_say(preset: str) -> None:
+    """Old entries, numbered from 1 and carried along as moments: new ones are zero, further clones come again."""
+    state, _, links = everything(preset, torch.float64)
+    numbered = {
+        name: Moments(torch.arange(1.0, t.numel() + 1, dtype=torch.float64).view(t.shape), torch.ones_like(t), 0.0)
+        for name, t in state.params.items()
+    }
+    carried = lazy_states(TrainState(state.config, state.params, numbered), links, contract.generator())[-1].moments
+    marked = new_entries(state, links)
+    for name, spec in param_specs(links[-1].target).items():
+        expected = torch.ones(spec.shape, dtype=torch.bool)
+        if name in carried:
+            numbers = (carried[name].exp_avg / carried[name].exp_avg_sq.sqrt()).round().flatten().tolist()
+            seen: set[float] = {0.0}
+            flags = [number in seen or bool(seen.add(number)) for number in numbers]
+            expected = torch.tensor(flags).view(spec.shape)
+        assert (name in marked) == bool(expected.any()), name
+        assert name not in marked or torch.equal(marked[name], expected), name
+
+
+@pytest.mark.parametrize("preset", ["tokenformer", "transformer"])
+def test_blocks_are_laid_as_indices_would(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, states, _ = everything(preset)
+    blocks = states[-1].materialized()
+    monkeypatch.setattr(expand, "MOST_BLOCKS", 0)
+    for name, tensor in everything(preset)[1][-1].params.items():
+        assert torch.equal(tensor, blocks.params[name]), name
+
+
+def test_locked_rows_are_counted_however_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that agree where a few entries are looked at, and differ elsewhere, are different."""
+    value, gradient = torch.zeros(6, 100), torch.ones(6, 100)
+    value[:, 50] = torch.tensor([0.0, 1.0, 2.0, 3.0, 3.0, -0.0])
+    new = torch.ones(6, 100, dtype=torch.bool)
+    for compared in (1, 100):
+        monkeypatch.setattr(verify, "COMPARED", compared)
+        assert verify._locked_rows(value, gradient, new) == 2
+
+
+def test_moments_do_not_grow_their_value_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[str] = []
+    kind = type(OPERATORS.get("width", key=""))
+    original = kind.grow_tensor
+    monkeypatch.setattr(kind, "grow_tensor", lambda self, g: (calls.append(g.spec.local), original(self, g))[1])
+    state = trained_like(model_config("transformer"), dtype=torch.float32)
+    links = path(state.config, grown_config(state.config, {"embed_dim": 48}, {}), {})
+    grown = lazy_states(state, links, contract.generator())[-1]
+    manifest = store.Manifest(model=grown.config, progress=bench_growth.Progress())
+    store.write(tmp_path / "grown", grown, manifest)
+    assert len(calls) == len(grown.params)
+    back = store.read(tmp_path / "grown").state
+    for name, moments in grown.moments.items():
+        assert torch.equal(back.params[name], grown.params[name])
+        assert torch.equal(back.moments[name].exp_avg, moments.exp_avg)
+        assert torch.equal(back.moments[name].exp_avg_sq, moments.exp_avg_sq)
+
+
+def test_a_streamed_file_is_what_safetensors_reads(tmp_path: Path) -> None:
+    """Dtypes mixed, a scalar, an empty tensor, odd sizes; in files of at most so many bytes, or of one tensor."""
+    tensors = {
+        "a": torch.randn(3, 5, dtype=torch.float64),
+        'näme "quoted"': torch.randn(7).bfloat16(),
+        "mask": torch.tensor([True, False, True]),
+        "scalar": torch.tensor(3.5),
+        "none": torch.empty(0, 4),
+        "not contiguous": torch.randn(6, 4).T,
+        "eight": torch.arange(2**8, dtype=torch.uint8).view(*[2] * 8),
+    }
+    files = store.write_group(tmp_path, "group", tensors, shard_bytes=130, metadata={"format": "pt"})
+    assert [list(sizes) for sizes in files.values()] == [
+        ["a"],
+        ['näme "quoted"', "mask", "scalar", "none", "not contiguous"],
+        ["eight"],
+    ]
+    read: dict[str, torch.Tensor] = {}
+    for file, sizes in files.items():
+        found = load_file(tmp_path / file)
+        assert sizes == {name: tensor.nbytes for name, tensor in found.items()}
+        read |= found
+        assert (tmp_path / file).stat().st_size <= sum(sizes.values()) + len(tensors) * (ENTRY_BYTES + 64) + 64
+    assert {name: t.dtype for name, t in read.items()} == {name: t.dtype for name, t in tensors.items()}
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+
+
+DEEP = {"vocab_size": 256, "embed_dim": 256, "num_layers": 8, "num_heads": 4}
+
+
+def grow_and_report(source: Path, folder: Path, pipe: Connection) -> None:
+    """In a process of its own: what growing adds to anonymous memory at its peak, once all is imported."""
+    torch.set_num_threads(1)
+    tiny = folder / "tiny"
+    bench_growth.write_source(tiny, model_config("transformer"))
+    gradients.HELD_BYTES = 0  # as a large model's
+    for size, at in (("num_layers=4", tiny), ("num_layers=16", source)):
+        before = bench_growth.status("RssAnon")
+        with bench_growth.Peak() as peak:
+            checkpoints.grow_checkpoint(at, [size], folder / f"{at.name}-grown", 0, 32)
+    pipe.send(peak.bytes - before)
+
+
+def test_memory_holds_a_few_tensors_never_a_state(tmp_path: Path) -> None:
+    config: ModelConfig = bench_growth.PRESETS.get("transformer", key="")(**DEEP).expand()
+    bench_growth.write_source(tmp_path / "deep", config)
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=grow_and_report, args=(tmp_path / "deep", tmp_path, theirs))
+    child.start()
+    theirs.close()
+    peak = ours.recv()
+    child.join()
+    state = bench_growth.size_of(tmp_path / "deep-grown")
+    largest = max(4 * spec.numel for spec in param_specs(config).values())
+    assert state >= 4 * MOST_TENSORS * largest
+    assert peak <= MOST_TENSORS * largest, f"{peak / largest:.1f} largest tensors"
