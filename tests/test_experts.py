@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
+from growkit.cli import checkpoints
 from growkit.errors import ConfigError
 from growkit.growth.engine import grow
 from growkit.growth.path import grown_config, path
@@ -367,7 +369,7 @@ def test_a_run_that_becomes_a_mixture(tmp_path: Path, monkeypatch: pytest.Monkey
     first, second = records(run, "growth")
     assert [link["operator"] for link in first["links"] + second["links"]] == ["experts", "depth"]
     assert first["certificate"]["exact"] and second["certificate"]["exact"]
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr(checkpoints, "console", Console(highlight=False, width=160))
     code, out, _ = cli("inspect", run)
     assert code == 0 and out.count("4 experts of swiglu 24, 2 per token") == 2
     assert cli("generate", run, "--tokens", 5)[0] == 0
