@@ -29,7 +29,7 @@ import torch
 
 from growkit.checkpoint import store
 from growkit.checkpoint.manifest import Manifest
-from growkit.cli import checkpoints
+from growkit.cli import growing
 from growkit.growth.path import grown_config
 from growkit.growth.state import Moments, TrainState
 from growkit.models.config import ModelConfig
@@ -161,13 +161,13 @@ def _grow_here(words: list[str]) -> dict[str, Any]:
 
         setattr(owner, name, run)
 
-    timed(checkpoints, "open_any", "verify_source")
-    timed(checkpoints, "growth_report", "certificate")
+    timed(growing, "open_any", "verify_source")
+    timed(growing, "growth_report", "certificate")
     timed(store, "write", "grow_and_write")
     baseline = status("RssAnon")
     with Peak() as peak:
         begin = time.perf_counter()
-        checkpoints.grow_checkpoint(Path(source), targets, Path(output), 0, int(probe_tokens))
+        growing.grow_checkpoint(Path(source), targets, Path(output), 0, int(probe_tokens))
         seconds["all"] = time.perf_counter() - begin
     return {
         "peak_anonymous_bytes": peak.bytes,

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from growkit.checkpoint import store
 from growkit.checkpoint.shard_writer import ENTRY_BYTES
-from growkit.cli import checkpoints
+from growkit.cli import growing
 from growkit.errors import ConfigError
 from growkit.growth import expand, gradients, verify
 from growkit.growth.engine import lazy_states, new_entries
@@ -194,7 +194,7 @@ def grow_and_report(source: Path, folder: Path, pipe: Connection) -> None:
     for size, at in (("num_layers=4", tiny), ("num_layers=16", source)):
         before = bench_growth.status("RssAnon")
         with bench_growth.Peak() as peak:
-            checkpoints.grow_checkpoint(at, [size], folder / f"{at.name}-grown", 0, 32)
+            growing.grow_checkpoint(at, [size], folder / f"{at.name}-grown", 0, 32)
     pipe.send(peak.bytes - before)
 
 

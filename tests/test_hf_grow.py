@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from growkit.checkpoint import store
 from growkit.checkpoint.hf.folder import read_folder
 from growkit.checkpoint.hf.tokenizer import write
-from growkit.cli import checkpoints
+from growkit.cli import growing
 from growkit.config.load import load_recipe
 from growkit.data.tokenizer import Tokenizer
 from growkit.growth.operator import EXACT_FLOAT64, RESCALED_FLOAT32
@@ -133,7 +133,7 @@ def test_what_the_family_cannot_say_is_not_begun(
 ) -> None:
     folder, out = save(model(family, **fields), tmp_path / "in"), tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "growth_report", None)  # a certificate takes long: it is refused before
+        patch.setattr(growing, "growth_report", None)  # a certificate takes long: it is refused before
         code, _, err = cli("grow", folder, *words, "-o", out)
     assert code == 2 and word in err and "--as growkit" in err and "[not-expressible]" in err
     assert [path.name for path in tmp_path.iterdir()] == ["in"]

@@ -22,6 +22,7 @@ from growkit.duration import quantity
 from growkit.errors import ConfigError, DataError
 from growkit.eval.measure import cache_bytes_per_token, score, speed
 from growkit.eval.ngram import bits
+from growkit.growth.banks import first_banks
 from growkit.models.decoder import build
 from growkit.models.presets import PRESETS
 from growkit.schedule.plan import growth_schedule
@@ -32,9 +33,17 @@ WRITTEN = 128  # tokens whose writing is timed
 
 
 def evaluate(
-    folder: Path, source: str | None, text_field: str, context: int | None, tokens: int, *, as_json: bool
+    folder: Path,
+    source: str | None,
+    text_field: str,
+    context: int | None,
+    tokens: int,
+    *,
+    banks: int | None = None,
+    as_json: bool,
 ) -> None:
-    """Prints loss, loss by position, speed and memory of the checkpoint at ``folder``."""
+    """Prints loss, loss by position, speed and memory of the checkpoint at ``folder``; ``banks``: of parameter tokens
+    that are read in each projection, None: all."""
     checkpoint = open_any(folder)
     manifest, config = checkpoint.manifest, checkpoint.manifest.model
     recipe = recipe_of(manifest)
@@ -46,7 +55,10 @@ def evaluate(
             "corpus-too-short", problem, key="--data", value=name, mend="use more text or a shorter --context"
         )
     device = hardware.accelerator(TrainerConfig())
-    params = {key: checkpoint.state.params[key].to(device) for key in checkpoint.state.params}
+    tensors = checkpoint.state.params
+    if banks is not None:
+        config, tensors = first_banks(config, tensors, banks)
+    params = {key: tensors[key].to(device) for key in tensors}
     model = build(config, params, copy=False)
     result = score(model, text, context, tokens, ends)
     in_bits = bits(result.loss, result.bytes_per_token)

@@ -231,9 +231,29 @@ def grow(
     ] = None,
 ) -> None:
     """Grow a checkpoint or a Hugging Face folder without training, with a certificate."""
-    from growkit.cli.checkpoints import grow_checkpoint
+    from growkit.cli.growing import grow_checkpoint
 
     grow_checkpoint(checkpoint, targets, output, seed, probe_tokens, data, as_growkit=kind == "growkit", dtype=dtype)
+
+
+@app.command(
+    epilog="Example: growkit merge runs/ON-A runs/ON-B --ancestor runs/BASE -o both --data a.txt",
+    rich_help_panel=CHECKPOINTS,
+)
+def merge(
+    first: Annotated[Path, typer.Argument(help="A checkpoint or run that grew banks of parameter tokens.")],
+    second: Annotated[Path, typer.Argument(help="Another one of the same ancestor.")],
+    ancestor: Annotated[Path, typer.Option(help="The checkpoint or run that both grew from.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the merged checkpoint goes.")],
+    data: Annotated[
+        str | None, typer.Option(help="Text to measure on: a file, folder or hf:NAME (default: random tokens).")
+    ] = None,
+    probe_tokens: Annotated[int, typer.Option(min=2, help="Tokens the certificates are measured on.")] = 512,
+) -> None:
+    """Lay the banks that two models grew side by side in one."""
+    from growkit.cli.growing import merge_checkpoints
+
+    merge_checkpoints(first, second, ancestor, output, data, probe_tokens)
 
 
 @app.command(epilog="Example: growkit inspect runs/NAME", rich_help_panel=CHECKPOINTS)
@@ -277,7 +297,7 @@ def convert(
     ],
 ) -> None:
     """Make a growkit checkpoint of published TokenFormer weights."""
-    from growkit.cli.checkpoints import convert_published
+    from growkit.cli.growing import convert_published
 
     convert_published(file, output, num_heads)
 
@@ -296,6 +316,9 @@ def evaluate(
     ] = None,
     tasks_path: Annotated[Path | None, typer.Option(help="A folder with task YAMLs of your own.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task (default: all).")] = None,
+    banks: Annotated[
+        int | None, typer.Option(min=1, help="With that many banks of parameter tokens, the first ones (default: all).")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, with the loss at every position.")] = False,
 ) -> None:
     """Score a checkpoint on any text: loss, bits per byte, loss by position; sampling speed and memory. Or on tasks."""
@@ -313,7 +336,7 @@ def evaluate(
             raise ConfigError("bad-command-line", "is for --tasks", key=option, value=str(value), mend=mend)
     from growkit.cli import evaluate as evaluation
 
-    evaluation.evaluate(checkpoint, data, text_field, context, tokens, as_json=json)
+    evaluation.evaluate(checkpoint, data, text_field, context, tokens, banks=banks, as_json=json)
 
 
 @app.command(epilog="Example: growkit generate runs/NAME --prompt 'def ' --tokens 300", rich_help_panel=CHECKPOINTS)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from growkit.errors import ConfigError
-from growkit.growth.engine import GrowthReport, Lazy
+from growkit.growth.engine import Lazy
 from growkit.growth.operator import Exactness
 from growkit.growth.operators.param_tokens import pattentions, with_pattentions
 from growkit.growth.state import Moments, TrainState
@@ -64,20 +66,22 @@ def merge(a: TrainState, b: TrainState, ancestor: TrainState) -> TrainState:
     return TrainState(config, Lazy(list(homes), value), Lazy(kept, moments), born)
 
 
-def merge_report(
-    a: TrainState, b: TrainState, ancestor: TrainState, merged: TrainState, probe: Tensor
-) -> tuple[GrowthReport, GrowthReport]:
-    """How far the merged model is from ``a``, and from ``b``, on ``probe`` (rows, context + 1)."""
+def merge_record(one: TrainState, merged: TrainState, probe: Tensor) -> dict[str, Any]:
+    """How far the merged model is from ``one`` of the two, measured on ``probe`` (rows, context + 1), as a growth's
+    record (engine.GrowthReport)."""
     claim = Exactness("not", "the other model's banks add what they write")
-    reports = []
-    for one in (a, b):
-        added = param_specs(merged.config).items() - param_specs(one.config).items()
-        new = {name: torch.ones(spec.shape, dtype=torch.bool) for name, spec in added}
-        certificate = certify(one, merged, (claim,), probe, new=new)
-        before, after = one.config.num_params(), merged.config.num_params()
-        deltas = (certificate.delta_logits_float64,)
-        reports.append(GrowthReport((), deltas, tuple(new), before, after, certificate))
-    return reports[0], reports[1]
+    own, specs = param_specs(one.config), param_specs(merged.config)
+    new = {name: torch.ones(spec.shape, dtype=torch.bool) for name, spec in specs.items() if name not in own}
+    certificate = certify(one, merged, (claim,), probe, new=new)
+    link = {"operator": "merge", "method": "side by side", **asdict(claim)}
+    link["delta_logits_float64"] = certificate.delta_logits_float64
+    return {
+        "links": [link],
+        "new_parameters": len(new),
+        "parameters_before": one.config.num_params(),
+        "parameters_after": merged.config.num_params(),
+        "certificate": asdict(certificate),
+    }
 
 
 def without_new_banks(config: ModelConfig, ancestor: ModelConfig) -> ModelConfig:
