@@ -223,11 +223,13 @@ class StoredTensors(TensorTable):
 
     def __init__(self, folder: Path, files: Iterable[str]) -> None:
         self._where: dict[str, Any] = {}  # safe_open, which has no types
+        self._files: dict[str, Path] = {}
         for file in files:
             path = folder / file
             try:
                 handle: Any = safe_open(path, framework="pt")  # open as long as this table is
                 self._where.update(dict.fromkeys(handle.keys(), handle))
+                self._files.update(dict.fromkeys(handle.keys(), path))
             except (SafetensorError, OSError) as error:
                 problem = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged or cut off ({error})"
                 raise CheckpointError("damaged", problem, key=str(path), mend="copy or fetch it again") from error
@@ -242,12 +244,12 @@ class StoredTensors(TensorTable):
 
     def dtype(self, name: str) -> str:
         """As safetensors calls it: F32, BF16, ..."""
-        with safe_open(self._where[name], framework="pt") as handle:
-            return handle.get_slice(name).get_dtype()
+        dtype: str = self._where[name].get_slice(name).get_dtype()
+        return dtype
 
     def file(self, name: str) -> Path:
         """Where the tensor lies."""
-        return self._where[name]
+        return self._files[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
