@@ -61,7 +61,8 @@ POLICIES: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
 
 def freezing_recipe(folder: Path, model: dict[str, Any], grow: dict[str, Any], **stage: Any) -> Path:
     """Two stages; every step is saved and kept."""
-    recipe = recipe_dict(folder, trainer={"save_every": "1 steps", "keep_last": 20})
+    unwatched = {"ngram_order": 0, "sample_tokens": 0}
+    recipe = recipe_dict(folder, trainer={"save_every": "1 steps", "keep_last": 20}, monitor=unwatched)
     recipe["model"] = model
     first, second = recipe["stages"][:2]
     second = second | {"duration": f"{BOTH - FIRST} steps", "grow": grow} | stage
