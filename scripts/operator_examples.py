@@ -54,6 +54,7 @@ SIZES: dict[str, dict[str, int]] = {
     "heads": {"num_heads": 4},
     "head_dim": {"head_dim": 64},
     "param_tokens": {"attention_tokens": 128, "mlp_tokens": 256},
+    "vocab": {"vocab_size": 512},
 }
 
 

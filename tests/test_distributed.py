@@ -15,7 +15,9 @@ import torch
 
 from growkit.checkpoint import store
 from growkit.checkpoint.run_folder import RunFolder
+from growkit.growth.engine import added_entries
 from tests.support import in_child, recipe_dict, records, start_child, write_recipe
+from tests.test_freeze import BOTH, FIRST, TRANSFORMER, UNSCALED, assert_held, freezing_recipe, stage_of, state
 from tests.test_loggers import rows_of
 
 # Sums over two processes are taken in another order than in one: float32 roundings of 6e-8, through 12 steps.
@@ -145,3 +147,15 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path: Path) -> 
     os.kill(children[1].pid, signal.SIGTERM)
     assert finish(children) == [3, 3]
     assert RunFolder.open(run).steps()[-1] == max(record["step"] for record in records(run)) < 2000
+
+
+def test_two_processes_hold_the_same_entries(tmp_path: Path) -> None:
+    recipe = freezing_recipe(tmp_path, TRANSFORMER, UNSCALED, freeze=["old_entries"], micro_batch_size=2)
+    assert in_child("train", recipe, "run.name=one") == 0
+    run = tmp_path / "runs" / "two"
+    ddp = ("trainer.strategy=ddp", "trainer.devices=2", "run.name=two")
+    assert two_processes("train", recipe, *ddp, run=run) == [0, 0]
+    stage = stage_of(recipe)
+    assert_held(state(run, FIRST), state(run, BOTH), {n: ~added_entries(stage.links)[n] for n in stage.held})
+    for one, two in zip(records(tmp_path / "runs" / "one", "step"), records(run, "step"), strict=True):
+        assert abs(one["loss"] - two["loss"]) <= LOSS_TOLERANCE

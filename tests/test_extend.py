@@ -11,15 +11,19 @@ import torch
 import yaml
 
 from growkit.checkpoint import store
+from growkit.checkpoint.extension import extended_recipe
 from growkit.checkpoint.manifest import Manifest
 from growkit.checkpoint.run_folder import RunFolder
 from growkit.config.load import parse_recipe
+from growkit.errors import ConfigError
 from growkit.models.presets import PRESETS
-from growkit.schedule.plan import growth_schedule
+from growkit.models.spec import param_specs
+from growkit.schedule.plan import GrowthSchedule, growth_schedule
 from growkit.schedule.progress import Progress
 from tests.support import cli, in_child, model_config, records, trained_like, write_recipe
 from tests.test_resume import assert_same_run
 
+GROW = {"embed_dim": 32}
 STAGES = [
     {"name": "wider", "duration": "4 steps", "grow": {"mlp_tokens": 20}, "new_warmup": "2 steps"},
     {"name": "last", "duration": "4 steps", "grow": {"num_layers": 3}},
@@ -134,6 +138,32 @@ def test_a_checkpoint_grown_by_hand_is_trained_on(source: Path, tmp_path: Path) 
     assert [r["step"] for r in records(run, "step")] == list(range(1, 22)), "the log goes on through the growth by hand"
     assert [r["name"] for r in records(run, "growth")] == ["tokens", "deeper", "grown"]
     assert json.loads((run / "run.json").read_text())["parent"] == {"run": "source", "step": 18}
+
+
+def test_what_is_new_after_a_growth_by_hand(source: Path, tmp_path: Path) -> None:
+    """Its parameters are, in the first stage, and old in the next; which entries of old ones are, nobody knows."""
+    grown = tmp_path / "grown"
+    assert cli("grow", source, "num_layers=3", "embed_dim=24", "-o", grown)[0] == 0
+
+    def schedule(*freeze: str, grow: dict[str, int] | None = None) -> GrowthSchedule:
+        stages = [{"name": "on", "duration": "3 steps", "freeze": list(freeze)}]
+        stages += [{"name": "and on", "duration": "3 steps", "freeze": ["old"], "grow": grow or {"num_layers": 4}}]
+        text, checkpoint = yaml.safe_dump({"stages": stages}), store.read(grown)
+        return growth_schedule(extended_recipe(checkpoint.manifest, str(grown), text, [], name="further"))
+
+    first, second = schedule("old").stages
+    by_hand = {name for name, stage in store.read(grown).manifest.born.items() if stage == first.index}
+    assert by_hand and first.frozen == param_specs(first.model).keys() - by_hand
+    assert second.frozen == param_specs(first.model).keys(), "a stage later they are old"
+    with pytest.raises(ConfigError, match=r"stages\.0\.freeze: .*grown by hand.*\[no-old-entries\]"):
+        schedule("old_entries")
+    wide = tmp_path / "wide"
+    assert cli("grow", source, "embed_dim=24", "-o", wide)[0] == 0
+    assert store.read(wide).manifest.born == store.read(RunFolder.open(source).checkpoint(18)).manifest.born
+    for folder in (wide, source):  # no parameter is new in either, and only one of them was grown by hand
+        recipe = further(tmp_path, [{"name": "on", "duration": "1 steps", "freeze": ["old_entries"], "grow": GROW}])
+        code, _, err = cli("validate", recipe, "--extend", folder)
+        assert (code, "[no-old-entries]" in err) == ((2, True) if folder == wide else (0, False)), err
 
 
 def test_a_bare_checkpoint_needs_what_a_recipe_would_say(tmp_path: Path, source: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -16,28 +17,32 @@ from tests.support import model_config, probe, trained_like
 
 EVERYTHING: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "transformer": (
-        {"num_layers": 4, "embed_dim": 48, "mlp_dim": 96, "num_heads": 4, "head_dim": 24},
+        {"num_layers": 4, "embed_dim": 48, "mlp_dim": 96, "num_heads": 4, "head_dim": 24, "vocab_size": 57},
         {"width": "clone_noise"},
     ),
     "tokenformer": (
-        {"num_layers": 3, "embed_dim": 32, "num_heads": 4, "head_dim": 24, "attention_tokens": 15, "mlp_tokens": 20},
+        {"num_layers": 3, "embed_dim": 32, "num_heads": 4, "head_dim": 24, "attention_tokens": 15, "mlp_tokens": 20}
+        | {"vocab_size": 57},
         {},
     ),
 }
 
 
-def grown(preset: str, fields: dict[str, Any], methods: dict[str, str], dtype: torch.dtype) -> GrowthReport:
-    source = model_config(preset)
+def grown(
+    preset: str, fields: dict[str, Any], methods: dict[str, str], dtype: torch.dtype, *, tied: bool = True
+) -> GrowthReport:
+    source = model_config(preset, tied_head=tied)
     target = grown_config(source, fields, methods)
     state = trained_like(source, dtype=dtype)
     _, report = grow(state, target, methods, torch.Generator().manual_seed(1), probe(source))
     return report
 
 
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("preset", EVERYTHING)
-def test_every_axis_at_once_is_exact_as_a_whole_and_link_by_link(preset: str) -> None:
+def test_every_axis_at_once_is_exact_as_a_whole_and_link_by_link(preset: str, tied: bool) -> None:
     fields, methods = EVERYTHING[preset]
-    report = grown(preset, fields, methods, torch.float64)
+    report = grown(preset, fields, methods, torch.float64, tied=tied)
     names = [link.operator for link in report.links]
     assert names == [name for name in order() if name in names] and len(names) >= 5
     assert len(report.deltas) == len(names) and all(delta <= EXACT_FLOAT64 for delta in report.deltas)
@@ -73,3 +78,16 @@ def test_a_false_claim_is_found_beside_links_that_claim_nothing(monkeypatch: pyt
 def test_one_link_has_the_certificates_own_number() -> None:
     report = grown("transformer", {"num_layers": 3}, {}, torch.float64)
     assert report.certificate is not None and report.deltas == (report.certificate.delta_logits_float64,)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tokens_at_the_mean_take_no_more_than_their_number(tied: bool) -> None:
+    """e to a mean of logits is at most the mean of their e's: the loss rises by log(all / old) at most, and a hair for
+    the noise. Tokens of an untrained model can take far more."""
+    report = {
+        method: grown("transformer", {"vocab_size": 96}, {"vocab": method}, torch.float64, tied=tied)
+        for method in ("mean", "fresh")
+    }
+    rise = {method: one.certificate.delta_loss for method, one in report.items() if one.certificate is not None}
+    assert 0 < rise["mean"] <= math.log(96 / 48) * 1.01
+    assert all(one.deltas[0] <= EXACT_FLOAT64 for one in report.values())

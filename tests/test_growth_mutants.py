@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from growkit.errors import PreservationError
-from growkit.growth import engine, expand
+from growkit.growth import engine, expand, verify
 from growkit.growth.operator import OPERATORS, Exactness, Grown, TensorGrowth
 from growkit.growth.operators import dense, head_dim, param_tokens, width
 from growkit.growth.state import Moments
@@ -310,6 +310,30 @@ def biased_expert_noise(patch: Patch) -> None:
     _grow_tensor(patch, "experts", biased)
 
 
+def rows_of_other_tokens(patch: Patch) -> None:
+    """Old rows behind the new ones: every token has become another."""
+    _grow_tensor(patch, "vocab", lambda growth, out: Grown(out.value.roll(1, 0)))
+
+
+def overwritten_rows(patch: Patch) -> None:
+    _grow_tensor(patch, "vocab", lambda growth, out: Grown(growth.fresh()) if growth.spec.role == "head" else out)
+
+
+def moments_of_other_tokens(patch: Patch) -> None:
+    original = expand.expand_moments
+
+    def rolled(*words, **options):  # type: ignore[no-untyped-def]
+        grown = original(*words, **options)
+        return Moments(grown.exp_avg.roll(1, 0), grown.exp_avg_sq.roll(1, 0), grown.step)
+
+    patch.setattr(engine, "expand_moments", rolled)
+
+
+def new_tokens_unread(patch: Patch) -> None:
+    """The certificate reads old tokens alone, and calls the new rows of the embedding dead."""
+    patch.setattr(verify, "with_new_tokens", lambda probe, before, after: probe)
+
+
 MUTANTS: list[tuple[Callable[[Patch], None], str, str]] = [
     (wrong_tau, "param_tokens", "held"),
     (random_values_in_a_bank, "param_tokens", "bank"),
@@ -349,6 +373,10 @@ MUTANTS: list[tuple[Callable[[Patch], None], str, str]] = [
     (fresh_scores_for_clones, "experts", "clone_noise"),
     (undivided_moments, "experts", "clone_noise"),
     (biased_expert_noise, "experts", "clone_noise"),
+    (rows_of_other_tokens, "vocab", "mean"),
+    (overwritten_rows, "vocab", "fresh"),
+    (moments_of_other_tokens, "vocab", "mean"),
+    (new_tokens_unread, "vocab", "mean"),
 ]
 # The family a mutant is tried on, where it is not the operator's first.
 FAMILY = {
@@ -363,6 +391,8 @@ FAMILY = {
     a_bias_that_still_writes: "neox",
     unscaled_query_bias: "neox",
     a_ramp_called_exact: "transformer-bias-yarn",
+    overwritten_rows: "neox",  # whose head is not tied
+    new_tokens_unread: "transformer-gqa",
 }
 
 

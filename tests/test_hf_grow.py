@@ -45,7 +45,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
 def moved(folder: Path, made: Any, family: str = "llama") -> float:
     grown, before = logits(reloaded(family, folder), tokens()), logits(made, tokens())
-    return float((grown - before).norm() / before.norm())
+    return float((grown[..., : before.shape[-1]] - before).norm() / before.norm())
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,7 @@ def moved(folder: Path, made: Any, family: str = "llama") -> float:
         (["embed_dim=40"], True),
         (["mlp_dim=64", "num_heads=8"], True),
         (["head_dim=16"], True),
+        (["vocab_size=320"], True),
         (["num_layers=4", "methods.depth=solar"], False),
         (["num_layers=3", "mlp_dim=56", "embed_dim=96", "methods.width=clone_split"], True),
     ],
@@ -81,6 +82,20 @@ def test_grown_folders_are_transformers_own(
         assert event["certificate"]["delta_logits_float64"] <= max(EXACT_FLOAT64, RESCALED_FLOAT32)
     config = json.loads((out / "config.json").read_text())
     assert config["max_position_embeddings"] == 64 and config["bos_token_id"] == 1, "what growth does not change"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_vocabulary_grows_in_its_folder(family: str, tied: bool, tmp_path: Path) -> None:
+    """config.json says its size; the ids that the tokenizer does not have are read and written by transformers."""
+    made = model(family, tie_word_embeddings=tied)
+    folder = save(made, tmp_path / "small")
+    code, shown, err = cli("grow", folder, "vocab_size=320", "-o", tmp_path / "large")
+    assert code == 0 and "exact: old tokens keep their logits" in shown, err
+    assert moved(tmp_path / "large", made, family) <= FLOAT32
+    assert json.loads((tmp_path / "large" / "config.json").read_text())["vocab_size"] == 320
+    found = logits(reloaded(family, tmp_path / "large"), tokens() % 20 + 300)
+    assert found.shape[-1] == 320 and found.isfinite().all()
 
 
 def test_a_grown_folder_remembers(llama: tuple[Path, Any], tmp_path: Path) -> None:

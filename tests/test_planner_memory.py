@@ -176,16 +176,23 @@ def spanned(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
 
 def test_a_run_that_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The most the whole process holds in each stage, and the peak at each growth: more tokens (tensors kept, banks
-    new), more layers, more width (every tensor and its moments new)."""
+    new), more layers, more width (every tensor and its moments new), once more with the old entries held."""
     recipe = recipe_dict(tmp_path)
     sizes = {"embed_dim": 128, "num_layers": 2, "num_heads": 4, "attention_tokens": 192, "mlp_tokens": 768}
     recipe["model"] |= sizes
     recipe["monitor"] |= {"probe_tokens": 256, "validation_tokens": 1024, "sample_tokens": 0, "ngram_order": 0}
     size = {"context_length": 64, "global_batch_tokens": 512, "micro_batch_size": 4}
-    grows = ({}, {"attention_tokens": 256, "mlp_tokens": 1024}, {"num_layers": 4}, {"embed_dim": 160})
+    grows = (
+        {},
+        {"attention_tokens": 256, "mlp_tokens": 1024},
+        {"num_layers": 4},
+        {"embed_dim": 160},
+        {"embed_dim": 192},
+    )
     recipe["stages"] = [
         {"name": f"stage {i}", "duration": "1 steps", "grow": grow} | size for i, grow in enumerate(grows)
     ]
+    recipe["stages"][-1]["freeze"] = ["old_entries"]
     loaded, schedule = planned(tmp_path, recipe)
     # It compares row by row, which holds little and fills the profile with some 600 thousand events.
     monkeypatch.setattr(verify, "_locked_rows", lambda *_: 0)

@@ -293,7 +293,13 @@ def test_a_settled_recipe_means_the_same(
         ("stages.1.warmup=7 steps", "lr-too-long", "stages.1.warmup"),
         ("stages.1.schedule=linear", "unknown-choice", "stages.1.schedule"),
         ("stages.1.freeze=[banks]", "bad-selector", "stages.1.freeze"),
+        ("stages.1.freeze=['attention.gate']", "selects-nothing", "stages.1.freeze"),
+        ("stages.0.freeze=[new]", "selects-nothing", "stages.0.freeze"),
+        ("stages.1.lr_scale={'mlp.down': 2}", "selects-nothing", "stages.1.lr_scale"),
+        ("optim.lr_scale={'mlp.down': 2}", "selects-nothing", "optim.lr_scale"),
+        ("optim.lr_scale={old_entries: 2}", "bad-selector", "optim.lr_scale"),
         ("stages.0.freeze=[old]", "all-frozen", "stages.0.freeze"),
+        ("stages.0.freeze=[old_entries]", "all-frozen", "stages.0.freeze"),
         ("stages.1.lr_scale={new: -1}", "too-small", "stages.1.lr_scale.new"),
         ("optim.lr_scale={old: -1}", "too-small", "optim.lr_scale.old"),
         ("optim.lr_scale={heart: 2}", "bad-selector", "optim.lr_scale"),
@@ -314,8 +320,8 @@ NEW = grown_config(OLD, {"mlp_tokens": 20, "num_layers": 3}, {})
 SPECS = param_specs(NEW)
 BORN = {name: 2 for name in SPECS if name not in param_specs(OLD)}
 SELECTORS = [
-    *("embedding", "head", "attention", "mlp", "norm", "keys", "values", "old", "new", "old_banks"),
-    *("bank:0", "bank:1", "layer:0", "layer:2", "layer:9"),
+    *("embedding", "head", "attention", "mlp", "norm", "keys", "values", "old", "new", "old_banks", "old_layers"),
+    *("bank:0", "bank:1", "layer:0", "layer:2", "layer:9", "attention.q", "mlp.tokens.keys"),
 ]
 
 
@@ -373,6 +379,15 @@ def test_who_is_frozen() -> None:
         "bank:1": lambda n: n.endswith((".keys.1", ".values.1")),
         "layer:0": lambda n: n.startswith("layers.0."),
         "layer:9": lambda _: False,
+        "attention.q": lambda n: ".attention.q." in n,
+        "attention.q.keys": lambda n: ".attention.q.keys." in n,
+        "attention.q.values.0": lambda n: n.endswith(".attention.q.values.0"),
+        "mlp.tok": lambda _: False,
+        "old_layers": lambda n: (
+            n.startswith(("layers.0.", "layers.1."))
+            and not n.startswith(f"layers.{inserted}.")
+            and not n.endswith((".keys.1", ".values.1"))
+        ),
         "new": lambda n: n.startswith(f"layers.{inserted}.") or n.endswith((".keys.1", ".values.1")),
         "old": lambda n: not (n.startswith(f"layers.{inserted}.") or n.endswith((".keys.1", ".values.1"))),
         "old_banks": lambda n: n.endswith((".keys.0", ".values.0")) and not n.startswith(f"layers.{inserted}."),
@@ -382,11 +397,20 @@ def test_who_is_frozen() -> None:
         assert check_selector(selector, "k") == selector
     assert frozen_names(SPECS, BORN, 2, ["old", "new"]) == set(SPECS)
     assert frozen_names(SPECS, BORN, 2, []) == set()
+    assert frozen_names(SPECS, BORN, 2, ["old_entries"]) == set(SPECS) - set(BORN)
+    enlarged = frozenset({"embedding.weight", "head.weight"})
+    assert frozen_names(SPECS, BORN, 2, ["old_entries"], enlarged) == set(SPECS) - set(BORN) - enlarged
+    assert frozen_names(SPECS, BORN, 2, ["old_entries", "head"], enlarged) == set(SPECS) - set(BORN) - {
+        "embedding.weight"
+    }
     assert frozen_names(SPECS, BORN, 3, ["new"]) == set(), "a stage later they are old"
     assert frozen_names(SPECS, {}, 0, ["new"]) == set() and frozen_names(SPECS, {}, 0, ["old"]) == set(SPECS)
 
 
-@pytest.mark.parametrize("selector", ["", "bank", "bank:", "bank:x", "bank:-1", "layer:1.0", "OLD", "weights", "new:1"])
+@pytest.mark.parametrize(
+    "selector",
+    ["", "bank", "bank:", "bank:x", "bank:-1", "layer:1.0", "OLD", "weights", "new:1", "a.", ".a", "a..b", "a.B"],
+)
 def test_what_selects_nothing_known(selector: str) -> None:
     with pytest.raises(ConfigError, match=r"stages\.1\.freeze.*bad-selector"):
         check_selector(selector, "stages.1.freeze")

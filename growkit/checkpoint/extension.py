@@ -50,7 +50,9 @@ def _start(manifest: Manifest, source: str) -> StartConfig:
     at = manifest.progress
     first = at.stage + 1
     grown = [name for name, stage in manifest.born.items() if stage == first]
-    start = StartConfig(source, to_json(manifest.model), first, at.step, at.tokens, at.flops, new=grown)
+    by_hand = any(entry["kind"] == "growth" and entry["stage"] >= first for entry in manifest.lineage)
+    counts = (at.step, at.tokens, at.flops)
+    start = StartConfig(source, to_json(manifest.model), first, *counts, new=grown, by_hand=by_hand)
     if not manifest.recipe:
         return start
     stage = growth_schedule(parse_recipe(manifest.recipe, [], PRESETS, name="the checkpoint's recipe")).stage(at.stage)

@@ -179,6 +179,15 @@ def new_entries(state: TrainState, links: Sequence[Link], probe: Tensor | None =
     return Lazy([name for name in after if grown(name)], marked)
 
 
+def added_entries(links: Sequence[Link]) -> Mapping[str, Tensor]:
+    """``new_entries`` from the configurations alone: where entries go does not depend on what they hold, so any state
+    and any probe show it. Weights are drawn, since methods that look divide by what they see."""
+    source = links[0].source
+    specs, generator = param_specs(source), torch.Generator().manual_seed(0)
+    params = Lazy(list(specs), lambda name: init_tensor(specs[name], generator))
+    return new_entries(TrainState(source, params), links, torch.zeros(1, 2, dtype=torch.int64))
+
+
 def _composed(old: Sequence[int], new: Sequence[int]) -> list[int]:
     """What each index holds after a second step, ``new`` of what ``old`` held; beyond ``old`` are entries that came
     from other parameters, and keep their numbers."""

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from growkit.config.recipe import Recipe
 from growkit.models.spec import ParamSpec, param_specs
-from growkit.optim.groups import frozen_names
 from growkit.planner.activations import FLOAT, Pass
 from growkit.planner.passes import evaluation_peak, trace
 from growkit.schedule.plan import GrowthSchedule, Stage
@@ -54,11 +53,13 @@ class StageMemory:
 
 @dataclass(frozen=True)
 class _Held:
-    """Entries in a stage's state. ``moments``: those that come with moments into it; ``trained``: those it updates."""
+    """Entries in a stage's state. ``moments``: those that come with moments into it; ``trained``: those it updates.
+    ``kept``: bytes of the old entries, and of their moments, that are put back after every step, and their places."""
 
     parameters: float
     moments: float
     trained: float
+    kept: float
 
     @property
     def start(self) -> float:
@@ -73,13 +74,16 @@ def stage_memories(recipe: Recipe, schedule: GrowthSchedule, *, bf16: bool, cuda
     with_moments = frozenset(old) if recipe.start is not None else frozenset()
     for stage in schedule.stages:
         specs = param_specs(stage.model)
-        born = {name: stage.index for name in specs if name not in old}
-        frozen = frozen_names(specs, born, stage.index, stage.freeze) if stage.freeze else frozenset()
+        frozen = stage.frozen
         with_moments &= specs.keys()
         held = _Held(
             parameters=sum(spec.numel for spec in specs.values()),
             moments=sum(specs[name].numel for name in with_moments),
             trained=sum(spec.numel for name, spec in specs.items() if name not in frozen),
+            kept=sum(
+                old[name].numel * (FLOAT + (MOMENTS if name in with_moments else 0)) + specs[name].numel
+                for name in stage.held
+            ),
         )
         states = held.start  # what the process holds when the stage is tried
         growth = 0.0
@@ -139,7 +143,7 @@ def _stage(
     else:  # the gradients of a step live until the next one's backward pass begins
         forward, backward = passes(adds_gradients=False)
         peak = max(gradients + forward, backward - frozen, gradients)
-    base = (weights + moments) / sharded
+    base = (weights + moments) / sharded + held.kept
     scored = stage.context_length - unscored(stage.context_length)
     windows = max(1, recipe.monitor.validation_tokens // scored)
     rows = min(VALIDATION_ROWS, windows)
@@ -159,7 +163,7 @@ def _stage(
         weights=weights / sharded,
         gradients=gradients / sharded,
         moments=moments / sharded,
-        activations=peak - gradients / sharded,
+        activations=peak - gradients / sharded + held.kept,
         trial=trial,
         validation=validation,
         growth=growth,

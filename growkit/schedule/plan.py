@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from growkit.config.recipe import BYTES, LoggerConfig, Recipe, StageConfig, StartConfig
 from growkit.duration import Duration
@@ -15,7 +16,7 @@ from growkit.errors import ConfigError
 from growkit.growth.path import Link, grown_config, path
 from growkit.models.config import ModelConfig, from_json
 from growkit.models.spec import param_specs
-from growkit.optim.groups import check_selector, frozen_names
+from growkit.optim.groups import OLD_ENTRIES, check_selector, frozen_names, is_part, require_some
 from growkit.schedule.lr import LRSchedule
 from growkit.schedule.progress import Progress
 
@@ -25,7 +26,8 @@ SCHEDULES = ("wsd", "cosine", "constant")
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage, every value settled. ``accumulate``: micro-batches per optimizer step and process."""
+    """One stage, every value settled. ``accumulate``: micro-batches per optimizer step and process. ``grown_by_hand``:
+    parameters that are new here though no link of its own made them."""
 
     index: int
     name: str
@@ -43,10 +45,39 @@ class Stage:
     lr_scale: dict[str, float]
     validate_every: int | None
     flops_per_step: float
+    grown_by_hand: frozenset[str] = frozenset()
 
     @property
     def tokens(self) -> int:
         return self.steps * self.global_batch_tokens
+
+    @cached_property
+    def born(self) -> dict[str, int]:
+        """The parameters that are new in this stage, with its number."""
+        before = [param_specs(link.source) for link in self.links]
+        names = param_specs(self.model)
+        made = [name for name in names if not all(name in specs for specs in before)]
+        return dict.fromkeys([*made, *sorted(self.grown_by_hand & names.keys())], self.index)
+
+    @cached_property
+    def enlarged(self) -> frozenset[str]:
+        """The parameters that were there before this stage, and have another shape since."""
+        if not self.links:
+            return frozenset()
+        before, after = param_specs(self.links[0].source), param_specs(self.model)
+        return frozenset(n for n in after if n not in self.born and after[n].shape != before[n].shape)
+
+    @cached_property
+    def frozen(self) -> frozenset[str]:
+        """The parameters that stand still, all of each."""
+        if not self.freeze:
+            return frozenset()
+        return frozen_names(param_specs(self.model), self.born, self.index, self.freeze, self.enlarged)
+
+    @cached_property
+    def held(self) -> frozenset[str]:
+        """The parameters of which the old entries stand still, and new ones move."""
+        return self.enlarged - self.frozen if OLD_ENTRIES in self.freeze else frozenset()
 
 
 @dataclass(frozen=True)
@@ -113,11 +144,19 @@ def growth_schedule(recipe: Recipe) -> GrowthSchedule:
     for position, config in enumerate(recipe.stages):
         stages.append(_stage(recipe, config, position, start, model, stages))
         model = stages[-1].model
+    _find_parts(recipe, stages)
     own, longest = recipe.data.block_tokens, max(stage.context_length for stage in stages)
     block = own if own is not None else longest
     save_every = _whole_steps(recipe.trainer.save_every, "trainer.save_every")
     _at_least(block, 1, "data.block_tokens")
     return GrowthSchedule(tuple(stages), block, save_every, start, first)
+
+
+def _find_parts(recipe: Recipe, stages: Sequence[Stage]) -> None:
+    """Raises ConfigError for a part of a layer in optim.lr_scale that no stage's model has."""
+    for selector in filter(is_part, recipe.optim.lr_scale):
+        specs = {name: spec for stage in stages for name, spec in param_specs(stage.model).items()}
+        require_some([selector], "optim.lr_scale", specs, {}, 0)
 
 
 def _stage(
@@ -169,14 +208,7 @@ def _stage(
 
     for selector in config.freeze:
         check_selector(selector, f"{key}.freeze")
-    if config.freeze:
-        specs, old = param_specs(target), param_specs(model)
-        born = {name: index for name in specs if name not in old or name in start.new}
-        if len(frozen_names(specs, born, index, config.freeze)) == len(specs):
-            mend = "leave something to train, or leave the stage out"
-            problem = "freezes every parameter"
-            raise ConfigError("all-frozen", problem, key=f"{key}.freeze", value=config.freeze, mend=mend)
-    return Stage(
+    stage = Stage(
         index=index,
         name=config.name,
         model=target,
@@ -193,7 +225,34 @@ def _stage(
         lr_scale=_lr_scale(recipe, config, key),
         validate_every=None if config.validate_every is None else span(config.validate_every, "validate_every") or None,
         flops_per_step=flops,
+        grown_by_hand=frozenset(start.new) if last is None else frozenset(),
     )
+    _check_freeze(recipe, stage, key, by_hand=last is None and (start.by_hand or bool(start.new)))
+    parts = [selector for selector in config.lr_scale if is_part(selector)]
+    require_some(parts, f"{key}.lr_scale", param_specs(target), stage.born, index)
+    return stage
+
+
+def _check_freeze(recipe: Recipe, stage: Stage, key: str, *, by_hand: bool) -> None:
+    """Raises ConfigError for a freeze that cannot be carried out. ``by_hand``: the stage goes on from a growth that its
+    links do not hold."""
+    key, specs, value = f"{key}.freeze", param_specs(stage.model), list(stage.freeze)
+    require_some(stage.freeze, key, specs, stage.born, stage.index)
+    if OLD_ENTRIES in stage.freeze:
+        if by_hand:
+            problem = "asks which entries are old, which a model that was grown by hand does not say"
+            mend = "grow it in this stage, or freeze whole parameters (old)"
+            raise ConfigError("no-old-entries", problem, key=key, value=value, mend=mend)
+        if recipe.trainer.strategy == "fsdp":
+            problem = "freezes parts of tensors, which trainer.strategy=fsdp cuts up"
+            mend = "use trainer.strategy=ddp, or freeze whole parameters (old)"
+            raise ConfigError("no-old-entries", problem, key=key, value=value, mend=mend)
+    added = stage.held and stage.model.num_params() > stage.links[0].source.num_params()
+    if stage.frozen | (frozenset() if added else stage.held) == specs.keys():
+        mend = "leave something to train, or leave the stage out"
+        if stage.enlarged and not stage.held:
+            mend += f"; {OLD_ENTRIES} freezes all but what this stage adds to old parameters"
+        raise ConfigError("all-frozen", "freezes every parameter", key=key, value=value, mend=mend)
 
 
 def _lr(
@@ -232,7 +291,9 @@ def _lr_scale(recipe: Recipe, config: StageConfig, key: str) -> dict[str, float]
     factors: dict[str, float] = {}
     for where, scale in (("optim", recipe.optim.lr_scale), (key, config.lr_scale)):
         for selector, factor in scale.items():
-            check_selector(selector, f"{where}.lr_scale")
+            if check_selector(selector, f"{where}.lr_scale") == OLD_ENTRIES:
+                problem, mend = "is for freeze: a tensor has one learning rate", "scale new, old or components"
+                raise ConfigError("bad-selector", problem, key=f"{where}.lr_scale", value=selector, mend=mend)
             _at_least(factor, 0, f"{where}.lr_scale.{selector}")
             factors[selector] = factors.get(selector, 1.0) * factor
     return factors

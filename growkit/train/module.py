@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -14,10 +14,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from growkit.config.recipe import Recipe
 from growkit.data.stream import Batch
+from growkit.growth.engine import added_entries
 from growkit.growth.state import Moments, TrainState
 from growkit.models.decoder import DecoderLM, build
 from growkit.models.spec import param_specs
-from growkit.optim.groups import frozen_names, param_groups
+from growkit.optim.groups import param_groups
+from growkit.optim.hold import HeldEntries
 from growkit.schedule.lr import warmup_factor
 from growkit.schedule.plan import Stage
 
@@ -31,6 +33,7 @@ class StageModule(L.LightningModule):
         self.model: DecoderLM | None = None
         self.losses: list[Tensor] = []  # cross-entropy of the micro-batches of the current step
         self._norms: dict[str, Tensor] = {}  # of each parameter's gradient at the last step, before clipping
+        self._held: HeldEntries | None = None
         self.lr = 0.0
 
     def configure_model(self) -> None:
@@ -40,9 +43,8 @@ class StageModule(L.LightningModule):
         model = build(
             self.start.config, self.start.params, backend=trainer.backend, checkpoint_layers=trainer.checkpoint_layers
         )
-        frozen = frozen_names(param_specs(self.start.config), self.start.born, self.stage.index, self.stage.freeze)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name not in frozen)
+            parameter.requires_grad_(name not in self.stage.frozen)
         if self.device_mesh is not None:
             _shard(model, self.device_mesh["data_parallel"])
         if trainer.compile:
@@ -89,7 +91,19 @@ class StageModule(L.LightningModule):
         )
         for name in self.start.moments:
             optimizer.state[parameters[name]] = _optimizer_state(self.start.moments[name], parameters[name])
+        if self.stage.held:
+            self._held = HeldEntries(self._old_entries(parameters), optimizer)
         return optimizer
+
+    def _old_entries(self, parameters: Mapping[str, nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+        """Of the parameters of which some stand still, where (bool): what the stage's growth found there. A function of
+        the schedule, so a resume in the middle of the stage finds the same."""
+        added, old = added_entries(self.stage.links), {}
+        for name in sorted(self.stage.held):
+            parameter = parameters[name]
+            still = ~added[name] if name in added else torch.ones(parameter.shape, dtype=torch.bool)
+            old[parameter] = still.to(parameter.device)
+        return old
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.lr = self.stage.lr.lr(self.stage_step)
@@ -99,6 +113,8 @@ class StageModule(L.LightningModule):
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
         assert self.model is not None
+        if self._held is not None:
+            self._held.mask_gradients()
         gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
         norms = torch._foreach_norm(list(gradients.values()))
         self._norms = dict(zip(gradients, norms, strict=True))
@@ -135,6 +151,7 @@ class StageModule(L.LightningModule):
         """Lets go of every tensor. Trainer and module refer to each other, so they stay until some later collection;
         growth needs their memory before."""
         self.trainer.strategy.optimizers = []
+        self._held = None
         self.model, self.start = None, TrainState(self.start.config, {})
 
 

@@ -129,6 +129,28 @@ RECIPE_CASES = [
     train("freeze a bank of no number", "stages.1.freeze=['bank:²']", "bad-selector", "'bank:²'", "bank:N"),
     train("scale an unknown part", "stages.1.lr_scale.heart=2", "bad-selector", "'heart'", "embedding", "lr_scale"),
     train("freeze all", "stages.0.freeze=[old]", "all-frozen", "['old']", "something to train"),
+    train(
+        "freeze a part that is not there", "stages.1.freeze=[mlp.down]", "selects-nothing", "'mlp.down'", "mlp.tokens"
+    ),
+    train("freeze a layer that is not there", "stages.1.freeze=['layer:7']", "selects-nothing", "'layer:7'", "layer:0"),
+    train("freeze what is not new", "stages.0.freeze=[new]", "selects-nothing", "'new'", "old_layers"),
+    train("scale a part that is not there", "optim.lr_scale={mlp.up: 2}", "selects-nothing", "'mlp.up'", "mlp.tokens"),
+    train(
+        "scale old entries",
+        "stages.1.lr_scale.old_entries=2",
+        "bad-selector",
+        "'old_entries'",
+        "one learning rate",
+        "stages.1.lr_scale",
+    ),
+    Case(
+        "freeze old entries of shards",
+        "train recipe.yaml run.name=new trainer.strategy=fsdp trainer.devices=2 stages.1.freeze=[old_entries]",
+        "no-old-entries",
+        "stages.1.freeze",
+        "fsdp",
+        "ddp",
+    ),
     train("warm-up longer than the stage", "stages.0.warmup=7 steps", "lr-too-long", "'7 steps'", "2 steps"),
     # Durations and batches.
     train("no unit", "stages.0.duration=5", "bad-duration", "'5'", "'500 steps'"),

@@ -95,10 +95,10 @@ def _through_transformers(**arguments: object) -> object:
 CALLS: list[tuple[str, Callable[[], object], str, str, str]] = [
     (
         "no chain leads there",
-        lambda: path(model_config("tokenformer"), model_config("tokenformer", vocab_size=99), {}),
+        lambda: path(model_config("tokenformer"), model_config("tokenformer", tied_head=False), {}),
         "unreachable-target",
         "grow",
-        "vocab_size",
+        "tied_head",
     ),
     ("a model that is a number", lambda: from_json(3), "bad-model", "model", "mapping"),
     ("a model with a strange field", lambda: from_json({"wings": 2}), "bad-model", "model", "'wings'"),

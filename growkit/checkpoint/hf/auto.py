@@ -94,8 +94,9 @@ class GrowkitForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *_: Any, **__: Any) -> nn.Embedding:
         if new_num_tokens not in (None, self.config.vocab_size):
-            problem = f"is not the model's vocabulary of {self.config.vocab_size}, which does not grow"
-            raise ConfigError("cannot-grow", problem, key="resize_token_embeddings", value=new_num_tokens)
+            problem = f"is not the model's vocabulary of {self.config.vocab_size}, which does not change in place"
+            mend = "make a larger model of it: growkit.grow(model, optimizer, vocab_size=...), or `growkit grow`"
+            raise ConfigError("cannot-grow", problem, key="resize_token_embeddings", value=new_num_tokens, mend=mend)
         return self.growkit.embedding
 
     @can_return_tuple  # type: ignore[untyped-decorator]
