@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from growkit.config.load import parse_recipe
 from growkit.config.recipe import Recipe
 from growkit.eval import validate
-from growkit.growth import verify
+from growkit.growth import gradients, verify
 from growkit.models.decoder import build, init_params
 from growkit.models.presets import PRESETS
 from growkit.planner import memory
@@ -219,5 +219,5 @@ def test_a_run_that_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_constants_kept_here_to_spare_an_import_of_torch() -> None:
     assert memory.VALIDATION_ROWS == validate.ROWS
-    assert memory.PROBE_STEPS == verify.PROBE_STEPS
+    assert memory.HELD_BYTES == gradients.HELD_BYTES
     assert all(memory.unscored(length) == validate.unscored(length) for length in (1, 7, 16, 100, 4096))

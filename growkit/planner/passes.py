@@ -231,7 +231,7 @@ def trace(config: ModelConfig, at: Pass, elementwise: Mapping[int | None, float]
     for spec in config.layers:
         kind = (spec.mixer, spec.mlp, spec.parallel)
         if kind not in known:
-            known[kind] = _layer(spec, config, at)
+            known[kind] = layer_traces(spec, config, at)
         passes.append(known[kind])
         ledger.replay(passes[-1].forward)
     norm, loss = NormBlock(at, config.final_norm, embed), LossPass(at, config)
@@ -259,7 +259,8 @@ def trace(config: ModelConfig, at: Pass, elementwise: Mapping[int | None, float]
     return Traces(ledger.close(), back.close())
 
 
-def _layer(spec: LayerSpec, config: ModelConfig, at: Pass) -> Traces:
+def layer_traces(spec: LayerSpec, config: ModelConfig, at: Pass) -> Traces:
+    """The passes of one layer."""
     layer = LayerPass(at, spec, config, config.dropout > 0)
     ledger, back = Ledger(), Ledger()
     layer.forward(ledger)
@@ -273,6 +274,17 @@ def _layer(spec: LayerSpec, config: ModelConfig, at: Pass) -> Traces:
     again.replay(back.close())
     again.give(0.0 if layer.norm.holds_input else layer.x)
     return Traces(Trace(ledger.peak, layer.x), again.close())
+
+
+def loss_peak(config: ModelConfig, at: Pass) -> float:
+    """Most bytes alive in both passes of the head and the loss, from the final norm's input."""
+    ledger = Ledger()
+    norm, loss = NormBlock(at, config.final_norm, config.embed_dim), LossPass(at, config)
+    norm.forward(ledger)
+    loss.forward(ledger)
+    loss.backward(ledger)
+    norm.backward(ledger)
+    return ledger.peak
 
 
 def evaluation_peak(config: ModelConfig, at: Pass, *, several: bool) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 from growkit.checkpoint.hf.adapter import LEAVES, Adapter, PerHead, Rule, require_usual
 from growkit.checkpoint.hf.rope import OLDER, read_rope, rope_fields
 from growkit.checkpoint.hf.settings import Settings
+from growkit.errors import ConfigError
 from growkit.models.config import Attention, DenseMLP, LayerSpec, Linear, MLPKind, ModelConfig, Norm
 
 # Their names of the tanh form differ in how it is written, not in what it computes.
@@ -46,7 +47,9 @@ class GPTNeoX(Adapter):
         require_usual(config)
         embed, heads = config.positive("hidden_size", int), config.positive("num_attention_heads", int)
         if embed % heads:
-            raise config.wrong("heads-do-not-divide", "hidden_size", f"is not divisible by the {heads} heads")
+            raise ConfigError(
+                "heads-do-not-divide", **config.at("hidden_size"), problem=f"is not divisible by the {heads} heads"
+            )
         activation = config.get("hidden_act", str, "gelu")
         if activation not in ACTIVATIONS:
             mend = f"growkit knows {', '.join(ACTIVATIONS)} here"

@@ -7,6 +7,7 @@ from typing import Any
 from growkit.checkpoint.hf.adapter import LEAVES, Adapter, Rule, Stacked, require_usual
 from growkit.checkpoint.hf.rope import OLDER, read_rope, rope_fields
 from growkit.checkpoint.hf.settings import Settings
+from growkit.errors import ConfigError
 from growkit.models.config import Attention, DenseMLP, LayerSpec, Linear, ModelConfig, Norm
 
 
@@ -41,7 +42,11 @@ class Llama(Adapter):
         embed, heads = config.positive("hidden_size", int), config.positive("num_attention_heads", int)
         kv_heads = config.positive("num_key_value_heads", int, self.kv_heads or heads)
         if heads % kv_heads:
-            raise config.wrong("kv-heads-do-not-divide", "num_key_value_heads", f"does not divide the {heads} heads")
+            raise ConfigError(
+                "kv-heads-do-not-divide",
+                **config.at("num_key_value_heads"),
+                problem=f"does not divide the {heads} heads",
+            )
         head_dim = config.positive("head_dim", int, self.head_dim or embed // heads)
         norm = Norm("rmsnorm", config.positive("rms_norm_eps", float, 1e-6))
         projection = Linear(self.attention_bias and config.get("attention_bias", bool, False))

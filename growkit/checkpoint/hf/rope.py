@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 from growkit.checkpoint.hf.settings import Settings
+from growkit.errors import ConfigError
 from growkit.models.config import Attention
 from growkit.models.rope import (
     DynamicRope,
@@ -72,7 +73,9 @@ def _scaling(kind: str, parameters: Settings, config: Settings, rotated: int) ->
     if kind == "llama3":
         low, high = (parameters.positive(f"{name}_freq_factor", float) for name in ("low", "high"))
         if high <= low:
-            raise parameters.wrong("out-of-range", "high_freq_factor", f"must be above low_freq_factor = {low:g}")
+            raise ConfigError(
+                "out-of-range", **parameters.at("high_freq_factor"), problem=f"must be above low_freq_factor = {low:g}"
+            )
         return Llama3Rope(parameters.positive("factor", float), context, low, high)
     factor = parameters.positive("factor", float, most / context)
     if kind == "yarn":
@@ -103,7 +106,9 @@ def _yarn_attention(parameters: Settings, factor: float) -> float:
 def _factors(parameters: Settings, name: str, pairs: int) -> tuple[float, ...]:
     listed: list[Any] = parameters.get(name, list)
     if len(listed) != pairs or not all(isinstance(f, int | float) and f > 0 for f in listed):
-        raise parameters.wrong("bad-model", name, f"must be {pairs} numbers above zero, one for each pair")
+        raise ConfigError(
+            "bad-model", **parameters.at(name), problem=f"must be {pairs} numbers above zero, one for each pair"
+        )
     return tuple(float(f) for f in listed)
 
 

@@ -25,17 +25,22 @@ class Settings:
         value = self.values.get(name)
         if value is None:
             if default is _REQUIRED:
-                raise self.wrong("bad-model", name, "is missing", mend="use the config.json that came with the weights")
+                raise ConfigError(
+                    "bad-model",
+                    **self.at(name),
+                    problem="is missing",
+                    mend="use the config.json that came with the weights",
+                )
             return default
         number = kind is float and isinstance(value, int | float)
         if isinstance(value, bool) != (kind is bool) or not (number or isinstance(value, kind)):
-            raise self.wrong("bad-model", name, f"is no {kind.__name__}")
+            raise ConfigError("bad-model", **self.at(name), problem=f"is no {kind.__name__}")
         return float(value) if number else value  # type: ignore[return-value]
 
     def positive(self, name: str, kind: type[T], default: T = _REQUIRED) -> T:
         value = self.get(name, kind, default)
         if not value > 0:  # type: ignore[operator]
-            raise self.wrong("not-positive", name, "must be above zero")
+            raise ConfigError("not-positive", **self.at(name), problem="must be above zero")
         return value
 
     def section(self, name: str) -> Settings | None:
@@ -45,10 +50,11 @@ class Settings:
 
     def refuse(self, name: str, problem: str, mend: str = "") -> ConfigError:
         """The error for a value that is sound but beyond growkit."""
-        return self.wrong("not-supported", name, problem, mend=mend)
+        return ConfigError("not-supported", problem, **self.at(name), mend=mend)
 
-    def wrong(self, code: str, name: str, problem: str, mend: str = "") -> ConfigError:
-        return ConfigError(code, problem, key=f"{self.where}: {name}", value=self.values.get(name), mend=mend)
+    def at(self, name: str) -> dict[str, Any]:
+        """Key and value of an error about ``name``."""
+        return {"key": f"{self.where}: {name}", "value": self.values.get(name)}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

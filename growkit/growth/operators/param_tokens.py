@@ -140,7 +140,12 @@ def _append(projection: Pattention, count: int, method: str, field: str) -> Patt
     current = projection.tokens
     if method == "shrink":
         return _shrunk(projection, count, field)
-    not_smaller(count, current, field, mend="choose {0} or more, or the method shrink, which drops tokens")
+    not_smaller(
+        count,
+        current,
+        field,
+        mend="growth only enlarges, so choose {0} or more, or the method shrink, which drops tokens",
+    )
     if count == current:
         return projection
     if (projection.scope == "shared") == (method == "bank"):
