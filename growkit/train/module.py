@@ -43,11 +43,19 @@ class StageModule(L.LightningModule):
         frozen = frozen_names(param_specs(self.start.config), self.start.born, self.stage.index, self.stage.freeze)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in frozen)
+        model.set_ramp(self.stage.ramp_at(self.stage_step))
         if self.device_mesh is not None:
             _shard(model, self.device_mesh["data_parallel"])
         if trainer.compile:
             model.compile()
         self.model = model.train()
+
+    def step_done(self) -> None:
+        """Counts an optimizer step, and moves the ramp to the next one's: validation and samples see that, and what is
+        saved goes on with it. Every process calls this."""
+        assert self.model is not None
+        self.stage_step += 1
+        self.model.set_ramp(self.stage.ramp_at(self.stage_step))
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         assert self.model is not None
@@ -129,7 +137,7 @@ class StageModule(L.LightningModule):
         for name, p in self.model.named_parameters():
             if state := optimizer.state.get(p):
                 moments[name] = Moments(state["exp_avg"], state["exp_avg_sq"], float(state["step"]))
-        return TrainState(self.start.config, params, moments, self.start.born)
+        return TrainState(self.model.config, params, moments, self.start.born)
 
     def release(self) -> None:
         """Lets go of every tensor. Trainer and module refer to each other, so they stay until some later collection;
