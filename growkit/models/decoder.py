@@ -51,9 +51,13 @@ class DecoderLM(nn.Module):
         if ramp == self.config.ramp:
             return
         self.config = dataclasses.replace(self.config, ramp=ramp)
+        self.place_ramp()
+
+    def place_ramp(self) -> None:
+        """Puts everything that is under a mask to where ``config`` has the ramp."""
         for module in self.modules():
             if isinstance(module, Ramp):
-                module.set(ramp)
+                module.set(self.config.ramp)
 
     def param_axes(self) -> dict[str, ParamSpec]:
         """Name → axes, role and layer of every parameter."""
