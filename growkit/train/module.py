@@ -43,7 +43,6 @@ class StageModule(L.LightningModule):
         frozen = frozen_names(param_specs(self.start.config), self.start.born, self.stage.index, self.stage.freeze)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in frozen)
-        model.set_ramp(self.stage.ramp_at(self.stage_step))
         if self.device_mesh is not None:
             _shard(model, self.device_mesh["data_parallel"])
         if trainer.compile:
