@@ -241,6 +241,8 @@ def from_json(data: Any, kind: Any = ModelConfig, *, key: str = "model") -> Any:
     if get_origin(kind) is tuple:
         if not isinstance(data, list | tuple):
             raise ConfigError("bad-model", "must be a list", key=key, value=data)
+        if Ellipsis not in get_args(kind) and len(data) != len(get_args(kind)):
+            raise ConfigError("bad-model", f"must have {len(get_args(kind))} entries", key=key, value=data)
         return tuple(from_json(item, get_args(kind)[0], key=f"{key}.{i}") for i, item in enumerate(data))
     members = get_args(kind)
     if members and type(None) in members:
