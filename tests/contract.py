@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from dataclasses import dataclass
 from typing import Any
@@ -266,7 +267,8 @@ def moments_go_with_the_weights(case: Case) -> None:
 
 
 def what_is_new_learns(case: Case) -> None:
-    """With weight decay 0, everything new has a gradient by the second step, all stays finite, and all of it moves."""
+    """With weight decay 0, everything new has a gradient by the second step, all stays finite, and all of it moves. A
+    ramp is halfway at the second step."""
     state = trained_like(case.source)
     result = grown(case, state)
     model = build(case.target, result.params)
@@ -282,6 +284,7 @@ def what_is_new_learns(case: Case) -> None:
     alive = dict.fromkeys(fresh, False)
     data = with_new_tokens(probe(case.source, rows=8), case.source.vocab_size, case.target.vocab_size)
     for step in range(2):
+        model.set_ramp(max(case.target.ramp, step / 2))
         optimizer.zero_grad()
         loss = model(data[:, :-1], data[:, 1:]).total
         loss.backward()
@@ -315,7 +318,8 @@ def randomness_is_the_generators(case: Case) -> None:
 
 
 def two_steps_keep_it_as_well(case: Case) -> None:
-    """Growing what was grown: an exact operator stays exact from a state it made itself, after some training."""
+    """Growing what was grown: an exact operator stays exact from a state it made itself, after some training, with
+    which a ramp has come to its end."""
     links = path(case.source, case.target, case.methods)
     if any(link.exactness.kind != "exact" for link in links):
         return
@@ -324,11 +328,11 @@ def two_steps_keep_it_as_well(case: Case) -> None:
         name: t + 0.02 * torch.randn(t.shape, generator=generator(9), dtype=t.dtype) for name, t in once.params.items()
     }
     moments = {n: Moments(torch.zeros_like(t), torch.ones_like(t), 3.0) for n, t in noisy.items()}
-    state = TrainState(case.target, noisy, moments)
-    further = _further(case)
+    state = TrainState(dataclasses.replace(case.target, ramp=1.0), noisy, moments)
+    further = _further(case, state.config)
     if further is None:
         return
-    again = path(case.target, further, case.methods)
+    again = path(state.config, further, case.methods)
     if any(link.exactness.kind != "exact" for link in again):
         return  # a dense block's first step is exact, clones that are not all chosen are not
     twice = lazy_states(state, again, generator(6), stage=2, probe=probe(case.source))[-1].materialized()
@@ -337,8 +341,8 @@ def two_steps_keep_it_as_well(case: Case) -> None:
     assert certificate.exact and certificate.delta_logits_float64 <= EXACT_FLOAT64
 
 
-def _further(case: Case) -> ModelConfig | None:
-    """The same growth once more, twice as far; None where there is nothing beyond."""
+def _further(case: Case, config: ModelConfig) -> ModelConfig | None:
+    """The same growth of ``config`` once more, twice as far; None where there is nothing beyond."""
     if case.operator in BEFORE:
         return None
     fields = {}
@@ -348,8 +352,8 @@ def _further(case: Case) -> ModelConfig | None:
         else:
             fields[key] = value * 2 if isinstance(value, int) else value
     if isinstance(fields.get("insert_at"), list):
-        fields["num_layers"] = len(case.target.layers) + len(fields["insert_at"])
-    return grown_config(case.target, fields, case.methods)
+        fields["num_layers"] = len(config.layers) + len(fields["insert_at"])
+    return grown_config(config, fields, case.methods)
 
 
 CLAUSES = (

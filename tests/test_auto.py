@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from growkit.checkpoint.hf.auto import GrowkitForCausalLM
 from growkit.errors import ConfigError
+from growkit.growth.path import grown_config
 from growkit.models.config import ModelConfig, Norm
 from growkit.models.decoder import DecoderLM, build
 from growkit.models.spec import param_specs
@@ -226,3 +227,17 @@ def test_transformers_may_be_imported_first(order: str) -> None:
     code = LATER[order] + "from transformers import CONFIG_MAPPING\nassert 'growkit' in CONFIG_MAPPING\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_model_in_the_middle_of_a_ramp_is_saved_and_loaded_as_it_is(tmp_path: Path) -> None:
+    """Masks are in no file: the configuration says where their ramp is, also after it was moved."""
+    methods = dict.fromkeys(("depth", "width", "mlp", "heads"), "masked")
+    sizes = {"num_layers": 3, "embed_dim": 32, "mlp_dim": 80, "num_heads": 4}
+    config = grown_config(CONFIGS["transformer"], sizes, methods)
+    params = trained_like(dataclasses.replace(config, ramp=1.0)).params
+    wrapped = GrowkitForCausalLM.around(build(config, params).eval())
+    wrapped.growkit.set_ramp(0.5)
+    wrapped.save_pretrained(tmp_path)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert read.growkit.config == dataclasses.replace(config, ramp=0.5)
+    close(read(probe(config)).logits, wrapped(probe(config)).logits)

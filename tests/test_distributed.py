@@ -19,6 +19,7 @@ from growkit.growth.engine import added_entries
 from tests.support import in_child, recipe_dict, records, start_child, write_recipe
 from tests.test_freeze import BOTH, FIRST, TRANSFORMER, UNSCALED, assert_held, freezing_recipe, stage_of, state
 from tests.test_loggers import rows_of
+from tests.test_ramp_training import ramping_recipe
 
 # Sums over two processes are taken in another order than in one: float32 roundings of 6e-8, through 12 steps.
 LOSS_TOLERANCE = 1e-5
@@ -91,6 +92,23 @@ def test_two_processes_agree_with_one(strategy: str, sharded: tuple[Path, Path],
     reference = RunFolder.open(alone).load().state
     for name in reference.params:
         assert torch.allclose(checkpoint.state.params[name], reference.params[name], atol=1e-4), name
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_ramp_is_where_it_is_in_every_process(strategy: str, tmp_path: Path) -> None:
+    """Losses of a stage with masks on all there is agree with one process's, and the stage after goes on alike."""
+    recipe = ramping_recipe(tmp_path)
+    recipe["model"]["dropout"] = 0.0
+    recipe["stages"][0]["micro_batch_size"] = 2
+    path, runs = write_recipe(tmp_path, recipe), tmp_path / "runs"
+    options = (f"trainer.strategy={strategy}", "trainer.devices=2", "run.name=two")
+    assert two_processes("train", path, *options, run=runs / "two") == [0, 0]
+    assert in_child("train", path, "run.name=one") == 0
+    for kind in ("step", "validation"):
+        one, two = records(runs / "one", kind), records(runs / "two", kind)
+        assert [r["step"] for r in one] == [r["step"] for r in two]
+        assert max(abs(a["loss"] - b["loss"]) for a, b in zip(one, two, strict=True)) <= LOSS_TOLERANCE
+    assert RunFolder.open(runs / "two").load(12).manifest.model.ramp == 1
 
 
 # mid_shard is reached by both processes; the renames by the first alone, and the second must not wait for it for ever.

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from growkit.errors import PreservationError
-from growkit.growth import engine, expand, verify
+from growkit.growth import engine, expand, gradients, path, verify
 from growkit.growth.operator import OPERATORS, Exactness, Grown, TensorGrowth
 from growkit.growth.operators import dense, head_dim, param_tokens, width
 from growkit.growth.state import Moments
 from growkit.growth.verify import Certificate
-from growkit.models import axes
+from growkit.models import axes, layers
 from growkit.models.experts import MixtureFeedForward
 from growkit.models.presets import initial_tau
+from growkit.models.ramp import Ramp, mask
 from tests import contract
 
 Patch = pytest.MonkeyPatch
@@ -334,6 +336,41 @@ def new_tokens_unread(patch: Patch) -> None:
     patch.setattr(verify, "with_new_tokens", lambda probe, before, after: probe)
 
 
+def an_embedding_without_mask(patch: Patch) -> None:
+    """What the layers write to new dimensions is under the mask, what the embedding writes is not."""
+    patch.setattr(verify, "stream_mask", lambda config: None)
+
+
+def a_mask_at_one(patch: Patch) -> None:
+    patch.setattr(Ramp, "set", lambda self, ramp: self.now.copy_(self._end))
+
+
+def a_ramp_that_is_not_reset(patch: Patch) -> None:
+    patch.setattr(path, "is_masked", lambda config: False)
+
+
+def masks_of_the_last_growth(patch: Patch) -> None:
+    """What the last growth had under its mask goes back to 0 with the next one's ramp."""
+    patch.setattr(path, "unmasked", lambda config: config)
+
+
+def a_ramp_that_stands_still(patch: Patch) -> None:
+    """The certificate looks at gradients under a mask at 0 alone."""
+    patch.setattr(gradients, "dataclasses", SimpleNamespace(replace=lambda config, ramp: config))
+
+
+def masked_heads_at_the_end(patch: Patch) -> None:
+    """Not behind the old heads of their kv group."""
+
+    def last(spec, ramp):  # type: ignore[no-untyped-def]
+        if spec.steady_heads is None:
+            return None
+        old = spec.steady_heads[0] * spec.head_dim
+        return mask([i < old for i in range(spec.num_heads * spec.head_dim)], ramp)
+
+    patch.setattr(layers, "head_mask", last)
+
+
 MUTANTS: list[tuple[Callable[[Patch], None], str, str]] = [
     (wrong_tau, "param_tokens", "held"),
     (random_values_in_a_bank, "param_tokens", "bank"),
@@ -377,11 +414,19 @@ MUTANTS: list[tuple[Callable[[Patch], None], str, str]] = [
     (overwritten_rows, "vocab", "fresh"),
     (moments_of_other_tokens, "vocab", "mean"),
     (new_tokens_unread, "vocab", "mean"),
+    (an_embedding_without_mask, "width", "masked"),
+    *((a_mask_at_one, operator, "masked") for operator in ("depth", "width", "mlp", "heads", "param_tokens")),
+    (a_mask_at_one, "param_tokens", "annealed"),
+    (a_ramp_that_is_not_reset, "mlp", "masked"),
+    (masks_of_the_last_growth, "depth", "masked"),
+    (a_ramp_that_stands_still, "heads", "masked"),
+    (masked_heads_at_the_end, "heads", "masked"),
 ]
 # The family a mutant is tried on, where it is not the operator's first.
 FAMILY = {
     misplaced_moments: "transformer-gqa",  # order matters
     misordered_heads: "transformer-gqa",
+    masked_heads_at_the_end: "transformer-gqa",
     appended_pairs: "transformer",
     unscaled_queries: "transformer",
     stale_qk_eps: "transformer-gqa",  # has QK-norm

@@ -480,7 +480,7 @@ def test_json_is_strict_everywhere() -> None:
     for key, container, place in list(nodes(data)):
         kept = container[place]
         for wrong in WRONG[type(kept)] if kept is not None else ["x", 1.5, True, []]:
-            if wrong is None and place in OPTIONAL:
+            if (wrong is None and place in OPTIONAL) or (wrong == [] and place == "tau_from"):  # of any length
                 continue
             container[place] = wrong
             holder = key.rpartition(".")[0]  # blamed where its kind was to say which of several it is

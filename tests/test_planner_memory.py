@@ -81,6 +81,47 @@ def planned(folder: Path, recipe: dict[str, Any]) -> tuple[Recipe, GrowthSchedul
     return loaded, growth_schedule(loaded)
 
 
+MASKED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str]]] = {
+    "everything dense": (
+        {"preset": "transformer", "embed_dim": 128, "num_layers": 1, "num_heads": 4, "head_dim": 32},
+        {"num_layers": 2, "embed_dim": 192, "mlp_dim": 512, "num_heads": 6},
+        {"depth": "masked", "width": "masked", "mlp": "masked", "heads": "masked"},
+    ),
+    "a bank": (
+        {"preset": "tokenformer", "embed_dim": 192, "num_layers": 2, "num_heads": 4, "attention_tokens": 128},
+        {"attention_tokens": 192, "mlp_tokens": 768},
+        {"param_tokens": "masked"},
+    ),
+    "tau": (
+        {
+            "preset": "tokenformer",
+            "embed_dim": 192,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_tokens": 128,
+            "token_norm": "shared",
+        },
+        {"attention_tokens": 192, "mlp_tokens": 768},
+        {"param_tokens": "annealed"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_training_step_under_a_mask(name: str, precision: str, tmp_path: Path) -> None:
+    """The plan is that of the model without masks; they are held to the promise all the same."""
+    model, grow, methods = MASKED[name]
+    recipe = recipe_dict(tmp_path) | {"model": model, "optim": {}, "trainer": {}}
+    size = {"micro_batch_size": 4, "context_length": 128, "global_batch_tokens": 512, "duration": "2 steps"}
+    recipe["stages"] = [{"name": "small"} | size, {"name": "masked", "grow": grow, "methods": methods} | size]
+    loaded, schedule = planned(tmp_path, recipe)
+    assert schedule.last.ramp_steps and schedule.last.model.ramp == 0
+    *_, plan = stage_memories(loaded, schedule, bf16=precision == "bf16", cuda=False)
+    peak = measured(lambda: train_twice(loaded, schedule.last, bf16=precision == "bf16")).peak()
+    assert plan.step == pytest.approx(peak, rel=PROMISED)
+
+
 def train_twice(recipe: Recipe, stage: Stage, *, bf16: bool) -> None:
     """Two optimizer steps as Lightning has them: a step's gradients go when the next one's loss is there."""
     trainer = recipe.trainer

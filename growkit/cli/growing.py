@@ -69,6 +69,10 @@ def grow_checkpoint(
     wanted = grown_config(config, fields, methods)
     if folder is not None:
         folder.adapter.fields(wanted)  # refused before anything is grown
+    if wanted.ramp < 1:
+        problem = "comes in over a stage's grow_time, and there is no stage here"
+        mend = "write it into a stage of a recipe (`growkit extend`), or use another method"
+        raise ConfigError("method-does-not-fit", problem, key="methods", value=methods, mend=mend)
     links = path(config, wanted, methods)
     stage = checkpoint.manifest.progress.stage + 1
     generator = torch.Generator().manual_seed(seed)

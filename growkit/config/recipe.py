@@ -113,6 +113,7 @@ class StageConfig:
     decay: str | None = None  # wsd's fall to min_lr_ratio at the end; default: 20% in the last stage, else 0%
     min_lr_ratio: float = 0.0  # where cosine and wsd end, relative to the peak
     new_warmup: str = "0 steps"  # of parameters born in this stage, on top of the schedule
+    grow_time: str = "20%"  # over which what methods masked and annealed grow comes in; at least a step
     freeze: list[str] = field(default_factory=list)  # selectors: old, old_entries, embedding, attention.q, bank:0, ...
     lr_scale: dict[str, float] = field(default_factory=dict)  # selector: factor, in this stage
     validate_every: str | None = None  # besides the end of the stage

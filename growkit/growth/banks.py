@@ -20,7 +20,7 @@ from growkit.growth.operator import Exactness
 from growkit.growth.operators.param_tokens import pattentions, with_pattentions
 from growkit.growth.state import Moments, TrainState
 from growkit.growth.verify import certify
-from growkit.models.config import LayerSpec, ModelConfig, Pattention
+from growkit.models.config import LayerSpec, ModelConfig, Pattention, unmasked
 from growkit.models.spec import param_specs
 
 
@@ -29,8 +29,9 @@ def merge(a: TrainState, b: TrainState, ancestor: TrainState) -> TrainState:
 
     What all three have is ancestor + (a − ancestor) + (b − ancestor), task arithmetic (arXiv 2212.04089): the
     ancestor's own where both kept it frozen. Banks keep their moments; of the rest, what neither moved does.
-    Raises ConfigError when a or b did more than append banks with norms of their own.
+    Raises ConfigError when a or b did more than append banks with norms of their own, or one's ramp is not through.
     """
+    a, b, ancestor = (dataclasses.replace(of, config=unmasked(of.config, "merge")) for of in (a, b, ancestor))
     for name, model in (("the first model", a), ("the second model", b)):
         if without_new_banks(model.config, ancestor.config) != ancestor.config:
             raise ConfigError(
@@ -99,7 +100,9 @@ def without_new_banks(config: ModelConfig, ancestor: ModelConfig) -> ModelConfig
 
 
 def first_banks(config: ModelConfig, params: Mapping[str, Tensor], count: int) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The model with the first ``count`` banks of each projection. Raises ConfigError for norms that banks share."""
+    """The model with the first ``count`` banks of each projection. Raises ConfigError for norms that banks share, and
+    for a model whose last growth is under a ramp still."""
+    config = unmasked(config, "--banks")
     specs = [p for layer in config.layers for p in pattentions(layer).values()]
     if not specs or any(p.scope == "shared" and len(p.banks) > count for p in specs):
         problem = "needs banks that have norms of their own, and the model has none"

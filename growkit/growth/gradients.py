@@ -6,6 +6,7 @@ Legend: B batch, T tokens, D embed, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from growkit.models.config import LayerSpec, ModelConfig
 from growkit.models.layers import Layer, rope_table
 from growkit.models.loss import chunked_cross_entropy
 from growkit.models.norm import Normalize
+from growkit.models.ramp import stream_mask
 from growkit.models.spec import param_specs
 
 PROBE_STEPS = 3  # gradients taken by the dead-parameter check
@@ -32,13 +34,15 @@ M = TypeVar("M", bound=nn.Module)
 
 def probe_gradients(state: TrainState, tokens: Tensor, targets: Tensor) -> Iterator[tuple[int, str, Tensor]]:
     """(step, parameter, gradient) of the loss on PROBE_STEPS steps in float32, a sign step of PROBE_SIZE on every
-    parameter between them; within a step from the head down. ``tokens``, ``targets`` (B, T).
+    parameter between them; within a step from the head down. ``tokens``, ``targets`` (B, T). A ramp rises from step to
+    step, as it does in training: under a mask at 0 nothing has a gradient.
 
     Raises ConfigError when there is no room for the signs of a large model in the folder of temporary files.
     """
     params = _Stepped(state)
     for step in range(PROBE_STEPS):
-        for name, gradient in _backward(state.config, params, tokens, targets):
+        config = dataclasses.replace(state.config, ramp=max(state.config.ramp, step / PROBE_STEPS))
+        for name, gradient in _backward(config, params, tokens, targets):
             yield step, name, gradient
             if step < PROBE_STEPS - 1:
                 params.add(name, gradient)
@@ -103,7 +107,8 @@ def _bytes(count: int) -> Tensor:
 def _backward(config: ModelConfig, params: _Stepped, tokens: Tensor, targets: Tensor) -> Iterator[tuple[str, Tensor]]:
     # Autograd records nothing on the way up, but is on: ops choose their path by it, and it is to be training's.
     positions = torch.arange(tokens.shape[1], device=tokens.device)
-    x = params.rows("embedding.weight", tokens)
+    x, mask = params.rows("embedding.weight", tokens), stream_mask(config)
+    x = x if mask is None else mask(x)
     streams = []
     for spec in config.layers:
         streams.append(x)
@@ -130,6 +135,7 @@ def _backward(config: ModelConfig, params: _Stepped, tokens: Tensor, targets: Te
         names = [prefix + name for name, _ in layer.named_parameters()]
         del layer, out
         yield from _last_first(names, gradients)
+    along = along if mask is None else mask(along)
     # A look-up's gradient lies in the rows that were looked up, each summed before it joins the tied head's.
     rows, place = torch.unique(tokens, return_inverse=True)
     summed = along.new_zeros(len(rows), config.embed_dim).index_add_(0, place.flatten(), along.flatten(0, 1))

@@ -10,7 +10,7 @@ from typing import Any
 from growkit.errors import ConfigError
 from growkit.growth.operator import OPERATORS, Exactness, GrowthOperator
 from growkit.growth.operators import consolidate, dense, depth, experts, head_dim, param_tokens, vocab, width
-from growkit.models.config import ModelConfig, to_json
+from growkit.models.config import ModelConfig, is_masked, to_json, unmasked
 from growkit.registry import closest
 
 # Deep before wide: what is then appended to inserted layers is drawn for them, not copied, and a zero that keeps a step
@@ -43,7 +43,8 @@ def operator(name: str) -> GrowthOperator:
 
 
 def grown_config(config: ModelConfig, fields: Mapping[str, Any], methods: Mapping[str, str]) -> ModelConfig:
-    """The target that a stage's ``grow: fields`` means for ``config``. Raises ConfigError."""
+    """The target that a stage's ``grow: fields`` means for ``config``, without the masks of its last growth. Raises
+    ConfigError, also where the ramp of that is not through."""
     known = {field: name for name in order() for field in (*operator(name).fields, *operator(name).options)}
     for field, value in fields.items():
         if field not in known:
@@ -56,7 +57,7 @@ def grown_config(config: ModelConfig, fields: Mapping[str, Any], methods: Mappin
             )
     for name, method in methods.items():
         OPERATORS.get(name, key=f"methods.{name}").check_method(method, f"methods.{name}")
-    target = config
+    config = target = unmasked(config)
     for name in order():
         mine = {field: value for field, value in fields.items() if known[field] == name}
         if mine:
@@ -72,16 +73,18 @@ def grown_config(config: ModelConfig, fields: Mapping[str, Any], methods: Mappin
     if fields and target == config:
         mend = "name a larger size, or leave grow out"
         raise ConfigError("nothing-grows", "is what the model already is", key="grow", value=dict(fields), mend=mend)
-    return target
+    return dataclasses.replace(target, ramp=0.0) if is_masked(target) else target
 
 
 def path(source: ModelConfig, target: ModelConfig, methods: Mapping[str, str]) -> list[Link]:
-    """The chain of links from ``source`` to ``target``, in canonical order. Raises ConfigError if there is none."""
+    """The chain of links from ``source``, without the masks of its last growth, to ``target``, in canonical order.
+    Raises ConfigError if there is none, or the ramp of the last growth is not through."""
     links: list[Link] = []
-    config = source
+    config = unmasked(source)
     for name in order():
         step = operator(name).advance(config, target)
         if step != config:
+            step = dataclasses.replace(step, ramp=target.ramp) if is_masked(step) else step
             method = methods.get(name) or operator(name).default_method(config)
             links.append(Link(name, operator(name).check_method(method, f"methods.{name}"), config, step))
             config = step

@@ -15,6 +15,7 @@ from growkit.growth.operator import Exactness
 from growkit.growth.state import TrainState
 from growkit.models.config import ModelConfig
 from growkit.models.layers import rope_table
+from growkit.models.ramp import stream_mask
 
 # Relative Δlogits of an exact step, measured in the dtype of training: the same function in another order of sums.
 # 1e-4 is about 1000 float32 roundings of 6e-8; 5e-2 is some ten bf16 roundings of 4e-3.
@@ -146,6 +147,8 @@ def stream_logits(config: ModelConfig, params: Mapping[str, Tensor], tokens: Ten
     work = torch.float32 if dtype == torch.bfloat16 else dtype
     with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         x = F.embedding(tokens, params["embedding.weight"]).to(work)
+        if (mask := stream_mask(config)) is not None:
+            x = mask(x)
         positions = torch.arange(tokens.shape[1], device=x.device)
         for spec in config.layers:
             layer = fill(empty_layer(spec, config), params, f"layers.{spec.id}.", work)

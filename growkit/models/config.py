@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from growkit.errors import ConfigError
 from growkit.models.rope import RopeScaling
@@ -44,13 +44,16 @@ class Pattention:
     """A dense map Σ_g Θ_g(X K_gᵀ) V_g (TokenFormer, arXiv 2410.23168, eq. 5).
 
     ``banks``: parameter tokens of each bank, in order of growth. ``scope``: ``bank`` normalises each bank on its own
-    (``taus``: one τ per bank), ``shared`` normalises over all tokens as published (``taus``: one τ).
+    (``taus``: one τ per bank), ``shared`` normalises over all tokens as published (``taus``: one τ). ``steady_banks``:
+    how many banks, from the first, are not under the mask; None: all. ``tau_from``: where the ramp takes ``taus`` from.
     """
 
     banks: tuple[int, ...]
     taus: tuple[float, ...]
     theta: Theta = "l2_norm_gelu"
     scope: Literal["bank", "shared"] = "bank"
+    steady_banks: int | None = None
+    tau_from: tuple[float, ...] | None = None
     kind: Literal["pattention"] = "pattention"
 
     @property
@@ -63,7 +66,8 @@ Projection = Union[Linear, Pattention]
 
 @dataclass(frozen=True)
 class Attention:
-    """Causal attention with rotary positions; query heads are grouped evenly over ``num_kv_heads``."""
+    """Causal attention with rotary positions; query heads are grouped evenly over ``num_kv_heads``. ``steady_heads``:
+    the query heads and kv heads that are not under the mask, the first of their groups; None: all."""
 
     num_heads: int
     num_kv_heads: int
@@ -76,6 +80,7 @@ class Attention:
     rope_fraction: float = 1.0
     qk_norm: Norm | None = None
     rope_scaling: RopeScaling | None = None
+    steady_heads: tuple[int, int] | None = None
     kind: Literal["attention"] = "attention"
 
     @property
@@ -91,11 +96,13 @@ class Attention:
 
 @dataclass(frozen=True)
 class DenseMLP:
-    """``swiglu``: down(silu(gate x) ⊙ up x); ``gelu``: down(gelu(up x)), by erf, ``gelu_tanh`` by its tanh form."""
+    """``swiglu``: down(silu(gate x) ⊙ up x); ``gelu``: down(gelu(up x)), by erf, ``gelu_tanh`` by its tanh form.
+    ``steady_dim``: how many hidden units, from the first, are not under the mask; None: all."""
 
     dim: int
     kind: MLPKind = "swiglu"
     bias: bool = False
+    steady_dim: int | None = None
 
     @property
     def gated(self) -> bool:
@@ -130,18 +137,24 @@ class PattentionMLP:
 @dataclass(frozen=True)
 class LayerSpec:
     """One layer. ``origin``: the layer it was copied from, if it was inserted by growth. ``parallel``: attention and
-    MLP read the same residual stream, x + attention(norm x) + mlp(norm′ x) (GPT-NeoX), not one after the other."""
+    MLP read the same residual stream, x + attention(norm x) + mlp(norm′ x) (GPT-NeoX), not one after the other.
+    ``ramped``: all it writes is under the mask."""
 
     id: int
     mixer: Attention
     mlp: DenseMLP | MoEMLP | PattentionMLP
     origin: int | None = None
     parallel: bool = False
+    ramped: bool = False
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A language model: embedding → layers (residual stream) → final norm → head × ``logit_scale``."""
+    """A language model: embedding → layers (residual stream) → final norm → head × ``logit_scale``.
+
+    ``ramp``: 0..1, what everything under a mask is multiplied by (models/ramp.py). ``steady_dim``: how many dimensions
+    of the residual stream, from the first, are not under the mask; None: all.
+    """
 
     vocab_size: int
     embed_dim: int
@@ -151,6 +164,8 @@ class ModelConfig:
     tied_head: bool = True
     logit_scale: float = 1.0
     dropout: float = 0.0
+    ramp: float = 1.0
+    steady_dim: int | None = None
 
     def layer(self, layer_id: int) -> LayerSpec:
         return next(layer for layer in self.layers if layer.id == layer_id)
@@ -181,6 +196,41 @@ class ModelConfig:
 FLOPS_CONVENTION = 1
 
 
+def unmasked(config: ModelConfig, key: str = "grow") -> ModelConfig:
+    """``config`` without masks, which compute nothing once their ramp is at 1. Raises ConfigError below that."""
+    if config.ramp < 1:
+        problem = f"is in the middle of its last growth, whose ramp is at {config.ramp:g}"
+        mend = "train on until the ramp is at 1 (the stage's grow_time), or use a checkpoint from after that"
+        raise ConfigError("still-ramping", problem, key=key, mend=mend)
+    layers = tuple(_unmasked_layer(layer) for layer in config.layers)
+    return dataclasses.replace(config, steady_dim=None, layers=layers)
+
+
+def is_masked(config: ModelConfig) -> bool:
+    """Whether anything is under a mask, wherever its ramp is."""
+    return unmasked(dataclasses.replace(config, ramp=1.0)) != dataclasses.replace(config, ramp=1.0)
+
+
+def _unmasked_layer(layer: LayerSpec) -> LayerSpec:
+    mixer, mlp = layer.mixer, layer.mlp
+    q, k, v, o = (_unmasked_tokens(projection) for projection in (mixer.q, mixer.k, mixer.v, mixer.o))
+    mixer = dataclasses.replace(mixer, q=q, k=k, v=v, o=o, steady_heads=None)
+    if isinstance(mlp, DenseMLP):
+        mlp = dataclasses.replace(mlp, steady_dim=None)
+    elif isinstance(mlp, PattentionMLP):
+        mlp = PattentionMLP(_unmasked_tokens(mlp.projection))
+    return dataclasses.replace(layer, mixer=mixer, mlp=mlp, ramped=False)
+
+
+P = TypeVar("P", bound=Projection)
+
+
+def _unmasked_tokens(projection: P) -> P:
+    if isinstance(projection, Pattention):
+        return dataclasses.replace(projection, steady_banks=None, tau_from=None)
+    return projection
+
+
 def to_json(config: Any) -> Any:
     """A configuration as plain JSON values."""
     return dataclasses.asdict(config)
@@ -191,12 +241,16 @@ def from_json(data: Any, kind: Any = ModelConfig, *, key: str = "model") -> Any:
     if get_origin(kind) is tuple:
         if not isinstance(data, list | tuple):
             raise ConfigError("bad-model", "must be a list", key=key, value=data)
+        if Ellipsis not in get_args(kind) and len(data) != len(get_args(kind)):
+            raise ConfigError("bad-model", f"must have {len(get_args(kind))} entries", key=key, value=data)
         return tuple(from_json(item, get_args(kind)[0], key=f"{key}.{i}") for i, item in enumerate(data))
     members = get_args(kind)
     if members and type(None) in members:
         if data is None:
             return None
         members = tuple(member for member in members if member is not type(None))
+        if len(members) == 1:
+            return from_json(data, members[0], key=key)
     if members and all(dataclasses.is_dataclass(member) for member in members):
         kind = _member(data, members, key)
     if not dataclasses.is_dataclass(kind):
@@ -215,9 +269,7 @@ def from_json(data: Any, kind: Any = ModelConfig, *, key: str = "model") -> Any:
 
 
 def _member(data: Any, members: tuple[Any, ...], key: str) -> Any:
-    """The member of a union that ``data['kind']`` names (Norm has no tag to choose by, so it stands alone)."""
-    if len(members) == 1:
-        return members[0]
+    """The member of a union that ``data['kind']`` names."""
     tag = data.get("kind") if isinstance(data, dict) else None
     for member in members:
         if tag in get_args(get_type_hints(member)["kind"]):

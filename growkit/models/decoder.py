@@ -5,6 +5,7 @@ Legend: B batch, T tokens, D embed, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import torch
@@ -16,6 +17,7 @@ from growkit.models.config import ModelConfig
 from growkit.models.layers import Layer, LayerCache, rope_table
 from growkit.models.loss import TokenLoss, chunked_cross_entropy
 from growkit.models.norm import Normalize
+from growkit.models.ramp import Ramp, stream_mask
 from growkit.models.spec import ParamSpec, param_specs
 
 
@@ -38,10 +40,24 @@ class DecoderLM(nn.Module):
         self.config = config
         self.checkpoint_layers = checkpoint_layers
         self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
+        self.embedding_mask = stream_mask(config)
         self.layers = nn.ModuleDict({str(spec.id): Layer(spec, config, backend) for spec in config.layers})
         self.final_norm = Normalize(config.final_norm, config.embed_dim)
         if not config.tied_head:
             self.head = nn.Linear(config.embed_dim, config.vocab_size, bias=False)
+
+    def set_ramp(self, ramp: float) -> None:
+        """Puts everything that is under a mask to ``ramp``, 0..1, in place; ``config`` says so afterwards."""
+        if ramp == self.config.ramp:
+            return
+        self.config = dataclasses.replace(self.config, ramp=ramp)
+        self.place_ramp()
+
+    def place_ramp(self) -> None:
+        """Puts everything that is under a mask to where ``config`` has the ramp."""
+        for module in self.modules():
+            if isinstance(module, Ramp):
+                module.set(self.config.ramp)
 
     def param_axes(self) -> dict[str, ParamSpec]:
         """Name → axes, role and layer of every parameter."""
@@ -68,6 +84,8 @@ class DecoderLM(nn.Module):
         """``hidden``, and the balance losses of the layers that have one."""
         balances = []
         x = self.embedding(tokens_BT)
+        if self.embedding_mask is not None:
+            x = self.embedding_mask(x)
         past = cache.length if cache is not None else 0
         length = past + tokens_BT.shape[1] if positions is None else None  # then the positions say it
         if positions is None:
@@ -141,4 +159,7 @@ def build(config: ModelConfig, params: Mapping[str, Tensor], *, copy: bool = Tru
         model = DecoderLM(config, **options)  # type: ignore[arg-type]
     state = {name: tensor.detach().clone() if copy else tensor.detach() for name, tensor in params.items()}
     model.load_state_dict(state, strict=True, assign=True)
+    for module in model.modules():
+        if isinstance(module, Ramp):  # on the CPU, where they were made
+            module.to(model.embedding.weight.device)
     return model.requires_grad_(True)

@@ -21,6 +21,7 @@ from growkit.models.config import (
 )
 from growkit.models.experts import MixtureFeedForward
 from growkit.models.norm import Normalize
+from growkit.models.ramp import Ramp, head_mask, mask, stream_mask
 from growkit.models.rope import inverse_frequencies
 from growkit.ops.elementwise import rotate
 from growkit.ops.pattention import Tokens, pattention
@@ -39,23 +40,29 @@ class LinearProjection(nn.Module):
 class PattentionProjection(nn.Module):
     """Banks of parameter tokens, each its own pair of parameters: ``keys.g`` (n_g, in), ``values.g`` (n_g, out)."""
 
-    def __init__(self, spec: Pattention, inp: int, out: int, backend: str) -> None:
+    def __init__(self, spec: Pattention, inp: int, out: int, backend: str, ramp: float) -> None:
         super().__init__()
         self.spec, self.op = spec, pattention(backend)
         self.keys = nn.ParameterList(nn.Parameter(torch.empty(n, inp)) for n in spec.banks)
         self.values = nn.ParameterList(nn.Parameter(torch.empty(n, out)) for n in spec.banks)
+        self.bank_mask = mask([False], ramp) if spec.steady_banks is not None else None
+        self.tau = Ramp(spec.tau_from, spec.taus, ramp) if spec.tau_from is not None else None
 
     def tokens(self) -> Tokens:
-        spec = self.spec
-        return Tokens(list(self.keys), list(self.values), list(spec.taus), spec.theta, spec.scope)
+        spec, values = self.spec, list(self.values)
+        if self.bank_mask is not None:  # on the values: what a bank adds to the sum is linear in them, whatever Θ is
+            share = self.bank_mask.now[0]
+            values[spec.steady_banks :] = [v * share for v in values[spec.steady_banks :]]
+        taus: list[float | Tensor] = [*spec.taus] if self.tau is None else [*self.tau.now.unbind()]
+        return Tokens(list(self.keys), values, taus, spec.theta, spec.scope)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x, [self.tokens()])[0]
 
 
-def projection(spec: Projection, inp: int, out: int, backend: str) -> nn.Module:
+def projection(spec: Projection, inp: int, out: int, backend: str, ramp: float) -> nn.Module:
     if isinstance(spec, Pattention):
-        return PattentionProjection(spec, inp, out, backend)
+        return PattentionProjection(spec, inp, out, backend, ramp)
     return LinearProjection(inp, out, spec.bias)
 
 
@@ -93,14 +100,15 @@ class LayerCache:
 class CausalAttention(nn.Module):
     """softmax(q kᵀ / √d) v with rotary positions (RoFormer, arXiv 2104.09864; half-split pairs as in GPT-NeoX)."""
 
-    def __init__(self, spec: Attention, embed_dim: int, backend: str) -> None:
+    def __init__(self, spec: Attention, embed_dim: int, backend: str, ramp: float) -> None:
         super().__init__()
         self.spec = spec
         heads, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        self.q = projection(spec.q, embed_dim, heads, backend)
-        self.k = projection(spec.k, embed_dim, kv, backend)
-        self.v = projection(spec.v, embed_dim, kv, backend)
-        self.o = projection(spec.o, heads, embed_dim, backend)
+        self.q = projection(spec.q, embed_dim, heads, backend, ramp)
+        self.k = projection(spec.k, embed_dim, kv, backend, ramp)
+        self.v = projection(spec.v, embed_dim, kv, backend, ramp)
+        self.o = projection(spec.o, heads, embed_dim, backend, ramp)
+        self.head_mask = head_mask(spec, ramp)
         if spec.qk_norm is not None:
             self.q_norm = Normalize(spec.qk_norm, spec.head_dim)
             self.k_norm = Normalize(spec.qk_norm, spec.head_dim)
@@ -132,7 +140,8 @@ class CausalAttention(nn.Module):
                 mask = ones.tril(past) if T > 1 else None
         groups = spec.num_heads != spec.num_kv_heads
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=groups)
-        return self.o(y.transpose(1, 2).reshape(B, T, -1))
+        y = y.transpose(1, 2).reshape(B, T, -1)
+        return self.o(y if self.head_mask is None else self.head_mask(y))
 
 
 def rope_table(
@@ -159,9 +168,10 @@ def rope_table(
 
 
 class DenseFeedForward(nn.Module):
-    def __init__(self, spec: DenseMLP, embed_dim: int) -> None:
+    def __init__(self, spec: DenseMLP, embed_dim: int, ramp: float) -> None:
         super().__init__()
-        self.kind = spec.kind
+        self.kind, steady = spec.kind, spec.steady_dim
+        self.unit_mask = mask([i < steady for i in range(spec.dim)], ramp) if steady is not None else None
         if spec.kind == "swiglu":
             self.gate_up = LinearProjection(embed_dim, 2 * spec.dim, spec.bias)
         else:
@@ -171,14 +181,16 @@ class DenseFeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "swiglu":
             gate, up = self.gate_up(x).chunk(2, dim=-1)
-            return self.down(F.silu(gate) * up)
-        return self.down(F.gelu(self.up(x), approximate="tanh" if self.kind == "gelu_tanh" else "none"))
+            h = F.silu(gate) * up
+        else:
+            h = F.gelu(self.up(x), approximate="tanh" if self.kind == "gelu_tanh" else "none")
+        return self.down(h if self.unit_mask is None else self.unit_mask(h))
 
 
 class TokenFeedForward(nn.Module):
-    def __init__(self, spec: PattentionMLP, embed_dim: int, backend: str) -> None:
+    def __init__(self, spec: PattentionMLP, embed_dim: int, backend: str, ramp: float) -> None:
         super().__init__()
-        self.tokens = PattentionProjection(spec.projection, embed_dim, embed_dim, backend)
+        self.tokens = PattentionProjection(spec.projection, embed_dim, embed_dim, backend, ramp)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.tokens(x)
@@ -194,24 +206,26 @@ class Layer(nn.Module):
     def __init__(self, spec: LayerSpec, config: ModelConfig, backend: str) -> None:
         super().__init__()
         self.attention_norm = Normalize(config.norm, config.embed_dim)
-        self.attention = CausalAttention(spec.mixer, config.embed_dim, backend)
+        self.attention = CausalAttention(spec.mixer, config.embed_dim, backend, config.ramp)
         self.mlp_norm = Normalize(config.norm, config.embed_dim)
         if isinstance(spec.mlp, DenseMLP):
-            self.mlp: nn.Module = DenseFeedForward(spec.mlp, config.embed_dim)
+            self.mlp: nn.Module = DenseFeedForward(spec.mlp, config.embed_dim, config.ramp)
         elif isinstance(spec.mlp, MoEMLP):
             self.mlp = MixtureFeedForward(spec.mlp, config.embed_dim)
         else:
-            self.mlp = TokenFeedForward(spec.mlp, config.embed_dim, backend)
+            self.mlp = TokenFeedForward(spec.mlp, config.embed_dim, backend, config.ramp)
+        self.write_mask = stream_mask(config, ramped=spec.ramped)
         self.dropout, self.parallel = config.dropout, spec.parallel
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        mixed = x + self._drop(self.attention(self.attention_norm(x), rope, cache, mask))
+        mixed = x + self._written(self.attention(self.attention_norm(x), rope, cache, mask))
         y, balance = self.mlp(self.mlp_norm(x if self.parallel else mixed)), None
         if isinstance(self.mlp, MixtureFeedForward):
             y, balance = y
-        return mixed + self._drop(y), balance
+        return mixed + self._written(y), balance
 
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+    def _written(self, y: Tensor) -> Tensor:
+        y = y if self.write_mask is None else self.write_mask(y)
+        return F.dropout(y, self.dropout, self.training) if self.dropout else y

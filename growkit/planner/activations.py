@@ -164,7 +164,9 @@ class FusedTokens:
         self.out_gradients = [] if lends_gradient else self.outs
         self.scores = at.narrow(sum(spec.tokens for spec in specs))
         norms = [size for spec in specs for size in (spec.banks if spec.scope == "bank" else (spec.tokens,))]
+        moving = any(spec.tau_from is not None for spec in specs)  # a τ that moves is each projection's own
         alike = len(set(norms)) == 1 and len({tau for spec in specs for tau in spec.taus}) == 1
+        alike = alike and (len(norms) == 1 or not moving)
         self.normed = at.wide(sum(norms) if alike else max(norms))  # columns that are normed at once, in float32
         self.norm_copy = self.normed if at.bf16 else 0.0
         self.scales = at.narrow(len(norms))

@@ -68,8 +68,7 @@ class _Held:
 
 def stage_memories(recipe: Recipe, schedule: GrowthSchedule, *, bf16: bool, cuda: bool) -> Iterator[StageMemory]:
     """The memory of each stage in turn."""
-    before = schedule.start_model
-    old = param_specs(before)
+    old = param_specs(schedule.start_model)
     # A checkpoint that an extended run starts from brings the moments of everything.
     with_moments = frozenset(old) if recipe.start is not None else frozenset()
     for stage in schedule.stages:
@@ -87,12 +86,12 @@ def stage_memories(recipe: Recipe, schedule: GrowthSchedule, *, bf16: bool, cuda
         )
         states = held.start  # what the process holds when the stage is tried
         growth = 0.0
-        if stage.model != before:
+        if stage.links:
             states, growth = _growth(recipe, stage, old, with_moments)
         after = with_moments | (specs.keys() - frozen)
         lasting = sum(specs[name].numel for name in after) * MOMENTS
         yield _stage(recipe, stage, held, lasting, states, growth, bf16=bf16, cuda=cuda)
-        before, old, with_moments = stage.model, specs, frozenset(after)
+        old, with_moments = specs, frozenset(after)
 
 
 def _stage(

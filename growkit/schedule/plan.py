@@ -14,7 +14,7 @@ from growkit.config.recipe import BYTES, LoggerConfig, Recipe, StageConfig, Star
 from growkit.duration import Duration
 from growkit.errors import ConfigError
 from growkit.growth.path import Link, grown_config, path
-from growkit.models.config import ModelConfig, from_json
+from growkit.models.config import ModelConfig, from_json, is_masked
 from growkit.models.spec import param_specs
 from growkit.optim.groups import OLD_ENTRIES, check_selector, frozen_names, is_part, require_some
 from growkit.schedule.lr import LRSchedule
@@ -27,7 +27,8 @@ SCHEDULES = ("wsd", "cosine", "constant")
 @dataclass(frozen=True)
 class Stage:
     """One stage, every value settled. ``accumulate``: micro-batches per optimizer step and process. ``grown_by_hand``:
-    parameters that are new here though no link of its own made them."""
+    parameters that are new here though no link of its own made them. ``model``: as it begins; ``ramp_steps``: until
+    what is under a mask is whole, 0 where nothing is."""
 
     index: int
     name: str
@@ -41,6 +42,7 @@ class Stage:
     steps: int
     lr: LRSchedule
     new_warmup_steps: int
+    ramp_steps: int
     freeze: tuple[str, ...]
     lr_scale: dict[str, float]
     validate_every: int | None
@@ -79,6 +81,14 @@ class Stage:
         """The parameters of which the old entries stand still, and new ones move."""
         return self.enlarged - self.frozen if OLD_ENTRIES in self.freeze else frozenset()
 
+    def ramp_at(self, stage_step: int) -> float:
+        """The ramp, 0..1, of the optimizer step number ``stage_step``, from 0, and of what is saved before it."""
+        return min(1.0, stage_step / self.ramp_steps) if self.ramp_steps else self.model.ramp
+
+    def model_at(self, stage_step: int) -> ModelConfig:
+        """``model`` with the ramp of ``stage_step``."""
+        return dataclasses.replace(self.model, ramp=self.ramp_at(stage_step))
+
 
 @dataclass(frozen=True)
 class GrowthSchedule:
@@ -102,7 +112,7 @@ class GrowthSchedule:
             return None
         if at.stage_step == 0:  # an extended run before its first step: not grown yet
             return self.start_model
-        return self.stages[position].model
+        return self.stages[position].model_at(at.stage_step)
 
     @property
     def last(self) -> Stage:
@@ -143,7 +153,7 @@ def growth_schedule(recipe: Recipe) -> GrowthSchedule:
     stages: list[Stage] = []
     for position, config in enumerate(recipe.stages):
         stages.append(_stage(recipe, config, position, start, model, stages))
-        model = stages[-1].model
+        model = stages[-1].model_at(stages[-1].steps)
     _find_parts(recipe, stages)
     own, longest = recipe.data.block_tokens, max(stage.context_length for stage in stages)
     block = own if own is not None else longest
@@ -206,6 +216,11 @@ def _stage(
         length = Duration.parse(text, key=f"{key}.{name}", share=True)
         return length.steps(tokens_per_step=batch, flops_per_step=flops, whole=steps)
 
+    ramp_steps = max(1, span(config.grow_time, "grow_time")) if is_masked(target) else 0
+    if ramp_steps > steps:
+        mend = f"the stage has {steps} steps, and the next one starts from the whole model"
+        problem = f"is {ramp_steps} steps, longer than the stage"
+        raise ConfigError("ramp-too-long", problem, key=f"{key}.grow_time", value=config.grow_time, mend=mend)
     for selector in config.freeze:
         check_selector(selector, f"{key}.freeze")
     stage = Stage(
@@ -221,6 +236,7 @@ def _stage(
         steps=steps,
         lr=_lr(recipe, config, position, steps, last.lr if last else None, span),
         new_warmup_steps=span(config.new_warmup, "new_warmup"),
+        ramp_steps=ramp_steps,
         freeze=tuple(config.freeze),
         lr_scale=_lr_scale(recipe, config, key),
         validate_every=None if config.validate_every is None else span(config.validate_every, "validate_every") or None,

@@ -72,7 +72,7 @@ class AfterStep(L.Callback):
             return
         if module.stage_step == 0 and stage.links:
             faults.point("first_step_after_growth")
-        module.stage_step += 1
+        module.step_done()
         self._window_tokens += stage.global_batch_tokens
         done = run.progress
         run.progress = dataclasses.replace(

@@ -51,6 +51,13 @@ class StageModule(L.LightningModule):
             model.compile()
         self.model = model.train()
 
+    def step_done(self) -> None:
+        """Counts an optimizer step, and moves the ramp to the next one's: validation and samples see that, and what is
+        saved goes on with it. Every process calls this."""
+        assert self.model is not None
+        self.stage_step += 1
+        self.model.set_ramp(self.stage.ramp_at(self.stage_step))
+
     def training_step(self, batch: Batch, _: int) -> Tensor:
         assert self.model is not None
         loss = self.model(
@@ -145,7 +152,7 @@ class StageModule(L.LightningModule):
         for name, p in self.model.named_parameters():
             if state := optimizer.state.get(p):
                 moments[name] = Moments(state["exp_avg"], state["exp_avg_sq"], float(state["step"]))
-        return TrainState(self.start.config, params, moments, self.start.born)
+        return TrainState(self.model.config, params, moments, self.start.born)
 
     def release(self) -> None:
         """Lets go of every tensor. Trainer and module refer to each other, so they stay until some later collection;

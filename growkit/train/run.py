@@ -30,6 +30,7 @@ from growkit.eval.ngram import bits, ngram_bits_per_byte
 from growkit.eval.validate import mean_loss, target_bytes, target_positions, target_sizes
 from growkit.growth.engine import GrowthReport, grow
 from growkit.growth.state import TrainState
+from growkit.models.config import unmasked
 from growkit.models.decoder import build, init_params
 from growkit.schedule.plan import GrowthSchedule, Stage
 from growkit.schedule.progress import Progress
@@ -163,8 +164,8 @@ class Run:
     def _enter(self, stage: Stage) -> None:
         """Grows into ``stage`` if the state is not there yet, after trying that the larger model fits."""
         if self.progress.stage_step == 0:
-            grown, report = self.state, None
-            if self.state.config != stage.model:
+            grown, report = dataclasses.replace(self.state, config=unmasked(self.state.config)), None
+            if grown.config != stage.model:
                 grown, report = self._grow(stage)
             if self.world_size == 1:  # several processes would have to agree on a size
                 size = fitting_micro_batch(grown, stage, self.recipe, self.device, self.dtype)

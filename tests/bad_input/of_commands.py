@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from growkit.train import loggers
 from tests.bad_input.support import (
@@ -36,6 +39,68 @@ def _measured(text: str | None) -> Arrange:
     return arrange
 
 
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "vocab_size": 256, "hidden_size": 16, "intermediate_size": 24,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+    "max_position_embeddings": 64, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def _folder(**changes: object) -> Arrange:
+    """A Hugging Face folder with too few tensors."""
+
+    def arrange(_: pytest.MonkeyPatch) -> None:
+        write("model/config.json", json.dumps(LLAMA | changes))
+        save_file({"model.embed_tokens.weight": torch.zeros(256, 16)}, "model/model.safetensors")
+
+    return arrange
+
+
+FOLDER_CASES = [
+    Case(
+        "a folder of a family growkit does not know",
+        "inspect model",
+        "unknown-architecture",
+        "config.json: architectures",
+        "RwkvForCausalLM",
+        "known: ",
+        _folder(architectures=["RwkvForCausalLM"]),
+    ),
+    Case(
+        "a folder with quantized weights",
+        "grow model num_layers=2 -o grown",
+        "not-supported",
+        "config.json: quantization_config",
+        "{'bits': 4}",
+        "before",
+        _folder(quantization_config={"bits": 4}),
+    ),
+    Case(
+        "a folder that lacks tensors",
+        "grow model num_layers=2 -o grown",
+        "wrong-tensors",
+        "model",
+        "model.layers.0.input_layernorm.weight",
+        "published",
+        _folder(),
+    ),
+    Case(
+        "growth that looks, at nothing",
+        f"grow {RUN} mlp_tokens=2 methods.param_tokens=shrink -o grown",
+        "needs-a-probe",
+        "methods.param_tokens",
+        "'shrink'",
+        "--data",
+    ),
+    Case(
+        "a ramp beyond its stage",
+        "train recipe.yaml run.name=new stages.1.methods.param_tokens=masked 'stages.1.grow_time=90 steps'",
+        "ramp-too-long",
+        "stages.1.grow_time",
+        "'90 steps'",
+        "the next one starts",
+    ),
+]
 PLANNER_CASES = [
     train("hardware of no price", "hardware.price_per_hour=0", "not-positive", "0", "above zero"),
     train("hardware beyond its peak", "hardware.utilisation=1.5", "out-of-range", "1.5", "at most 1"),

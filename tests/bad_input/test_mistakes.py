@@ -7,6 +7,7 @@ import ast
 import re
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,13 @@ import torch
 
 import growkit
 from growkit import errors, grow
+from growkit.checkpoint.hf.export import FAMILIES
 from growkit.errors import ConfigError, GrowkitError
+from growkit.growth import gradients
+from growkit.growth.banks import first_banks, merge
 from growkit.growth.path import path
-from growkit.models.config import from_json
+from growkit.growth.state import TrainState
+from growkit.models.config import from_json, unmasked
 from growkit.models.decoder import build
 from growkit.ops.dispatch import resolve_backend
 from growkit.registry import Registry
@@ -24,6 +29,7 @@ from growkit.train import hardware
 from tests.bad_input.of_commands import (
     EVAL_CASES,
     EXPORT_CASES,
+    FOLDER_CASES,
     INIT_CASES,
     LOGGER_CASES,
     PLANNER_CASES,
@@ -50,6 +56,7 @@ CASES = [
     *INIT_CASES,
     *PROFILE_CASES,
     *LOGGER_CASES,
+    *FOLDER_CASES,
     *PLANNER_CASES,
     *REPORT_CASES,
 ]
@@ -92,6 +99,10 @@ def _through_transformers(**arguments: object) -> object:
     return GrowkitForCausalLM.around(build(config, trained_like(config).params))(**arguments)
 
 
+def _state(layers: int) -> TrainState:
+    return TrainState(model_config("tokenformer", num_layers=layers), {})
+
+
 CALLS: list[tuple[str, Callable[[], object], str, str, str]] = [
     (
         "no chain leads there",
@@ -103,6 +114,35 @@ CALLS: list[tuple[str, Callable[[], object], str, str, str]] = [
     ("a model that is a number", lambda: from_json(3), "bad-model", "model", "mapping"),
     ("a model with a strange field", lambda: from_json({"wings": 2}), "bad-model", "model", "'wings'"),
     ("a model without layers", lambda: from_json({"vocab_size": 3}), "bad-model", "model", "'embed_dim'"),
+    (
+        "a model in mid-ramp",
+        lambda: unmasked(replace(model_config("tokenformer"), ramp=0.5)),
+        "still-ramping",
+        "grow",
+        "train on",
+    ),
+    ("signs without room", lambda: gradients._bytes(2**62), "no-room", "TMPDIR", "free"),
+    (
+        "a Llama of tokens",
+        lambda: FAMILIES.get("llama", key="").fields(model_config("tokenformer")),
+        "not-expressible",
+        "layers",
+        "--as growkit",
+    ),
+    (
+        "no banks to leave out",
+        lambda: first_banks(model_config("transformer"), {}, 1),
+        "no-banks",
+        "--banks",
+        "leave it out",
+    ),
+    (
+        "a merge of other growth",
+        lambda: merge(_state(3), _state(3), _state(2)),
+        "cannot-merge",
+        "--ancestor",
+        "param_tokens (bank)",
+    ),
     ("a backend", lambda: resolve_backend("pattention", "magic"), "unknown-choice", "trainer.backend", "compiled"),
     ("a choice", lambda: Registry("colour").get("red", key="paint"), "unknown-choice", "paint", "colour"),
     (

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from growkit.checkpoint.hf.settings import Settings
 from growkit.errors import ConfigError
-from growkit.models.config import DenseMLP, Linear, ModelConfig
+from growkit.models.config import DenseMLP, Linear, ModelConfig, unmasked
 from growkit.models.spec import param_specs
 
 if TYPE_CHECKING:
@@ -107,7 +107,12 @@ class Adapter:
         raise NotImplementedError
 
     def to_hf(self, config: ModelConfig, params: Mapping[str, Tensor]) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
-        """(``fields``, their tensors, made when asked for)."""
+        """(``fields``, their tensors, made when asked for), of the model without masks. Raises ConfigError as
+        ``fields``, and for one whose last growth is under a ramp still."""
+        if config.ramp < 1:
+            mend = "train on until the ramp is at 1 (the stage's grow_time), or use a checkpoint from after that"
+            raise self.cannot("ramp", f"a mask over what grew last, whose ramp is at {config.ramp:g}", mend)
+        config = unmasked(config)
         return self.fields(config), LaidOut(self.rules(config), params, ours=False)
 
     def rules(self, config: ModelConfig) -> list[Rule]:

@@ -65,12 +65,18 @@ class GrowkitForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         other.generation_config = self.generation_config
         return other
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """transformers' own. The configuration says where a ramp is by now (DecoderLM.set_ramp)."""
+        self.config.growkit = GrowkitConfig(self.growkit.config).growkit
+        super().save_pretrained(*args, **kwargs)
+
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """Draws the parameters of a model made from its configuration alone, and those that a file lacks; what was
         loaded or given stays. (transformers would draw by a module's class; here the table of parameters says how.)"""
         if self._given:
             return
+        self.growkit.place_ramp()  # which no file holds
         for name, spec in self.growkit.param_axes().items():  # ``initialization`` leaves those that were loaded
             if spec.init_std is None:
                 initialization.constant_(self.growkit.get_parameter(name), spec.starts_at())

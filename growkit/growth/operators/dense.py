@@ -1,5 +1,5 @@
 """Wider dense axes: the MLP and the heads. Each tensor is laid into a larger one along named axes; what reads the new
-dimensions is zero, so what writes them may be random."""
+dimensions is zero, so what writes them may be random; or both are, and the new dimensions are under a mask."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 
 class Dense(GrowthOperator):
-    """Expansion along ``axes``; new slices are zero where a tensor's ``zero_side`` lies on them, else fresh draws."""
+    """Expansion along ``axes``; new slices are zero where a tensor's ``zero_side`` lies on them, else fresh draws. With
+    the method ``masked`` none is zero."""
 
     axes: frozenset[str]
     zero_side: Literal["in", "out"]
@@ -43,7 +44,7 @@ class Dense(GrowthOperator):
         out_dims = {spec.out_dim} if spec.out_dim is not None else set()
         grown = {d for d, axis in enumerate(spec.axes) if axis.names & self.axes and old.shape[d] != axis.size}
         written = grown <= out_dims
-        zero = written == (self.zero_side == "out")
+        zero = written == (self.zero_side == "out") and growth.method != "masked"
         new = old.new_zeros(spec.shape) if zero else self.drawn(growth)
         return Grown(expand(old, old_spec.axes, new, spec.axes, placement), placement=placement)
 
@@ -61,9 +62,13 @@ class MLPWidth(Dense):
     methods = {
         "zero_down": "new hidden units read at random and write nothing yet",
         "gradmax": "as zero_down, but they read what makes their first gradient largest",
+        "masked": "new hidden units read and write at random, and come in over the stage's grow_time",
     }
     looks = frozenset({"gradmax"})
-    source = "zero_down: Net2Net, arXiv 1511.05641, with zero outgoing weights; gradmax: GradMax, arXiv 2201.05125"
+    source = (
+        "zero_down: Net2Net, arXiv 1511.05641, with zero outgoing weights; gradmax: GradMax, arXiv 2201.05125; "
+        "masked: MSG, arXiv 2305.02869"
+    )
     axes = frozenset({"mlp"})
     zero_side = "in"
 
@@ -74,23 +79,32 @@ class MLPWidth(Dense):
             if not isinstance(layer.mlp, DenseMLP | MoEMLP):
                 mend = "grow mlp_tokens, or start from model.preset=transformer"
                 raise ConfigError("nothing-to-grow", "the MLP is not dense", key="grow.mlp_dim", value=dim, mend=mend)
-            if method == "gradmax" and isinstance(layer.mlp, MoEMLP):
+            if method != "zero_down" and isinstance(layer.mlp, MoEMLP):
                 problem = "does not choose for experts, which see some of the tokens only"
+                problem = problem if method == "gradmax" else "has no masks for experts"
                 mend = "use the method zero_down"
                 raise ConfigError("method-does-not-fit", problem, key="methods.mlp", value=method, mend=mend)
             not_smaller(dim, layer.mlp.dim, "mlp_dim")
-            layers.append(dataclasses.replace(layer, mlp=dataclasses.replace(layer.mlp, dim=dim)))
+            grown = dataclasses.replace(layer.mlp, dim=dim)
+            if method == "masked" and isinstance(grown, DenseMLP) and dim > layer.mlp.dim:
+                grown = dataclasses.replace(grown, steady_dim=layer.mlp.dim)
+            layers.append(dataclasses.replace(layer, mlp=grown))
         return dataclasses.replace(config, layers=tuple(layers))
 
     def advance(self, config: ModelConfig, target: ModelConfig) -> ModelConfig:
         def widened(layer: LayerSpec, wanted: LayerSpec) -> LayerSpec:
             if not isinstance(layer.mlp, DenseMLP | MoEMLP) or not isinstance(wanted.mlp, DenseMLP | MoEMLP):
                 return layer
-            return dataclasses.replace(layer, mlp=dataclasses.replace(layer.mlp, dim=wanted.mlp.dim))
+            grown = dataclasses.replace(layer.mlp, dim=wanted.mlp.dim)
+            if isinstance(grown, DenseMLP) and isinstance(wanted.mlp, DenseMLP):
+                grown = dataclasses.replace(grown, steady_dim=wanted.mlp.steady_dim)
+            return dataclasses.replace(layer, mlp=grown)
 
         return each_layer(config, target, widened)
 
     def exactness(self, source: ModelConfig, target: ModelConfig, method: str) -> Exactness:
+        if method == "masked":
+            return Exactness("exact", "the mask on the new hidden units is at 0")
         return Exactness("exact", "the new hidden units' outgoing weights are zero")
 
     def drawn(self, growth: TensorGrowth) -> Tensor:
@@ -112,8 +126,14 @@ class MLPWidth(Dense):
 class Heads(Dense):
     name = "heads"
     fields = ("num_heads", "num_kv_heads")
-    methods = {"zero_out": "new heads attend at random and write nothing yet; grouped queries keep their group"}
-    source = "head appending as in LEMON, arXiv 2310.07999, with zero outgoing weights"
+    methods = {
+        "zero_out": "new heads attend at random and write nothing yet; grouped queries keep their group",
+        "masked": "new heads attend and write at random, and come in over the stage's grow_time",
+    }
+    source = (
+        "zero_out: head appending as in LEMON, arXiv 2310.07999, with zero outgoing weights; "
+        "masked: MSG, arXiv 2305.02869"
+    )
     axes = frozenset({"heads", "kv_heads"})
     zero_side = "in"
 
@@ -136,19 +156,25 @@ class Heads(Dense):
                 mend = f"use at least {group * kv_heads} heads"
                 problem = f"leaves fewer than {group} query heads in a group"
                 raise ConfigError("shrinking-target", problem, key="grow.num_heads", value=heads, mend=mend)
+            before = mixer.num_heads, mixer.num_kv_heads
             mixer = dataclasses.replace(mixer, num_heads=heads, num_kv_heads=kv_heads)
+            if method == "masked" and before != (heads, kv_heads):
+                mixer = dataclasses.replace(mixer, steady_heads=before)
             layers.append(dataclasses.replace(layer, mixer=mixer))
         return dataclasses.replace(config, layers=tuple(layers))
 
     def advance(self, config: ModelConfig, target: ModelConfig) -> ModelConfig:
         def with_heads(layer: LayerSpec, wanted: LayerSpec) -> LayerSpec:
-            heads, kv_heads = wanted.mixer.num_heads, wanted.mixer.num_kv_heads
-            grown = dataclasses.replace(layer.mixer, num_heads=heads, num_kv_heads=kv_heads)
+            there = wanted.mixer
+            sizes: dict[str, Any] = {name: getattr(there, name) for name in ("num_heads", "num_kv_heads")}
+            grown = dataclasses.replace(layer.mixer, **sizes, steady_heads=there.steady_heads)
             return dataclasses.replace(layer, mixer=grown)
 
         return each_layer(config, target, with_heads)
 
     def exactness(self, source: ModelConfig, target: ModelConfig, method: str) -> Exactness:
+        if method == "masked":
+            return Exactness("exact", "the mask on the new heads is at 0, and old query heads keep their kv head")
         return Exactness("exact", "what reads the new heads is zero, and old query heads keep their kv head")
 
     def placement(self, growth: TensorGrowth) -> Placement | None:

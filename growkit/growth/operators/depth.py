@@ -1,4 +1,5 @@
-"""More layers: identity inserts, which keep the function, and copies, which do not and are popular all the same."""
+"""More layers: identity and masked inserts, which keep the function, and copies, which do not and are popular all the
+same."""
 
 from __future__ import annotations
 
@@ -31,10 +32,11 @@ class Depth(GrowthOperator):
         "interleave": "every layer followed by its copy",
         "midas": "the middle block of layers, as many as are new, once more right after it",
         "solar": "two copies of the stack on each other, cut at the seam: the middle layers act twice",
+        "masked": "a copy of the layer before, whole; what it writes comes in over the stage's grow_time",
     }
     source = (
         "identity: LLaMA-Pro, arXiv 2401.02415; stack: G_stack, arXiv 2405.15319; midas: arXiv 2409.19044; "
-        "solar: SOLAR 10.7B, arXiv 2312.15166"
+        "solar: SOLAR 10.7B, arXiv 2312.15166; masked: MSG, arXiv 2305.02869"
     )
 
     def target(self, config: ModelConfig, fields: Mapping[str, Any], method: str) -> ModelConfig:
@@ -53,7 +55,8 @@ class Depth(GrowthOperator):
             layers.append(layer)
             for origin in after.get(index, ()):
                 origin_spec = config.layers[origin]
-                layers.append(dataclasses.replace(origin_spec, id=next_id, origin=origin_spec.id))
+                masked = method == "masked"
+                layers.append(dataclasses.replace(origin_spec, id=next_id, origin=origin_spec.id, ramped=masked))
                 next_id += 1
         return dataclasses.replace(config, layers=tuple(layers))
 
@@ -64,7 +67,8 @@ class Depth(GrowthOperator):
             if layer.id in present:
                 layers.append(present[layer.id])
             elif layer.origin in present:  # as its origin is now; what else it is to be, later links make it
-                layers.append(dataclasses.replace(present[layer.origin], id=layer.id, origin=layer.origin))
+                origin = present[layer.origin]
+                layers.append(dataclasses.replace(origin, id=layer.id, origin=layer.origin, ramped=layer.ramped))
         if [layer for layer in layers if layer.id in present] != list(config.layers):
             return config  # layers were dropped or reordered: not this operator's to do
         return dataclasses.replace(config, layers=tuple(layers))
@@ -72,6 +76,8 @@ class Depth(GrowthOperator):
     def exactness(self, source: ModelConfig, target: ModelConfig, method: str) -> Exactness:
         if method == "identity":
             return Exactness("exact", "the new layers write zeros to the residual stream")
+        if method == "masked":
+            return Exactness("exact", "the mask on what the new layers write is at 0")
         return Exactness("not", "copied layers act a second time")
 
     def grow_tensor(self, growth: TensorGrowth) -> Grown:

@@ -98,6 +98,9 @@ def _target(layer: LayerSpec, count: int, fields: Mapping[str, Any], method: str
     if not isinstance(old, DenseMLP | MoEMLP):
         mend = "grow mlp_tokens, or start from model.preset=transformer"
         raise ConfigError("nothing-to-grow", "the MLP is not dense", key="grow.num_experts", value=count, mend=mend)
+    if isinstance(old, DenseMLP) and old.steady_dim is not None:
+        problem = "has no masks for experts, which this stage makes of the block"
+        raise ConfigError("method-does-not-fit", problem, key="methods.mlp", value="masked", mend="use zero_down")
     now = old if isinstance(old, MoEMLP) else DEFAULT
     chosen = whole_number(fields.get("experts_per_token", now.experts_per_token), "experts_per_token")
     balance = fields.get("balance_loss", now.balance_loss)

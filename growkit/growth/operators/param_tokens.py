@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PROJECTIONS = ("q", "k", "v", "o")
+FITTING = {"bank": ("bank", "masked"), "shared": ("held", "published", "annealed")}  # norm: methods that append to it
 
 
 class ParamTokens(GrowthOperator):
@@ -36,9 +37,11 @@ class ParamTokens(GrowthOperator):
         "held": "inside the shared norm, its τ held: zero keys, random values",
         "published": "inside the shared norm as the public code does it: random rows, τ from the new count",
         "shrink": "fewer: of each bank the tokens stay that write most on a probe; τ held",
+        "masked": "a bank with its own norm, keys and values random; it comes in over the stage's grow_time",
+        "annealed": "as held, and over the stage's grow_time τ goes to what is published for the new count",
     }
     looks = frozenset({"shrink"})
-    source = "TokenFormer, arXiv 2410.23168, section 3.3; banks: growkit"
+    source = "TokenFormer, arXiv 2410.23168, section 3.3; masked: MSG, arXiv 2305.02869; banks, annealed: growkit"
 
     def default_method(self, config: ModelConfig) -> str:
         shared = any(p.scope == "shared" for layer in config.layers for p in pattentions(layer).values())
@@ -73,20 +76,23 @@ class ParamTokens(GrowthOperator):
     def exactness(self, source: ModelConfig, target: ModelConfig, method: str) -> Exactness:
         if method == "bank":
             return Exactness("exact", "the new banks' values are zero and their norms are their own")
+        if method == "masked":
+            return Exactness("exact", "the mask on the new banks is at 0 and their norms are their own")
         if method == "shrink":
             return Exactness("not", "tokens are dropped")
         if method == "published":
             return Exactness("not", "new rows are random and enter the norm of the old ones, and τ changes")
         if any(p.theta == "softmax" for layer in source.layers for p in pattentions(layer).values()):
             return Exactness("not", "a zero score still takes its share of a softmax")
-        return Exactness("exact", "zero keys add nothing to the shared norm, gelu(0) = 0, and τ is held")
+        tau = "τ is held" if method == "held" else "τ starts where it was"
+        return Exactness("exact", f"zero keys add nothing to the shared norm, gelu(0) = 0, and {tau}")
 
     def grow_tensor(self, growth: TensorGrowth) -> Grown:
         if growth.old is not None:
             kept = _kept(growth)
             return Grown(growth.old) if kept is None else _some(growth.old, growth.spec.local, kept)
         fresh = growth.fresh()
-        zeroed = {"bank": "values", "held": "keys", "published": None}[growth.method]
+        zeroed = {"bank": "values", "held": "keys", "annealed": "keys"}.get(growth.method)
         return Grown(fresh.zero_() if growth.spec.role == zeroed else fresh)
 
 
@@ -148,21 +154,25 @@ def _append(projection: Pattention, count: int, method: str, field: str) -> Patt
     )
     if count == current:
         return projection
-    if (projection.scope == "shared") == (method == "bank"):
-        fitting = "held or published" if projection.scope == "shared" else "bank"
+    if method not in FITTING[projection.scope]:
         raise ConfigError(
             "method-does-not-fit",
             f"does not fit parameter tokens whose norm is '{projection.scope}'",
             key="methods.param_tokens",
             value=method,
-            mend=f"use {fitting}",
+            mend=f"use {' or '.join(FITTING[projection.scope])}",
         )
     new = count - current
-    if method == "bank":
-        taus = (*projection.taus, initial_tau(projection.theta, new))
-    else:
-        taus = projection.taus if method == "held" else (initial_tau(projection.theta, count),)
-    return dataclasses.replace(projection, banks=(*projection.banks, new), taus=taus)
+    grown = dataclasses.replace(projection, banks=(*projection.banks, new))
+    if projection.scope == "bank":
+        steady = len(projection.banks) if method == "masked" else None
+        return dataclasses.replace(
+            grown, taus=(*projection.taus, initial_tau(projection.theta, new)), steady_banks=steady
+        )
+    if method == "held":
+        return grown
+    start = projection.taus if method == "annealed" else None
+    return dataclasses.replace(grown, taus=(initial_tau(projection.theta, count),), tau_from=start)
 
 
 def _shrunk(projection: Pattention, count: int, field: str) -> Pattention:

@@ -1,6 +1,7 @@
 """A wider residual stream: padded with zeros, or every dimension cloned.
 
-Padding is exact because what writes the new dimensions is zero, so what reads them sees zeros and may be random.
+Padding is exact because what writes the new dimensions is zero, or under a mask, so what reads them sees zeros and may
+be random.
 Cloning is exact because what reads the clones of a dimension adds up to what read the one.
 """
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 NOISE = 0.5  # clone_noise: standard deviation, as a share of the weights' own root mean square
 SPREAD = 0.5  # clone_split: standard deviation of the logarithm of a share
+PADDED = ("pad", "masked")  # the methods that clone nothing
 
 
 class Width(Dense):
@@ -32,10 +34,11 @@ class Width(Dense):
         "clone": "every residual dimension n times, what reads them divided by n; the clones stay alike for ever",
         "clone_noise": "clone, and noise on what reads them that sums to zero over the clones",
         "clone_split": "clone, and what reads them divided unevenly, in shares of its own for every weight",
+        "masked": "as pad, but what writes the new dimensions is random, and comes in over the stage's grow_time",
     }
     source = (
         "pad: Net2WiderNet's sense with growkit's RMSNorm correction (docs/operators/width.md); clone, clone_noise: "
-        "HyperCloning, arXiv 2409.12903; clone_split: LEMON, arXiv 2310.07999"
+        "HyperCloning, arXiv 2409.12903; clone_split: LEMON, arXiv 2310.07999; masked: MSG, arXiv 2305.02869"
     )
     axes = frozenset({"embed"})
     zero_side = "out"
@@ -44,16 +47,22 @@ class Width(Dense):
         width = whole_number(fields["embed_dim"], "embed_dim")
         not_smaller(width, config.embed_dim, "embed_dim")
         ratio = config.embed_dim / width
-        if method != "pad":
+        if method not in PADDED:
             if width % config.embed_dim:
                 mend = f"use {2 * config.embed_dim}, or the method pad"
                 problem = f"is not a multiple of {config.embed_dim}"
                 raise ConfigError("bad-target", problem, key="grow.embed_dim", value=width, mend=mend)
             scale = config.logit_scale * (ratio if config.tied_head else 1.0)  # a tied head cannot be divided
             return dataclasses.replace(config, embed_dim=width, logit_scale=scale)
+        if method == "masked" and _norms(config) != {"rmsnorm"}:
+            problem = "needs RMSNorm everywhere: the zeros of a mask shift a LayerNorm's mean"
+            mend = "use a clone method, which is exact, or pad"
+            raise ConfigError("method-does-not-fit", problem, key="methods.width", value=method, mend=mend)
+        steady = config.embed_dim if method == "masked" and width > config.embed_dim else None
         return dataclasses.replace(
             config,
             embed_dim=width,
+            steady_dim=steady,
             norm=padded_norm(config.norm, ratio),
             final_norm=padded_norm(config.final_norm, ratio),
         )
@@ -62,24 +71,23 @@ class Width(Dense):
         return dataclasses.replace(
             config,
             embed_dim=target.embed_dim,
+            steady_dim=target.steady_dim,
             norm=dataclasses.replace(config.norm, eps=target.norm.eps),
             final_norm=dataclasses.replace(config.final_norm, eps=target.final_norm.eps),
             logit_scale=target.logit_scale,
         )
 
     def exactness(self, source: ModelConfig, target: ModelConfig, method: str) -> Exactness:
-        if method != "pad":
+        if method not in PADDED:
             reason = "what reads the clones adds up to what read the one, and clones leave mean and variance alone"
             return Exactness("exact", reason, rescales=True)
-        kinds = {source.norm.kind, source.final_norm.kind}
-        if kinds == {"rmsnorm"}:
-            return Exactness(
-                "exact", "padding with zeros scales the mean square by d/d′, which gain and eps undo", rescales=True
-            )
+        if _norms(source) == {"rmsnorm"}:
+            zeros = "padding with zeros" if method == "pad" else "padding with what a mask at 0 hides"
+            return Exactness("exact", f"{zeros} scales the mean square by d/d′, which gain and eps undo", rescales=True)
         return Exactness("not", "zero padding shifts a LayerNorm's mean and variance")
 
     def grow_tensor(self, growth: TensorGrowth) -> Grown:
-        if growth.method != "pad":
+        if growth.method not in PADDED:
             return _cloned(growth)
         if growth.spec.role not in ("gain", "bias") or growth.spec.axes[0].names != self.axes:
             return super().grow_tensor(growth)
@@ -89,6 +97,10 @@ class Width(Dense):
         scale = math.sqrt(growth.source.embed_dim / growth.target.embed_dim)
         new = growth.fresh().fill_(scale)
         return Grown(expand(growth.old * scale, growth.old_spec.axes, new, growth.spec.axes), gradient=1 / scale)
+
+
+def _norms(config: ModelConfig) -> set[str]:
+    return {config.norm.kind, config.final_norm.kind}
 
 
 def _cloned(growth: TensorGrowth) -> Grown:

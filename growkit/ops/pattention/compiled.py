@@ -48,7 +48,7 @@ def _formula(x: Tensor, tokens: Tokens) -> Tensor:
     return out
 
 
-def _activation(a: Tensor, theta: str, tau: float) -> Tensor:
+def _activation(a: Tensor, theta: str, tau: float | Tensor) -> Tensor:
     if theta == "l2_norm_gelu":
         return F.gelu(a * _scale(_norm(a), tau, a.dtype))
     if theta == "gelu_l2_norm":
@@ -67,9 +67,10 @@ def _norm(a: Tensor) -> Tensor:
     return torch.linalg.vector_norm(a, dim=-1, keepdim=True, dtype=dtype)
 
 
-def _scale(norm: Tensor, tau: float, dtype: torch.dtype) -> Tensor:
-    """τ / norm, given back in the scores' dtype so that the product stays narrow."""
-    return (tau / norm.clamp_min(NORM_FLOOR)).to(dtype)
+def _scale(norm: Tensor, tau: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """τ / norm, given back in the scores' dtype so that the product stays narrow; to the bit the same for a number and
+    a tensor τ."""
+    return (norm.clamp_min(NORM_FLOOR).reciprocal() * tau).to(dtype)
 
 
 class _Layout:
@@ -77,7 +78,7 @@ class _Layout:
 
     def __init__(self) -> None:
         self.banks: list[slice] = []  # columns of each bank
-        self.norms: list[tuple[slice, float]] = []  # columns under one norm, and its τ
+        self.norms: list[tuple[slice, float | Tensor]] = []  # columns under one norm, and its τ
         self.outputs: list[tuple[slice, slice]] = []  # columns of each projection, and which banks they are
         self.width = 0
 
@@ -91,7 +92,7 @@ class _Layout:
             self.norms.append((slice(begin, self.width), tau))
         self.outputs.append((slice(start, self.width), slice(first, len(self.banks))))
 
-    def under_one_norm(self, *tensors: Tensor) -> list[tuple[float, tuple[Tensor, ...]]]:
+    def under_one_norm(self, *tensors: Tensor) -> list[tuple[float | Tensor, tuple[Tensor, ...]]]:
         """(τ, views) for each norm; norms of one size and one τ are one view (T, norms, size)."""
         if len({(columns.stop - columns.start, tau) for columns, tau in self.norms}) == 1:
             return [(self.norms[0][1], tuple(t.view(len(t), len(self.norms), -1) for t in tensors))]
@@ -135,7 +136,7 @@ class _NormGelu(torch.autograd.Function):
         wide = torch.promote_types(s.dtype, torch.float32)
         for (tau, (part, d_part)), scale in zip(layout.under_one_norm(s, ds), scales, strict=True):
             along = torch.linalg.vecdot(part.to(wide), d_part.to(wide)).unsqueeze(-1) / tau**2
-            along = along.masked_fill(scale >= _scale(along.new_zeros(()), tau, scale.dtype), 0).to(s.dtype)
+            along = along.masked_fill(scale >= _scale(along.new_zeros(1), tau, scale.dtype), 0).to(s.dtype)
             d_part.addcmul_(part, along, value=-1).mul_(scale)
         dx = torch.mm(ds, _joined(keys)) if ctx.needs_input_grad[0] else None
         return dx, None, *_per_bank(ds, x, layout.banks, wanted_keys), *d_values

@@ -17,16 +17,17 @@ NORM_FLOOR = 1e-6  # ‖A‖₂ is never taken below this: a token whose scores 
 class Tokens(NamedTuple):
     """The parameter tokens of one projection: ``keys[g]`` (n_g, D) and ``values[g]`` (n_g, E) of each bank g.
 
-    ``scope='bank'``: a norm and a τ for each bank. ``scope='shared'``: one norm over the tokens of all, one τ.
+    ``scope='bank'``: a norm and a τ for each bank. ``scope='shared'``: one norm over the tokens of all, one τ. A τ that
+    moves while the model trains is a tensor of no dimensions (float64, without gradient).
     """
 
     keys: list[Tensor]
     values: list[Tensor]
-    taus: list[float]
+    taus: list[float | Tensor]
     theta: str
     scope: str
 
-    def groups(self) -> list[tuple[list[Tensor], list[Tensor], float]]:
+    def groups(self) -> list[tuple[list[Tensor], list[Tensor], float | Tensor]]:
         """(keys, values, τ) of each set of banks under one norm."""
         if self.scope == "shared":
             (tau,) = self.taus
@@ -52,7 +53,7 @@ def pattention(x_TD: Tensor, projections: Sequence[Tokens]) -> list[Tensor]:
     return outputs
 
 
-def activation(a: Tensor, theta: str, tau: float) -> Tensor:
+def activation(a: Tensor, theta: str, tau: float | Tensor) -> Tensor:
     """Θ over the last axis of the scores A = X Kᵀ."""
     if theta == "l2_norm_gelu":
         return torch.nn.functional.gelu(tau * a / _norm(a))
