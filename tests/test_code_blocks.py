@@ -17,9 +17,11 @@ import pytest
 import typer
 import yaml
 
+from growkit.checkpoint.hf.tokenizer import write
 from growkit.checkpoint.run_folder import RunFolder
 from growkit.cli import main as command_line
 from growkit.cli.recipes import find_recipe, recipes_folder
+from growkit.data.tokenizer import Tokenizer
 from growkit.growth.operator import OPERATORS
 from tests import hugging_face
 from tests.documents import FENCE, ROOT, Block, blocks, name, pages, schedule_of
@@ -36,10 +38,11 @@ PARSED_ONLY = {
     "--measure": "times the machine, and keeps the result in the reader's home",
     "sync": "needs an account of Weights & Biases",
     "convert": "needs the published weights; tests/test_hf_grow.py has some like them",
+    "merge": "needs two runs of one ancestor; tests/test_banks.py makes some",
     "--tasks": "downloads the tasks' data; tests/test_tasks.py makes some of its own",
 }
 # Texts that pages name; all are the same small one.
-TEXTS = ("my.txt", "tinyshakespeare.txt", "path/to/file-or-folder", "path/to/folder/notes.md")
+TEXTS = ("my.txt", "a.txt", "b.txt", "tinyshakespeare.txt", "path/to/file-or-folder", "path/to/folder/notes.md")
 RUNS = ("NAME", "A", "B", "static", "grown")  # runs that pages name without making them; all are the same small one
 MORE = "stages: [{name: more, duration: 2 steps, grow: {num_layers: 4}}]"  # more.yaml, for `growkit extend`
 # Put behind every command that trains: one process, few tokens; and each stage to two steps.
@@ -131,7 +134,7 @@ def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for copy in RUNS[1:]:
         shutil.copytree(folder / "runs" / RUNS[0], folder / "runs" / copy)
     (folder / "more.yaml").write_text(MORE)
-    hugging_face.save(hugging_face.model("llama"), folder / "my-llama")
+    write(hugging_face.save(hugging_face.model("llama"), folder / "my-llama"), Tokenizer())
     return folder
 
 
