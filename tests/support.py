@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,14 @@ def model_config(preset: str, *, rope_scaling: RopeScaling | None = None, **fiel
 
 def trained_like(config: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> TrainState:
     """A state as training leaves it: every parameter random, gains away from 1, logits of standard deviation ≥ 1,
-    moments of the size of real gradients after many steps."""
+    moments of the size of real gradients after many steps. Made once and copied: a test may do with it as it likes."""
+    made = _trained_like(config, seed, dtype)
+    moments = {n: Moments(m.exp_avg.clone(), m.exp_avg_sq.clone(), m.step) for n, m in made.moments.items()}
+    return TrainState(config, {name: tensor.clone() for name, tensor in made.params.items()}, moments)
+
+
+@lru_cache(maxsize=32)
+def _trained_like(config: ModelConfig, seed: int, dtype: torch.dtype) -> TrainState:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(shape: Sequence[int]) -> torch.Tensor:
