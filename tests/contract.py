@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from growkit.errors import ConfigError
-from growkit.growth.engine import grow, lazy_states, new_entries
+from growkit.growth.engine import Chain, grow, lazy_states
 from growkit.growth.operator import EXACT_FLOAT64, OPERATORS
 from growkit.growth.path import grown_config, path
 from growkit.growth.state import Moments, TrainState
@@ -136,9 +136,13 @@ def generator(seed: int = 5) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def grown(case: Case, state: TrainState, seed: int = 5) -> TrainState:
+def chain(case: Case, state: TrainState, seed: int = 5) -> Chain:
     links = path(case.source, case.target, case.methods)
-    return lazy_states(state, links, generator(seed), stage=1, probe=probe(case.source))[-1].materialized()
+    return lazy_states(state, links, generator(seed), stage=1, probe=probe(case.source))
+
+
+def grown(case: Case, state: TrainState, seed: int = 5) -> TrainState:
+    return chain(case, state, seed)[-1].materialized()
 
 
 def check(case: Case) -> None:
@@ -197,7 +201,7 @@ def shapes_are_those_of_the_target(case: Case) -> None:
         name: spec.shape for name, spec in param_specs(case.target).items()
     }
     assert result.config == case.target
-    marked = new_entries(trained_like(case.source), path(case.source, case.target, case.methods), probe(case.source))
+    marked = chain(case, trained_like(case.source)).new_entries()
     added = max(0, case.target.num_params() - case.source.num_params())
     assert sum(int(at.sum()) for at in marked.values()) == added
     built = build(case.target, result.params)
@@ -280,7 +284,7 @@ def what_is_new_learns(case: Case) -> None:
             "exp_avg": m.exp_avg.clone(),
             "exp_avg_sq": m.exp_avg_sq.clone(),
         }
-    fresh = new_entries(state, path(case.source, case.target, case.methods), probe(case.source))
+    fresh = chain(case, state).new_entries()
     alive = dict.fromkeys(fresh, False)
     data = with_new_tokens(probe(case.source, rows=8), case.source.vocab_size, case.target.vocab_size)
     for step in range(2):
@@ -310,8 +314,7 @@ def randomness_is_the_generators(case: Case) -> None:
     torch.manual_seed(1)
     first = grown(case, state)
     torch.manual_seed(2)
-    links = path(case.source, case.target, case.methods)
-    second = lazy_states(state, links, generator(), stage=1, probe=probe(case.source))[-1]
+    second = chain(case, state)[-1]
     for name in reversed(list(first.params)):
         assert torch.equal(first.params[name], second.params[name]), name
     assert list(first.params) == list(second.params)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from growkit.errors import ConfigError
+from growkit.growth import engine
 from growkit.growth.engine import grow
 from growkit.growth.loop import grow as grow_model
-from growkit.growth.observe import Seen
+from growkit.growth.observe import Seen, observe
 from growkit.growth.operators.gradmax import gated_readers, readers
 from growkit.growth.path import grown_config
 from growkit.growth.state import TrainState
@@ -101,3 +102,13 @@ def test_a_run_chooses_by_its_own_text(tmp_path: Path) -> None:
     recipe["stages"][1]["methods"] = {"mlp": "gradmax"}
     code, out, err = cli("train", write_recipe(tmp_path, recipe))
     assert code == 0, out + err
+
+
+def test_a_growth_looks_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pass over the probe for all tensors, their moments, and what is new."""
+    looks = []
+    monkeypatch.setattr(engine, "observe", lambda *given: looks.append(1) or observe(*given))
+    config = model_config("transformer")
+    target = grown_config(config, {"mlp_dim": 96}, {"mlp": "gradmax"})
+    grow(trained_like(config), target, {"mlp": "gradmax"}, torch.Generator(), probe(config))
+    assert len(looks) == 1

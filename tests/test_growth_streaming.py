@@ -18,7 +18,7 @@ from growkit.checkpoint.shard_writer import ENTRY_BYTES
 from growkit.cli import growing
 from growkit.errors import ConfigError
 from growkit.growth import expand, gradients, verify
-from growkit.growth.engine import lazy_states, new_entries
+from growkit.growth.engine import lazy_states
 from growkit.growth.gradients import PROBE_SIZE, PROBE_STEPS, probe_gradients
 from growkit.growth.operator import OPERATORS
 from growkit.growth.path import grown_config, path
@@ -106,7 +106,7 @@ def test_what_is_new_is_what_numbered_entries_say(preset: str) -> None:
         for name, t in state.params.items()
     }
     carried = lazy_states(TrainState(state.config, state.params, numbered), links, contract.generator())[-1].moments
-    marked = new_entries(state, links)
+    marked = lazy_states(state, links, torch.Generator()).new_entries()
     for name, spec in param_specs(links[-1].target).items():
         expected = torch.ones(spec.shape, dtype=torch.bool)
         if name in carried:

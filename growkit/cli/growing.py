@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from growkit.checkpoint import store
-from growkit.checkpoint.hf.folder import ModelFolder, rounding, write_grown
+from growkit.checkpoint.hf.folder import ModelFolder, refuse_existing, rounding, write_grown
 from growkit.checkpoint.hf.tokenformer import read_published
 from growkit.checkpoint.manifest import Manifest
 from growkit.checkpoint.metrics_log import encoded
@@ -51,7 +51,7 @@ def grow_checkpoint(
     few at a time (methods that look before they grow hold the model once). ``data``: text that the certificate is
     measured on, and that methods which look before they grow choose by; without it, random tokens, for the certificate
     only. A Hugging Face folder becomes another one, its tensors in ``dtype`` or as they were, unless ``as_growkit``."""
-    _refuse_existing(output)
+    refuse_existing(output, "--output")
     _give_freed_blocks_back()
     checkpoint = open_any(source)
     folder = checkpoint if isinstance(checkpoint, ModelFolder) and not as_growkit else None
@@ -80,7 +80,7 @@ def grow_checkpoint(
     grown = lazy_states(checkpoint.state, links, generator, stage=stage, probe=probe)
     if probe is None:
         probe = _random_probe(config, seed, probe_tokens)
-    report = growth_report(checkpoint.state, grown, links, probe)
+    report = growth_report(grown, probe)
     step = checkpoint.manifest.progress.step
     event = {"kind": "growth", "stage": stage, "name": output.name, "step": step} | report.record()
     if folder is not None:
@@ -112,7 +112,7 @@ def merge_checkpoints(
 ) -> None:
     """Writes the banks that ``first`` and ``second`` grew on ``ancestor`` side by side as a checkpoint at ``output``,
     with certificates of how far it is from each, measured on the text ``data`` or on random tokens."""
-    _refuse_existing(output)
+    refuse_existing(output, "--output")
     a, b, base = open_any(first), open_any(second), open_any(ancestor)
     merged = merge(a.state, b.state, base.state)
     probe = _probe(a, data, probe_tokens) if data is not None else _random_probe(merged.config, 0, probe_tokens)
@@ -141,18 +141,12 @@ def merge_checkpoints(
 
 def convert_published(file: Path, output: Path, num_heads: int) -> None:
     """Writes the published TokenFormer weights in ``file`` as a growkit checkpoint at ``output``."""
-    _refuse_existing(output)
+    refuse_existing(output, "--output")
     state = read_published(file, num_heads)
     store.write(output, state, Manifest(state.config, Progress()))
     config = state.config
     size = f"{config.num_params():,} parameters, {len(config.layers)} layers of width {config.embed_dim}"
     console.print(f"wrote {output}: {size}", soft_wrap=True, markup=False)
-
-
-def _refuse_existing(output: Path) -> None:
-    if output.exists():
-        mend = "name a folder that does not exist"
-        raise ConfigError("file-exists", "is already there", key="--output", value=str(output), mend=mend)
 
 
 def _show_grown(event: dict[str, Any], output: Path) -> None:

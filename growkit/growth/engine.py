@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -71,34 +71,30 @@ def grow(
     PreservationError when a step that claims to be exact is not.
     """
     links = path(state.config, target, methods)
-    states = lazy_states(state, links, generator, stage=stage, probe=probe)
-    grown = states[-1].materialized()
+    chain = lazy_states(state, links, generator, stage=stage, probe=probe)
+    grown = chain[-1].materialized()
     faults.point("mid_growth")
-    return grown, growth_report(state, [*states[:-1], grown], links, probe, dtype=dtype)
+    return grown, growth_report(chain, probe, grown=grown, dtype=dtype)
 
 
 def growth_report(
-    state: TrainState,
-    grown: Sequence[TrainState],
-    links: Sequence[Link],
-    probe: Tensor | None,
-    *,
-    dtype: torch.dtype = torch.float32,
+    chain: Chain, probe: Tensor | None, *, grown: TrainState | None = None, dtype: torch.dtype = torch.float32
 ) -> GrowthReport:
-    """What ``links`` made of ``state``, ``grown`` after each, measured on ``probe`` if there is one. Raises
-    PreservationError as ``grow``."""
-    states = [state, *grown]
-    new = tuple(name for name in grown[-1].params if not all(name in one.params for one in states))
+    """What ``chain`` made of its start, measured on ``probe`` if there is one. ``grown``: its last state, if that is in
+    memory. Raises PreservationError as ``grow``."""
+    links, last = chain.links, grown or chain[-1]
+    states = [chain.start, *chain[:-1], last]
+    new = tuple(name for name in last.params if not all(name in one.params for one in states))
     certificate, deltas = None, tuple[float, ...]()
     if probe is not None:
-        claims, entries = tuple(link.exactness for link in links), new_entries(state, links, probe)
+        claims, entries = tuple(link.exactness for link in links), chain.new_entries()
         wide = None
         if len(links) > 1:
             names = [f"{link.operator} ({link.method})" for link in links]
             deltas, wide = certify_links(states, claims, names, probe)
-        certificate = certify(state, grown[-1], claims, probe, new=entries, dtype=dtype, wide=wide)
+        certificate = certify(chain.start, last, claims, probe, new=entries, dtype=dtype, wide=wide)
         deltas = deltas or (certificate.delta_logits_float64,)
-    before, after = state.config.num_params(), grown[-1].config.num_params()
+    before, after = chain.start.config.num_params(), last.config.num_params()
     return GrowthReport(tuple(links), deltas, new, before, after, certificate)
 
 
@@ -118,20 +114,14 @@ def lazy_states(
     *,
     stage: int = 0,
     probe: Tensor | None = None,
-) -> list[TrainState]:
+) -> Chain:
     """The state after each link, as mappings that grow a tensor when it is asked for, so that growth can stream.
     ``probe``: tokens (rows, context + 1) for methods that look before they grow, which hold the model once. Raises
     ConfigError for one of those without a probe."""
     require_probe(links, probe)
     # One draw seeds everything; each tensor's own seed is a hash with its name, so order and sharding do not matter.
     seed = int(torch.randint(2**62, (), generator=generator))
-    return [state for _, state in _chain(state, links, seed, stage, probe)]
-
-
-def _chain(
-    state: TrainState, links: Sequence[Link], seed: int, stage: int, probe: Tensor | None
-) -> list[tuple[_Link, TrainState]]:
-    chain = []
+    views, states, start = [], [], state
     for number, link in enumerate(links):
         view = _Link(state, link, f"{seed}/{number}", probe)
         born = {name: state.born.get(name, 0) if name in view.old_specs else stage for name in view.specs}
@@ -139,15 +129,13 @@ def _chain(
         params = Lazy(list(view.specs), view.value)
         kept = [name for name in view.specs if name in view.old_specs and name in state.moments]
         state = TrainState(link.target, params, Lazy(kept, view.moments), born)
-        chain.append((view, state))
-    return chain
+        views.append(view)
+        states.append(state)
+    return Chain(start, states, views)
 
 
-def new_entries(state: TrainState, links: Sequence[Link], probe: Tensor | None = None) -> Mapping[str, Tensor]:
-    """Where the grown state holds entries that did not exist before (bool), of the parameters that have any, made when
-    asked for. Of the clones of an entry all but the first are new. ``probe``: as for ``lazy_states``."""
-    views = [view for view, _ in _chain(state, links, 0, 0, probe)]
-    before, after = param_specs(state.config), param_specs(links[-1].target)
+def _new_entries(start: TrainState, views: Sequence[_Link]) -> Mapping[str, Tensor]:
+    before, after = param_specs(start.config), views[-1].specs
 
     def marked(name: str) -> Tensor:
         shape = after[name].shape
@@ -180,12 +168,13 @@ def new_entries(state: TrainState, links: Sequence[Link], probe: Tensor | None =
 
 
 def added_entries(links: Sequence[Link]) -> Mapping[str, Tensor]:
-    """``new_entries`` from the configurations alone: where entries go does not depend on what they hold, so any state
-    and any probe show it. Weights are drawn, since methods that look divide by what they see."""
+    """``Chain.new_entries`` from the configurations alone: where entries go does not depend on what they hold, so any
+    state and any probe show it. Weights are drawn, since methods that look divide by what they see."""
     source = links[0].source
     specs, generator = param_specs(source), torch.Generator().manual_seed(0)
     params = Lazy(list(specs), lambda name: init_tensor(specs[name], generator))
-    return new_entries(TrainState(source, params), links, torch.zeros(1, 2, dtype=torch.int64))
+    probe = torch.zeros(1, 2, dtype=torch.int64)
+    return lazy_states(TrainState(source, params), links, generator, probe=probe).new_entries()
 
 
 def _composed(old: Sequence[int], new: Sequence[int]) -> list[int]:
@@ -213,6 +202,34 @@ class Lazy(Mapping[str, T]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+class Chain(Sequence[TrainState]):
+    """The state after each link, from ``start`` on, as mappings that grow a tensor when it is asked for."""
+
+    def __init__(self, start: TrainState, states: Sequence[TrainState], views: Sequence[_Link]) -> None:
+        self.start, self._states, self._views = start, states, views
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        return tuple(view.link for view in self._views)
+
+    def new_entries(self) -> Mapping[str, Tensor]:
+        """Where the last state holds entries that ``start`` has not (bool), of the parameters that have any, made when
+        asked for. Of the clones of an entry all but the first are new."""
+        return _new_entries(self.start, self._views)
+
+    @overload
+    def __getitem__(self, place: int) -> TrainState: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[TrainState]: ...
+
+    def __getitem__(self, place: int | slice) -> TrainState | Sequence[TrainState]:
+        return self._states[place]
+
+    def __len__(self) -> int:
+        return len(self._states)
 
 
 class _Link:

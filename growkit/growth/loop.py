@@ -48,9 +48,10 @@ def grow(
 
     ``sizes``: what a recipe's ``grow:`` may say (``num_layers=24``), ``methods`` its ``methods:``. ``probe``: tokens
     (rows, context + 1) that the certificate is measured on, and that methods that look before they grow choose by;
-    random ones if None, but not for these. ``optimizer``: Adam or AdamW over this
-    model's parameters; the new one has its groups and options, the moments of old parameters, and each new parameter in
-    the group of those like it. Learning-rate schedulers hold on to an optimizer: make them anew.
+    random ones if None, but not for these. ``optimizer``: Adam or AdamW over this model's parameters; the new one has
+    its groups and options, the moments of old parameters, and each new parameter in the group of those like it.
+    Learning-rate schedulers hold on to an optimizer: make them anew. What the methods ``masked`` and ``annealed`` grow
+    comes in as you say: call the larger model's ``set_ramp`` with numbers from 0 to 1 while you train.
 
     Raises ConfigError for a size that cannot be reached or another optimizer, and PreservationError if a step that
     claims to be exact is not.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from growkit.checkpoint.hf.settings import Settings
 from growkit.errors import ConfigError
-from growkit.models.config import DenseMLP, Linear, ModelConfig, unmasked
+from growkit.models.config import Attention, DenseMLP, LayerSpec, Linear, ModelConfig, Norm, unmasked
 from growkit.models.spec import param_specs
 
 if TYPE_CHECKING:
@@ -132,6 +132,20 @@ class Adapter:
     def layer_rules(self, config: ModelConfig, prefix: str, before: str, module: str, leaf: str) -> list[Rule]:
         """The rule of one parameter of a layer; ``prefix``, ``before``: what its names begin with, theirs and ours."""
         return [Rule((f"{before}{module}.{leaf}",), (f"{prefix}{self.modules[module]}.{LEAVES[leaf]}",))]
+
+    def model(
+        self, config: Settings, mixer: Attention, mlp: DenseMLP, norm: Norm, *, parallel: bool = False
+    ) -> ModelConfig:
+        """A model whose layers, and norms, are all alike."""
+        layers = range(config.positive("num_hidden_layers", int))
+        return ModelConfig(
+            vocab_size=config.positive("vocab_size", int),
+            embed_dim=config.positive("hidden_size", int),
+            layers=tuple(LayerSpec(i, mixer, mlp, parallel=parallel) for i in layers),
+            norm=norm,
+            final_norm=norm,
+            tied_head=config.get("tie_word_embeddings", bool, False),
+        )
 
     def named(self, config: ModelConfig) -> dict[str, Any]:
         """The fields that every family has."""

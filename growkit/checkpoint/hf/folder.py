@@ -20,7 +20,7 @@ from growkit.checkpoint.hf import source
 from growkit.checkpoint.hf.adapter import Adapter, LaidOut, Rule
 from growkit.checkpoint.hf.settings import CONFIG, read_config
 from growkit.checkpoint.store import Checkpoint, Ordered, StoredTensors, fsync, write_group, writing
-from growkit.errors import CheckpointError
+from growkit.errors import CheckpointError, ConfigError
 from growkit.growth.state import TrainState
 from growkit.growth.verify import stream_logits
 from growkit.models.config import ModelConfig
@@ -45,11 +45,11 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 TIED_HEADS = ("lm_head.weight", "embed_out.weight")  # which some files hold beside the table they are tied to
 
 
-def refuse_existing(folder: Path) -> None:
-    """Raises CheckpointError if something is at ``folder``."""
+def refuse_existing(folder: Path, key: str = "") -> None:
+    """Raises ConfigError, naming ``key`` if something said it, if something is at ``folder``."""
     if os.path.lexists(folder):
         mend = "name a folder that does not exist"
-        raise CheckpointError("file-exists", "is already there", key=str(folder), mend=mend)
+        raise ConfigError("file-exists", "is already there", key=key or "folder", value=str(folder), mend=mend)
 
 
 def write_folder(
@@ -64,7 +64,8 @@ def write_folder(
 
     Tensors go into model.safetensors, or, beyond ``shard_bytes``, into model-NNNNN-of-NNNNN.safetensors with an index;
     one shard is in memory at a time. A tied tensor is named once. ``beside``: files that are copied in (a tokenizer's).
-    Raises CheckpointError if the folder is there already or cannot be written, or a file of ``beside`` is missing.
+    Raises ConfigError if the folder is there already, CheckpointError if it cannot be written, or a file of ``beside``
+    is missing.
     """
     refuse_existing(folder)
     for path in beside:

@@ -8,7 +8,7 @@ from growkit.checkpoint.hf.adapter import LEAVES, Adapter, PerHead, Rule, requir
 from growkit.checkpoint.hf.rope import OLDER, read_rope, rope_fields
 from growkit.checkpoint.hf.settings import Settings
 from growkit.errors import ConfigError
-from growkit.models.config import Attention, DenseMLP, LayerSpec, Linear, MLPKind, ModelConfig, Norm
+from growkit.models.config import Attention, DenseMLP, Linear, MLPKind, ModelConfig, Norm
 
 # Their names of the tanh form differ in how it is written, not in what it computes.
 ACTIVATIONS: dict[str, MLPKind] = {
@@ -73,15 +73,7 @@ class GPTNeoX(Adapter):
         mlp = DenseMLP(config.positive("intermediate_size", int), ACTIVATIONS[activation], bias=True)
         parallel = config.get("use_parallel_residual", bool, True)
         norm = Norm("layernorm", config.positive("layer_norm_eps", float, 1e-5))
-        layers = range(config.positive("num_hidden_layers", int))
-        return ModelConfig(
-            vocab_size=config.positive("vocab_size", int),
-            embed_dim=embed,
-            layers=tuple(LayerSpec(i, mixer, mlp, parallel=parallel) for i in layers),
-            norm=norm,
-            final_norm=norm,
-            tied_head=config.get("tie_word_embeddings", bool, False),
-        )
+        return self.model(config, mixer, mlp, norm, parallel=parallel)
 
     def fields(self, config: ModelConfig) -> dict[str, Any]:
         mlp, mixer = self.require_plain(config), config.layers[0].mixer

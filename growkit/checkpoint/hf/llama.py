@@ -8,7 +8,7 @@ from growkit.checkpoint.hf.adapter import LEAVES, Adapter, Rule, Stacked, requir
 from growkit.checkpoint.hf.rope import OLDER, read_rope, rope_fields
 from growkit.checkpoint.hf.settings import Settings
 from growkit.errors import ConfigError
-from growkit.models.config import Attention, DenseMLP, LayerSpec, Linear, ModelConfig, Norm
+from growkit.models.config import Attention, DenseMLP, Linear, ModelConfig, Norm
 
 
 class Llama(Adapter):
@@ -69,14 +69,7 @@ class Llama(Adapter):
         )
         bias = self.mlp_bias and config.get("mlp_bias", bool, False)
         mlp = DenseMLP(config.positive("intermediate_size", int), "swiglu", bias)
-        return ModelConfig(
-            vocab_size=config.positive("vocab_size", int),
-            embed_dim=embed,
-            layers=tuple(LayerSpec(i, mixer, mlp) for i in range(config.positive("num_hidden_layers", int))),
-            norm=norm,
-            final_norm=norm,
-            tied_head=config.get("tie_word_embeddings", bool, False),
-        )
+        return self.model(config, mixer, mlp, norm)
 
     def require_full_attention(self, config: Settings) -> None:
         """Refuses attention that does not see everything before it."""
