@@ -10,7 +10,7 @@ from growkit.growth.path import grown_config
 from tests.contract import CLAUSES, Case, cases
 from tests.support import model_config
 
-CASES = cases()
+CASES = list(cases())
 
 
 def test_every_operator_and_method_is_covered() -> None:

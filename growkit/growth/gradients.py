@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -24,7 +24,7 @@ from growkit.models.norm import Normalize
 from growkit.models.ramp import stream_mask
 from growkit.models.spec import param_specs
 
-PROBE_STEPS = 3  # gradients taken by the dead-parameter check
+PROBE_STEPS = 3  # gradients taken at most by the dead-parameter check
 PROBE_SIZE = 1e-3  # sign step between them, about one Adam step at lr 1e-3
 HELD_BYTES = 64 << 20  # signs of smaller models stay in memory
 assert PROBE_STEPS <= 5, "a byte holds the signs of four steps"
@@ -32,10 +32,12 @@ assert PROBE_STEPS <= 5, "a byte holds the signs of four steps"
 M = TypeVar("M", bound=nn.Module)
 
 
-def probe_gradients(state: TrainState, tokens: Tensor, targets: Tensor) -> Iterator[tuple[int, str, Tensor]]:
-    """(step, parameter, gradient) of the loss on PROBE_STEPS steps in float32, a sign step of PROBE_SIZE on every
-    parameter between them; within a step from the head down. ``tokens``, ``targets`` (B, T). A ramp rises from step to
-    step, as it does in training: under a mask at 0 nothing has a gradient.
+def probe_gradients(
+    state: TrainState, tokens: Tensor, targets: Tensor, *, enough: Callable[[int], bool] = lambda steps: False
+) -> Iterator[tuple[int, str, Tensor]]:
+    """(step, parameter, gradient) of the loss on PROBE_STEPS steps in float32, or until there are ``enough``, a sign
+    step of PROBE_SIZE on every parameter between them; within a step from the head down. ``tokens``, ``targets``
+    (B, T). A ramp rises from step to step, as it does in training: under a mask at 0 nothing has a gradient.
 
     Raises ConfigError when there is no room for the signs of a large model in the folder of temporary files.
     """
@@ -47,6 +49,8 @@ def probe_gradients(state: TrainState, tokens: Tensor, targets: Tensor) -> Itera
             if step < PROBE_STEPS - 1:
                 params.add(name, gradient)
         params.steps += 1
+        if enough(params.steps):
+            return
 
 
 class _Stepped(Mapping[str, Tensor]):

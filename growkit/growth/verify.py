@@ -22,6 +22,11 @@ from growkit.models.ramp import stream_mask
 TRAINING_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 HEAD_BYTES = 64 << 20  # of the head's weights as they are read; converted and multiplied that much at a time
 READ_NEW = 4  # one token in so many of the probe is a new one, where the vocabulary grew
+GRADIENT_TOKENS = 128  # of the probe, for the gradients: whether there are any does not take all of it
+LIVE_BY = 2  # the step by which what one operator adds has a gradient
+# Gradients of equal rows differ by the order in which a matrix product adds, some 1e-8 to 1e-6 of them; those of rows
+# that a little noise tells apart, by 1e-4 or more.
+SAME_GRADIENT = 1e-5
 COMPARED = 16  # entries of a row that are compared before whole rows are
 
 
@@ -30,10 +35,11 @@ class Certificate:
     """Measured on a probe batch; relative differences are ‖Δ‖/‖logits‖ (Frobenius), of the tokens that both models
     have; the losses are over all tokens of each.
 
-    New entries are new parameters and what was added to old ones. ``new_grad_norms``: of all of them on the first
-    PROBE_STEPS steps; ``dead``: parameters whose new entries get none on any (one operator's are alive by the second;
-    in a chain, a zero inside a zero by the third). ``locked_rows``: wholly new rows (columns, experts) that equal
-    another one of their parameter in value and in gradient, so that training cannot tell them apart.
+    New entries are new parameters and what was added to old ones. ``new_grad_norms``: of all of them on the first two
+    steps, and on a third if some have none by then (one operator's do; in a chain, a zero inside a zero may not);
+    ``dead``: parameters whose new entries get none on any. ``locked_rows``: wholly new rows (columns, experts) that
+    equal another one of their parameter in value and, up to rounding, in gradient on the last of these steps, so that
+    training cannot tell them apart.
     """
 
     exact: bool
@@ -80,7 +86,7 @@ def certify(
     run_before = stream_logits(before.config, before.params, tokens, dtype)
     run_after = stream_logits(after.config, after.params, tokens, dtype)
     read = with_new_tokens(probe, *sizes)
-    norms, alive, locked = _new_gradients(after, read[:, :-1], read[:, 1:], new)
+    norms, alive, locked = _new_gradients(after, read, new)
     certificate = Certificate(
         exact=exact,
         reason="; ".join(dict.fromkeys(claim.reason for claim in claims)),
@@ -165,13 +171,21 @@ def stream_logits(config: ModelConfig, params: Mapping[str, Tensor], tokens: Ten
 
 
 def _new_gradients(
-    state: TrainState, tokens: Tensor, targets: Tensor, new: Mapping[str, Tensor]
+    state: TrainState, probe: Tensor, new: Mapping[str, Tensor]
 ) -> tuple[tuple[float, ...], set[str], int]:
     """Of the ``new`` entries: the norm of their gradients on each step of the probe, the parameters in which any of
     them has one, and the locked rows on the last step."""
+    if not new:
+        return (), set(), 0
     norms: list[dict[str, Tensor]] = [{} for _ in range(PROBE_STEPS)]
-    alive, locked = set(), 0
-    for step, name, gradient in probe_gradients(state, tokens, targets):
+    locked = [0] * PROBE_STEPS
+    alive: set[str] = set()
+    rows = probe[: max(1, GRADIENT_TOKENS // (probe.shape[1] - 1)), : GRADIENT_TOKENS + 1]
+
+    def all_live(steps: int) -> bool:
+        return steps >= LIVE_BY and len(alive) == len(new)
+
+    for step, name, gradient in probe_gradients(state, rows[:, :-1], rows[:, 1:], enough=all_live):
         if name not in new:
             continue
         at = new[name]
@@ -179,10 +193,10 @@ def _new_gradients(
         norms[step][name] = entries.norm()
         if entries.any():
             alive.add(name)
-        if step == PROBE_STEPS - 1:
-            locked += _locked(state.params[name], gradient, at)
-    total = [float(torch.stack([of[name] for name in new]).norm()) if new else 0.0 for of in norms]
-    return tuple(total), alive, locked
+        if step >= LIVE_BY - 1:
+            locked[step] += _locked(state.params[name], gradient, at)
+    taken = [torch.stack([of[name] for name in new]).norm() for of in norms if of]
+    return tuple(map(float, taken)), alive, locked[len(taken) - 1]
 
 
 def _locked(value: Tensor, gradient: Tensor, new: Tensor) -> int:
@@ -205,11 +219,25 @@ def _different_rows(value: Tensor, gradient: Tensor, of: Tensor) -> int:
     where some of their entries already agree."""
     index = of.nonzero()[:, 0]
     columns = torch.linspace(0, value.shape[1] - 1, COMPARED).long()
-    some = torch.cat([tensor[index[:, None], columns] for tensor in (value.float(), gradient)], dim=1)
-    _, group, size = torch.unique(some, dim=0, return_inverse=True, return_counts=True)
+    near = SAME_GRADIENT * gradient.norm(dim=1)
+    group = _groups(value[index[:, None], columns], gradient[index[:, None], columns], near[index])
+    size = group.bincount()
     alike = index[size[group] > 1]
-    whole = torch.cat((value[alike].float(), gradient[alike]), dim=1)
-    return int((size == 1).sum()) + len(torch.unique(whole, dim=0))
+    whole = _groups(value[alike], gradient[alike], near[alike])
+    return int((size == 1).sum()) + len(whole.bincount())
+
+
+def _groups(value: Tensor, gradient: Tensor, near: Tensor) -> Tensor:
+    """The number of each row's group, in which values are equal and gradients are within ``near`` (rows,)."""
+    _, equal = torch.unique(value.float(), dim=0, return_inverse=True)
+    # Gradients that are near each other are neighbours in the order of any projection.
+    order = (gradient @ torch.arange(1.0, gradient.shape[1] + 1).sin()).argsort()
+    order = order[equal[order].argsort(stable=True)]
+    apart = equal[order].diff() != 0
+    apart |= gradient[order].diff(dim=0).norm(dim=1) > near[order][1:]
+    group = torch.zeros_like(order)
+    group[order[1:]] = apart.cumsum(0)
+    return group
 
 
 def with_new_tokens(probe: Tensor, before: int, after: int) -> Tensor:
