@@ -163,7 +163,7 @@ def _grow_here(words: list[str]) -> dict[str, Any]:
 
     timed(growing, "open_any", "verify_source")
     timed(growing, "growth_report", "certificate")
-    timed(store, "write", "grow_and_write")
+    timed(store, "write_described", "grow_and_write")
     baseline = status("RssAnon")
     with Peak() as peak:
         begin = time.perf_counter()

@@ -44,15 +44,28 @@ class Checkpoint:
 def write(folder: Path, state: TrainState, manifest: Manifest, *, log: bytes = b"") -> None:
     """Writes a checkpoint at ``folder``, where none is yet; ``log``: the metrics log behind one that lies in no run.
     Raises CheckpointError when the disk will not."""
-    with writing(folder) as unfinished, ThreadPoolExecutor(manifests.HASHERS) as hashers:
+    write_described(folder, state, lambda _: (manifest, log))
+
+
+def write_described(folder: Path, state: TrainState, describe: Callable[[TrainState], tuple[Manifest, bytes]]) -> None:
+    """``write``, for a manifest and a log that only the written state can say: ``describe`` is given it with its
+    parameters mapped from the disk, beside the writing of the moments. If it raises, nothing is left."""
+    with (
+        writing(folder) as unfinished,
+        ThreadPoolExecutor(manifests.HASHERS) as hashers,
+        ThreadPoolExecutor(1) as describer,
+    ):
         hashes: dict[str, Future[str]] = {}
         steps: dict[str, float] = {}
 
         def complete(path: Path) -> None:
             hashes[path.name] = hashers.submit(_flushed_hash, path)
 
-        write_group(unfinished, "params", state.params, fault=True, complete=complete)
+        files = write_group(unfinished, "params", state.params, fault=True, complete=complete)
+        params = Ordered(StoredTensors(unfinished, files), list(state.params))
+        described = describer.submit(describe, dataclasses.replace(state, params=params))
         write_group(unfinished, "moments", _FlatMoments(state.moments, steps), complete=complete)
+        manifest, log = described.result()
         if log:
             (unfinished / LOG).write_bytes(log)
             complete(unfinished / LOG)
@@ -98,8 +111,8 @@ class writing:
 
 
 def seal(folder: Path, manifest: Manifest, hashes: Mapping[str, str]) -> None:
-    """Writes the manifest, with the size of each file whose sha256 ``hashes`` has."""
-    entries = {name: {"bytes": (folder / name).stat().st_size, "sha256": digest} for name, digest in hashes.items()}
+    """Writes the manifest, with the size of each file whose hash ``hashes`` has."""
+    entries = {name: {"bytes": (folder / name).stat().st_size, "xxh3_128": digest} for name, digest in hashes.items()}
     path = folder / manifests.NAME
     path.write_bytes(manifests.encode(dataclasses.replace(manifest, files=entries)))
     fsync(path)

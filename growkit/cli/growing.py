@@ -27,6 +27,7 @@ from growkit.errors import ConfigError, DataError
 from growkit.growth.banks import merge, merge_record
 from growkit.growth.engine import growth_report, lazy_states
 from growkit.growth.path import grown_config, path
+from growkit.growth.state import TrainState
 from growkit.models.config import ModelConfig
 from growkit.schedule.progress import Progress
 from growkit.train.display import growth_table
@@ -80,10 +81,10 @@ def grow_checkpoint(
     grown = lazy_states(checkpoint.state, links, generator, stage=stage, probe=probe)
     if probe is None:
         probe = _random_probe(config, seed, probe_tokens)
-    report = growth_report(grown, probe)
-    step = checkpoint.manifest.progress.step
-    event = {"kind": "growth", "stage": stage, "name": output.name, "step": step} | report.record()
+    at = checkpoint.manifest.progress
+    event = {"kind": "growth", "stage": stage, "name": output.name, "step": at.step}
     if folder is not None:
+        event |= growth_report(grown, probe).record()
         stored = getattr(torch, dtype) if dtype is not None else folder.dtype
         event |= {"source": source.name, "dtype": str(stored).removeprefix("torch.")}
         if stored != torch.float32:
@@ -91,19 +92,24 @@ def grow_checkpoint(
         write_grown(folder, output, grown[-1], event, stored)
         _show_grown(event, output)
         return
-    run, at = run_of(checkpoint.folder), checkpoint.manifest.progress
+    run = run_of(checkpoint.folder)
     if run is not None:
         event["run"] = run.path.name
     place = {"tokens": at.tokens, "flops": at.flops, "seconds": checkpoint.manifest.seconds}
-    log = log_before(checkpoint.folder, checkpoint.manifest) + encoded(event | place)
-    manifest = dataclasses.replace(
-        checkpoint.manifest,
-        model=wanted,
-        lineage=(*checkpoint.manifest.lineage, event),
-        log_bytes=len(log),
-        layout="whole",
-    )
-    store.write(output, grown[-1], manifest, log=log)
+
+    def describe(written: TrainState) -> tuple[Manifest, bytes]:
+        event.update(growth_report(grown, probe, grown=written).record())
+        log = log_before(checkpoint.folder, checkpoint.manifest) + encoded(event | place)
+        manifest = dataclasses.replace(
+            checkpoint.manifest,
+            model=wanted,
+            lineage=(*checkpoint.manifest.lineage, event),
+            log_bytes=len(log),
+            layout="whole",
+        )
+        return manifest, log
+
+    store.write_described(output, grown[-1], describe)
     _show_grown(event, output)
 
 

@@ -81,7 +81,7 @@ def growth_report(
     chain: Chain, probe: Tensor | None, *, grown: TrainState | None = None, dtype: torch.dtype = torch.float32
 ) -> GrowthReport:
     """What ``chain`` made of its start, measured on ``probe`` if there is one. ``grown``: its last state, if that is in
-    memory. Raises PreservationError as ``grow``."""
+    memory or on the disk. Raises PreservationError as ``grow``."""
     links, last = chain.links, grown or chain[-1]
     states = [chain.start, *chain[:-1], last]
     new = tuple(name for name in last.params if not all(name in one.params for one in states))
