@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where there is room")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--growth", choices=GROWTHS, default="depth", help="depth: twice the layers, as identities")
-    parser.add_argument("--probe-tokens", type=int, default=512, help="of the certificate (default: growkit grow's)")
+    parser.add_argument("--probe-tokens", type=int, default=128, help="of the certificate (default: growkit grow's)")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/results/bench_growth.json")
     parser.add_argument("--child", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -53,14 +53,15 @@ def everything(preset: str, dtype: torch.dtype = torch.float32) -> Grown:
 
 def whole_gradients(state: TrainState, tokens: torch.Tensor, targets: torch.Tensor) -> list[dict[str, torch.Tensor]]:
     model = build(state.config, {name: p.float() for name, p in state.params.items()}).eval()
-    rounds = []
+    rounds: list[dict[str, torch.Tensor]] = []
     for _ in range(PROBE_STEPS):
         model.zero_grad()
         model(tokens, targets).total.backward()
         rounds.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
         with torch.no_grad():
             for name, p in model.named_parameters():
-                p.sub_(rounds[-1][name].sign(), alpha=PROBE_SIZE)
+                signs = sum(of[name].sign() for of in rounds)
+                p.copy_(state.params[name].float().sub(signs, alpha=PROBE_SIZE))
     return rounds
 
 
@@ -134,7 +135,7 @@ def test_locked_rows_are_counted_however_wide(monkeypatch: pytest.MonkeyPatch) -
     new = torch.ones(6, 100, dtype=torch.bool)
     for compared in (1, 100):
         monkeypatch.setattr(verify, "COMPARED", compared)
-        assert verify._locked_rows(value, gradient, new) == 2
+        assert verify._locked_rows(value, gradient, new.all(dim=1)) == 2
 
 
 def test_moments_do_not_grow_their_value_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

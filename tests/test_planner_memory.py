@@ -261,4 +261,5 @@ def test_a_run_that_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_constants_kept_here_to_spare_an_import_of_torch() -> None:
     assert memory.VALIDATION_ROWS == validate.ROWS
     assert memory.HELD_BYTES == gradients.HELD_BYTES
+    assert memory.GRADIENT_TOKENS == verify.GRADIENT_TOKENS
     assert all(memory.unscored(length) == validate.unscored(length) for length in (1, 7, 16, 100, 4096))

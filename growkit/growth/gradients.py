@@ -27,7 +27,6 @@ from growkit.models.spec import param_specs
 PROBE_STEPS = 3  # gradients taken at most by the dead-parameter check
 PROBE_SIZE = 1e-3  # sign step between them, about one Adam step at lr 1e-3
 HELD_BYTES = 64 << 20  # signs of smaller models stay in memory
-assert PROBE_STEPS <= 5, "a byte holds the signs of four steps"
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -54,8 +53,8 @@ def probe_gradients(
 
 
 class _Stepped(Mapping[str, Tensor]):
-    """Parameters (float32) after the sign steps so far. Of earlier gradients only the signs are kept, two bits each;
-    for a large model in a file without a name, whose pages the kernel takes back when it needs them."""
+    """Parameters (float32) after the sign steps so far. Of earlier gradients only the sum of the signs is kept, a byte
+    each; for a large model in a file without a name, whose pages the kernel takes back when it needs them."""
 
     def __init__(self, state: TrainState) -> None:
         self._params, self._specs, self.steps = state.params, param_specs(state.config), 0
@@ -74,14 +73,11 @@ class _Stepped(Mapping[str, Tensor]):
         return self._moved(self._params[name].detach()[index].float(), self._of(name)[index])
 
     def _moved(self, value: Tensor, signs: Tensor) -> Tensor:
-        for step in range(self.steps):
-            sign = (signs >> 2 * step & 3 ^ 2).to(torch.int8).sub_(2)  # two's complement of two bits
-            value = value.sub(sign, alpha=PROBE_SIZE)
-        return value
+        return value.sub(signs, alpha=PROBE_SIZE) if self.steps else value
 
     def add(self, name: str, gradient: Tensor) -> None:
         """Remembers a gradient of this step, for the parameters after it."""
-        self._of(name).bitwise_or_((gradient.sign().to(torch.int8) & 3).to(torch.uint8) << 2 * self.steps)
+        self._of(name).add_(gradient.sign().to(torch.int8))
 
     def _of(self, name: str) -> Tensor:
         spec = self._specs[name]
@@ -95,13 +91,13 @@ class _Stepped(Mapping[str, Tensor]):
 
 
 def _bytes(count: int) -> Tensor:
-    """``count`` zeros (uint8), beyond HELD_BYTES in a mapped file that is gone when they are."""
+    """``count`` zeros (int8), beyond HELD_BYTES in a mapped file that is gone when they are."""
     if count <= HELD_BYTES:
-        return torch.zeros(count, dtype=torch.uint8)
+        return torch.zeros(count, dtype=torch.int8)
     try:
         with tempfile.NamedTemporaryFile(prefix="growkit-signs-") as file:
             os.posix_fallocate(file.fileno(), 0, count)  # a mapped file that finds no room later kills the process
-            return torch.from_file(file.name, shared=True, size=count, dtype=torch.uint8)
+            return torch.from_file(file.name, shared=True, size=count, dtype=torch.int8)
     except OSError as error:
         mend = f"free {count / 1e9:.1f} GB there, or name another folder in TMPDIR"
         problem = f"cannot hold what the certificate remembers between its steps ({error})"

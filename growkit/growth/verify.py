@@ -22,11 +22,12 @@ from growkit.models.ramp import stream_mask
 TRAINING_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 HEAD_BYTES = 64 << 20  # of the head's weights as they are read; converted and multiplied that much at a time
 READ_NEW = 4  # one token in so many of the probe is a new one, where the vocabulary grew
-GRADIENT_TOKENS = 128  # of the probe, for the gradients: whether there are any does not take all of it
+GRADIENT_TOKENS = 64  # of the probe, for the gradients: whether there are any does not take all of it
 LIVE_BY = 2  # the step by which what one operator adds has a gradient
 # Gradients of equal rows differ by the order in which a matrix product adds, some 1e-8 to 1e-6 of them; those of rows
 # that a little noise tells apart, by 1e-4 or more.
 SAME_GRADIENT = 1e-5
+DIGEST = 0x1E3779B97F4A7C15  # odd, without a pattern
 COMPARED = 16  # entries of a row that are compared before whole rows are
 
 
@@ -189,9 +190,9 @@ def _new_gradients(
         if name not in new:
             continue
         at = new[name]
-        entries = gradient if at.all() else gradient[at]
+        entries = gradient if _everywhere(at) else gradient[at]
         norms[step][name] = entries.norm()
-        if entries.any():
+        if norms[step][name] > 0 or entries.any():  # a norm may underflow
             alive.add(name)
         if step >= LIVE_BY - 1:
             locked[step] += _locked(state.params[name], gradient, at)
@@ -199,27 +200,40 @@ def _new_gradients(
     return tuple(map(float, taken)), alive, locked[len(taken) - 1]
 
 
+def _everywhere(new: Tensor) -> bool:
+    """Whether all entries are new; of a new parameter they are one that is expanded, and it alone is read."""
+    return bool(new[(0,) * new.dim()] if not any(new.stride()) else new.all())
+
+
 def _locked(value: Tensor, gradient: Tensor, new: Tensor) -> int:
     """How many of the slices along each dimension (rows, columns, experts) that are wholly ``new`` and move add none to
     the different ones."""
     if value.dim() < 2:
         return 0
-    sides = ([tensor.movedim(d, 0).flatten(1) for tensor in (value, gradient, new)] for d in range(value.dim()))
-    return sum(_locked_rows(*side) for side in sides)
+    sides = ((value.movedim(d, 0).flatten(1), gradient.movedim(d, 0).flatten(1)) for d in range(value.dim()))
+    return sum(_locked_rows(*side, _rows(new, d)) for d, side in enumerate(sides))
 
 
-def _locked_rows(value: Tensor, gradient: Tensor, new: Tensor) -> int:
-    moving, added = gradient.any(dim=1), new.all(dim=1)
-    different = [_different_rows(value, gradient, of) for of in (moving, moving & ~added)]
+def _rows(new: Tensor, dim: int) -> Tensor:
+    """Which of the slices along ``dim`` are wholly new."""
+    if _everywhere(new):
+        return torch.ones(new.shape[dim], dtype=torch.bool)
+    return new.movedim(dim, 0).flatten(1).all(dim=1)
+
+
+def _locked_rows(value: Tensor, gradient: Tensor, added: Tensor) -> int:
+    norms = gradient.norm(dim=1)
+    moving = norms > 0
+    different = [_different_rows(value, gradient, norms, of) for of in (moving, moving & ~added)]
     return int((moving & added).sum()) - (different[0] - different[1])
 
 
-def _different_rows(value: Tensor, gradient: Tensor, of: Tensor) -> int:
+def _different_rows(value: Tensor, gradient: Tensor, norms: Tensor, of: Tensor) -> int:
     """How many different rows ``of`` the two tensors, side by side, have. Whole rows are gathered and compared only
     where some of their entries already agree."""
     index = of.nonzero()[:, 0]
     columns = torch.linspace(0, value.shape[1] - 1, COMPARED).long()
-    near = SAME_GRADIENT * gradient.norm(dim=1)
+    near = SAME_GRADIENT * norms
     group = _groups(value[index[:, None], columns], gradient[index[:, None], columns], near[index])
     size = group.bincount()
     alike = index[size[group] > 1]
@@ -229,7 +243,7 @@ def _different_rows(value: Tensor, gradient: Tensor, of: Tensor) -> int:
 
 def _groups(value: Tensor, gradient: Tensor, near: Tensor) -> Tensor:
     """The number of each row's group, in which values are equal and gradients are within ``near`` (rows,)."""
-    _, equal = torch.unique(value.float(), dim=0, return_inverse=True)
+    _, equal = torch.unique(_digest(value), return_inverse=True)
     # Gradients that are near each other are neighbours in the order of any projection.
     order = (gradient @ torch.arange(1.0, gradient.shape[1] + 1).sin()).argsort()
     order = order[equal[order].argsort(stable=True)]
@@ -238,6 +252,13 @@ def _groups(value: Tensor, gradient: Tensor, near: Tensor) -> Tensor:
     group = torch.zeros_like(order)
     group[order[1:]] = apart.cumsum(0)
     return group
+
+
+def _digest(value: Tensor) -> Tensor:
+    """A number (int64) for each row, the same for equal rows and, but for one in 2**32, no others."""
+    bits = (value.float() + 0.0).view(torch.int32).long()  # of a negative zero, those of zero
+    place = torch.arange(1, value.shape[1] + 1) * DIGEST
+    return (bits * (place ^ place >> 29)).sum(dim=1)
 
 
 def with_new_tokens(probe: Tensor, before: int, after: int) -> Tensor:

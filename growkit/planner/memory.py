@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from growkit.config.recipe import Recipe
 from growkit.models.spec import ParamSpec, param_specs
 from growkit.planner.activations import FLOAT, Pass
-from growkit.planner.passes import evaluation_peak, layer_traces, loss_peak, trace
+from growkit.planner.passes import evaluation_peak, layer_traces, loss_peak, scored_layers, trace
 from growkit.schedule.plan import GrowthSchedule, Stage
 
 MOMENTS = 2 * FLOAT  # bytes of AdamW's two moments of one entry
 FLOAT64 = 8
 VALIDATION_ROWS = 32  # windows of a validation's forward pass: eval/validate.py, ROWS
+GRADIENT_TOKENS = 64  # of the probe, for the gradients of a certificate: growth/verify.py
 HELD_BYTES = 64 << 20  # signs that a certificate holds in memory: growth/gradients.py, HELD_BYTES
 
 
@@ -186,9 +187,9 @@ def _growth(
     recipe: Recipe, stage: Stage, old: Mapping[str, ParamSpec], with_moments: frozenset[str]
 ) -> tuple[float, float]:
     """(the states before and after, those and the certificate's work) in bytes of CPU memory. A parameter that keeps
-    its axes keeps its tensors. The certificate holds logits before and after, in two precisions, and of the grown model
-    the residual stream at every layer and one layer at a time: in float64, and in float32 with its gradients, when the
-    signs of earlier ones are held too, a byte for each entry (growth/gradients.py)."""
+    its axes keeps its tensors. The certificate holds logits before and after, in two precisions, and one layer at a
+    time: in float64, and in float32 with its gradients, over fewer tokens; then also the residual stream at every layer
+    and the signs of earlier gradients, a byte for each entry (growth/gradients.py)."""
     specs = param_specs(stage.model)
     before = sum(spec.numel * (FLOAT + (MOMENTS if name in with_moments else 0)) for name, spec in old.items())
     made = {name: spec.numel for name, spec in specs.items() if name not in old or old[name].axes != spec.axes}
@@ -196,8 +197,10 @@ def _growth(
     parameters = sum(spec.numel for spec in specs.values())
     context = stage.context_length
     rows = max(1, recipe.monitor.probe_tokens // context)
-    model, at = dataclasses.replace(stage.model, dropout=0.0), Pass(rows=rows, context=context)
-    logits = rows * context * model.vocab_size * 2 * (FLOAT64 + FLOAT)
+    model = dataclasses.replace(stage.model, dropout=0.0)
+    read = Pass(rows=rows, context=context)
+    at = Pass(rows=min(rows, max(1, GRADIENT_TOKENS // context)), context=min(context, GRADIENT_TOKENS))
+    logits = read.tokens * model.vocab_size * FLOAT64  # of one model; in float32 half of them
     signs = parameters if parameters <= HELD_BYTES else 0  # larger models' are in a file
     streams = len(model.layers) * at.wide(model.embed_dim)
     sizes: Counter[int | None] = Counter()
@@ -207,6 +210,6 @@ def _growth(
     for layer in model.layers:
         passes = layer_traces(layer, model, at)
         work = max(work, sizes[layer.id] * FLOAT + passes.forward.change + passes.backward.peak)
-    wide = max(sizes[layer.id] for layer in model.layers) * FLOAT64
+    wide = max(sizes[layer.id] for layer in model.layers) * FLOAT64 + 2 * scored_layers(model, read)
     passing = max(spec.numel for spec in specs.values()) * FLOAT  # one tensor's copy while it is looked at
-    return before + new, before + new + logits + passing + max(signs + streams + work, wide)
+    return before + new, before + new + logits + passing + max(3 * logits + signs + streams + work, wide)

@@ -290,7 +290,16 @@ def loss_peak(config: ModelConfig, at: Pass) -> float:
 def evaluation_peak(config: ModelConfig, at: Pass, *, several: bool) -> float:
     """Most bytes alive beside the weights while ``at`` is scored as validation does: nothing is kept for a backward
     pass, but all logits of the pass are there at once, and, of ``several`` passes, those of the one before."""
-    x, widest = at.wide(config.embed_dim), 0.0
+    logits = at.tokens * config.vocab_size
+    scoring = logits * (2 * FLOAT if not at.bf16 else 2 * FLOAT + BFLOAT)
+    before = logits * at.element if several else 0.0
+    x = at.wide(config.embed_dim)
+    return 2 * INDEX * at.tokens + max(scored_layers(config, at) + before, scoring + x)
+
+
+def scored_layers(config: ModelConfig, at: Pass) -> float:
+    """Most bytes alive beside the weights while ``at`` goes through the layers and nothing is kept."""
+    widest = 0.0
     known = set()
     for spec in config.layers:
         if (spec.mixer, spec.mlp) in known:
@@ -307,10 +316,7 @@ def evaluation_peak(config: ModelConfig, at: Pass, *, several: bool) -> float:
         read = [p for p in (mixer.q, mixer.k, mixer.v, mixer.o) if isinstance(p, Pattention)]
         attention = 3 * (heads + kv) + max((_scored(p, at) for p in read), default=0.0)
         widest = max(widest, attention, hidden)
-    logits = at.tokens * config.vocab_size
-    scoring = logits * (2 * FLOAT if not at.bf16 else 2 * FLOAT + BFLOAT)
-    before = logits * at.element if several else 0.0
-    return 2 * INDEX * at.tokens + max(3 * x + widest + before, scoring + x)
+    return 3 * at.wide(config.embed_dim) + widest
 
 
 def _scored(spec: Pattention, at: Pass) -> float:
