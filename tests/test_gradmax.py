@@ -104,6 +104,19 @@ def test_a_run_chooses_by_its_own_text(tmp_path: Path) -> None:
     assert code == 0, out + err
 
 
+def test_a_mixture_is_looked_at_as_other_parts_are() -> None:
+    """What flows into it and back from it, though it gives a balance loss beside; checked on a dense block's copies."""
+    dense = model_config("transformer")
+    upcycled = grown_config(dense, {"num_experts": 4}, {})
+    state = trained_like(dense)
+    copied, _ = grow(state, upcycled, {}, torch.Generator())
+    before, after = observe(state, probe(dense)), observe(copied, probe(dense))
+    assert before.keys() == after.keys()
+    for prefix, looked in after.items():
+        torch.testing.assert_close(looked.inputs, before[prefix].inputs)
+        torch.testing.assert_close(looked.gradients, before[prefix].gradients)
+
+
 def test_a_growth_looks_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """One pass over the probe for all tensors, their moments, and what is new."""
     looks = []

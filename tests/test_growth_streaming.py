@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import tempfile
 from multiprocessing.connection import Connection
@@ -13,10 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from growkit.checkpoint import manifest as manifests
 from growkit.checkpoint import store
 from growkit.checkpoint.shard_writer import ENTRY_BYTES
 from growkit.cli import growing
-from growkit.errors import ConfigError
+from growkit.errors import CheckpointError, ConfigError, PreservationError
 from growkit.growth import expand, gradients, verify
 from growkit.growth.engine import lazy_states
 from growkit.growth.gradients import PROBE_SIZE, PROBE_STEPS, probe_gradients
@@ -154,6 +157,46 @@ def test_moments_do_not_grow_their_value_again(monkeypatch: pytest.MonkeyPatch, 
         assert torch.equal(back.params[name], grown.params[name])
         assert torch.equal(back.moments[name].exp_avg, moments.exp_avg)
         assert torch.equal(back.moments[name].exp_avg_sq, moments.exp_avg_sq)
+
+
+def test_a_checkpoint_of_format_1_is_read_and_its_damage_seen(tmp_path: Path) -> None:
+    """Its files have a sha256."""
+    state = trained_like(model_config("transformer"), dtype=torch.float32)
+    store.write(tmp_path / "old", state, store.Manifest(model=state.config, progress=bench_growth.Progress()))
+    manifest, moments = tmp_path / "old" / "manifest.json", tmp_path / "old" / "moments-00001.safetensors"
+    body = json.loads(manifest.read_bytes())["body"] | {"format": 1}
+    for name, entry in body["files"].items():
+        assert len(entry.pop("xxh3_128")) == 32
+        entry["sha256"] = hashlib.sha256((tmp_path / "old" / name).read_bytes()).hexdigest()
+    manifest.write_bytes(manifests._seal(body))
+    back = store.read(tmp_path / "old")
+    assert all(torch.equal(back.state.params[name], tensor) for name, tensor in state.params.items())
+    changed = bytearray(moments.read_bytes())
+    changed[-1] ^= 1
+    moments.write_bytes(changed)
+    with pytest.raises(CheckpointError, match="moments-00001"):
+        store.read(tmp_path / "old")
+
+
+def test_a_checkpoint_is_described_by_what_is_on_the_disk(tmp_path: Path) -> None:
+    state = trained_like(model_config("transformer"), dtype=torch.float32)
+    seen = {}
+
+    def describe(written: TrainState) -> tuple[manifests.Manifest, bytes]:
+        seen.update(written.params)
+        assert list(tmp_path.glob(".writing-*/params-*.safetensors"))
+        return manifests.Manifest(model=written.config, progress=bench_growth.Progress(), log_bytes=3), b"{}\n"
+
+    store.write_described(tmp_path / "described", state, describe)
+    assert all(torch.equal(seen[name], tensor) for name, tensor in state.params.items())
+    assert store.read(tmp_path / "described").manifest.log_bytes == 3
+
+    def refuse(_: TrainState) -> tuple[manifests.Manifest, bytes]:
+        raise PreservationError("not-preserved", "moved", key="grow", mend="none")
+
+    with pytest.raises(PreservationError):
+        store.write_described(tmp_path / "refused", state, refuse)
+    assert [path.name for path in tmp_path.iterdir()] == ["described"]
 
 
 def test_a_streamed_file_is_what_safetensors_reads(tmp_path: Path) -> None:

@@ -95,8 +95,9 @@ def moved(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_the_same_both_ways(case: str, tmp_path: Path) -> None:
-    """Read: the same logits, also of a row padded at the right and in decoding with a cache. Written: transformers' own
-    class has every tensor bitwise as it was, and the same logits; the model that is read back is the same."""
+    """Read: the same logits, also of rows padded at the right and at the left, and in decoding with a cache. Written:
+    transformers' own class has every tensor bitwise as it was, and the same logits; the model that is read back is the
+    same."""
     family, fields = CASES[case]
     theirs = model(family, **fields)
     folder = read_folder(save(theirs, tmp_path / "in"))
@@ -105,10 +106,11 @@ def test_logits_are_the_same_both_ways(case: str, tmp_path: Path) -> None:
     with torch.no_grad():
         assert moved(decoder(text), wanted) <= PARITY
         mask = torch.ones_like(text)
-        mask[0, 25:] = 0  # what comes later is not seen, here by causality
-        padded = logits(theirs, text, attention_mask=mask)
+        mask[0, 25:] = mask[1, :7] = 0  # what comes later is not seen, here by causality
+        padded = logits(theirs, text, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
         if "dynamic" not in case and "longrope" not in case:  # whose angles depend on the length of the row
             assert moved(decoder(text[:1, :25]), padded[:1, :25]) <= PARITY
+            assert moved(decoder(text[1:2, 7:]), padded[1:2, 7:]) <= PARITY
         cache, their_cache = Cache(folder.manifest.model), None
         for part in (text[:, :12], *text[:, 12:24].unbind(1)):
             step = part if part.dim() == 2 else part[:, None]

@@ -137,6 +137,8 @@ def test_killed_in_the_middle_of_a_ramp(kind: str, tmp_path: Path) -> None:
     assert half.manifest.progress.stage_step == 2 and half.manifest.model.ramp == 0.5
     assert in_child("resume", run) == 0
     assert_same_run(run, whole)
+    ramps = [record.get("ramp") for record in records(whole, "step")]
+    assert ramps == [None] * 6 + [0, 0.25, 0.5, 0.75, 1, 1] + [None] * 4
     (growth,) = records(whole, "growth")
     tolerance = RESCALED_FLOAT32 if "width" in MODELS[kind]["methods"] else EXACT_FLOAT64
     assert growth["certificate"]["delta_logits_float64"] <= tolerance

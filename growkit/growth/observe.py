@@ -34,7 +34,8 @@ def observe(state: TrainState, probe: Tensor) -> Mapping[str, Seen]:
         def before(_: nn.Module, given: tuple[Tensor, ...]) -> None:
             inputs.update(dict.fromkeys(prefixes, given[0].detach()))
 
-        def after(_: nn.Module, __: object, output: Tensor) -> None:
+        def after(_: nn.Module, __: object, output: Tensor | tuple[Tensor, Tensor | None]) -> None:
+            output = output[0] if isinstance(output, tuple) else output  # experts give their balance loss as well
             output.retain_grad()
             outputs.update(dict.fromkeys(prefixes, output))
 

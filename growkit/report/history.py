@@ -23,6 +23,7 @@ MEASURED = (
     "lr",
     "grad_norm",
     "new_grad_share",
+    "ramp",
     "tokens_per_second",
     "utilisation",
     "memory_bytes",

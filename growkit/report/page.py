@@ -37,7 +37,16 @@ SMOOTHING = 30  # the training loss is a mean over this part of the run
 MARK = b"<!doctype html>\n<!-- growkit report -->"  # how a report is told from a file that must not be replaced
 SCRIPTS = ("format.js", "page.js", "sections.js", "charts.js", "main.js")
 WHOLE = ("step", "tokens", "parameters")  # counts, never rounded
-CURVES = ("bits_per_byte", "lr", "grad_norm", "new_grad_share", "tokens_per_second", "utilisation", "memory_bytes")
+CURVES = (
+    "bits_per_byte",
+    "lr",
+    "grad_norm",
+    "new_grad_share",
+    "ramp",
+    "tokens_per_second",
+    "utilisation",
+    "memory_bytes",
+)
 
 
 def write_report(runs: Sequence[RunSummary], path: Path) -> None:

@@ -23,6 +23,7 @@ METRICS = {
         "lr": "optim/lr",
         "grad_norm": "gradients/norm",
         "new_grad_share": "gradients/new_share",
+        "ramp": "growth/ramp",
         "tokens_per_second": "speed/tokens_per_second",
         "flops_per_second": "speed/flops_per_second",
         "utilisation": "speed/utilisation",
