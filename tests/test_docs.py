@@ -16,7 +16,7 @@ import typer
 from growkit.cli.main import app
 from growkit.growth.operator import OPERATORS
 from growkit.growth.path import ORDER
-from scripts import operator_examples
+from scripts import continual_learning, operator_examples
 from tests import documents
 from tests.documents import DOCS, FENCE, ROOT, Block, blocks, pages, schedule_of
 
@@ -72,6 +72,12 @@ def test_every_way_to_grow_is_measured() -> None:
         card = (CARDS / f"{name}.md").read_text(encoding="utf-8").splitlines()
         rows = [line for line in lines if f"| {name} `" in line]
         assert rows and set(rows) <= set(card), name
+
+
+def test_what_is_said_of_continual_learning_was_measured() -> None:
+    measured = json.loads((DOCS / "results" / "continual_learning.json").read_text())
+    page = (DOCS / "how-to" / "continual-learning.md").read_text(encoding="utf-8")
+    assert continual_learning.table(measured["bits_per_byte"]) in page
 
 
 @pytest.mark.parametrize("block", fragments(), ids=str)
