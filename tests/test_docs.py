@@ -3,6 +3,7 @@ that are made from the code are up to date. Their code blocks: test_code_blocks.
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import typer
 from growkit.cli.main import app
 from growkit.growth.operator import OPERATORS
 from growkit.growth.path import ORDER
+from scripts import continual_learning, operator_examples
 from tests import documents
 from tests.documents import DOCS, FENCE, ROOT, Block, blocks, pages, schedule_of
 
@@ -56,6 +58,26 @@ def test_the_table_says_what_the_operators_say() -> None:
     assert list(listed) == list(ORDER)
     for name, methods in listed.items():
         assert list(dict.fromkeys(methods)) == list(OPERATORS.get(name, key="operator").methods)
+
+
+def test_every_way_to_grow_is_measured() -> None:
+    """The examples know every method, and what the pages print is what was measured: the table has all rows, each card
+    those of its own operator."""
+    growths = {f"{case.operator} ({case.method})" for of in operator_examples.cases().values() for case in of}
+    measured = json.loads((DOCS / "results" / "operator_examples.json").read_text())
+    assert growths == {row["growth"] for row in measured["rows"]} - {"not grown"}
+    lines = operator_examples.table(measured["rows"], measured["steps"]).splitlines()
+    assert "\n".join(lines) in (CARDS / "README.md").read_text(encoding="utf-8")
+    for name in OPERATORS:
+        card = (CARDS / f"{name}.md").read_text(encoding="utf-8").splitlines()
+        rows = [line for line in lines if f"| {name} `" in line]
+        assert rows and set(rows) <= set(card), name
+
+
+def test_what_is_said_of_continual_learning_was_measured() -> None:
+    measured = json.loads((DOCS / "results" / "continual_learning.json").read_text())
+    page = (DOCS / "how-to" / "continual-learning.md").read_text(encoding="utf-8")
+    assert continual_learning.table(measured["bits_per_byte"]) in page
 
 
 @pytest.mark.parametrize("block", fragments(), ids=str)
