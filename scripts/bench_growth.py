@@ -247,8 +247,7 @@ def size_of(folder: Path) -> int:
 def evict(folder: Path) -> None:
     """Asks the kernel to drop the files of ``folder`` from its cache."""
     for path in folder.iterdir():
-        with open(path, "rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        store.forget(path)
 
 
 def copy_speed(folder: Path) -> float:

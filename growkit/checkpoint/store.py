@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,10 @@ def write_described(folder: Path, state: TrainState, describe: Callable[[TrainSt
         hashes: dict[str, Future[str]] = {}
         steps: dict[str, float] = {}
 
-        def complete(path: Path) -> None:
-            hashes[path.name] = hashers.submit(_flushed_hash, path)
+        def complete(path: Path, again: bool = False) -> None:
+            hashes[path.name] = hashers.submit(_flushed_hash, path, again)
 
-        files = write_group(unfinished, "params", state.params, fault=True, complete=complete)
+        files = write_group(unfinished, "params", state.params, fault=True, complete=partial(complete, again=True))
         params = Ordered(StoredTensors(unfinished, files), list(state.params))
         described = describer.submit(describe, dataclasses.replace(state, params=params))
         write_group(unfinished, "moments", _FlatMoments(state.moments, steps), complete=complete)
@@ -188,9 +189,20 @@ def write_group(
     return files
 
 
-def _flushed_hash(path: Path) -> str:
+def _flushed_hash(path: Path, again: bool) -> str:
+    """Of a file that is on the disk then; unless it is read ``again``, its pages make room for what is."""
     fsync(path)
-    return manifests.file_hash(path)
+    digest = manifests.file_hash(path)
+    if not again:
+        forget(path)
+    return digest
+
+
+def forget(path: Path) -> None:
+    """Tells the kernel, where it can be told, that the file's pages will not be read soon."""
+    if hasattr(os, "posix_fadvise"):
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class _FlatMoments(Mapping[str, Tensor]):
