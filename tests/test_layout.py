@@ -119,6 +119,19 @@ def test_help_and_validation_load_neither_torch_nor_lightning() -> None:
     assert "resume" in done.stdout
 
 
+def test_building_a_model_does_not_load_the_compiler() -> None:
+    code = (
+        "import sys, torch\n"
+        "from growkit.models.decoder import build, init_params\n"
+        "from growkit.models.presets import PRESETS\n"
+        "config = PRESETS.get('transformer', key='')(embed_dim=8, num_layers=1, num_heads=1, tied_head=False).expand()\n"
+        "build(config, init_params(config, torch.Generator()))\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_files_are_small() -> None:
     for path in modules():
         assert len(path.read_text().splitlines()) <= MOST_LINES, path

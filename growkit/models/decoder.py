@@ -19,6 +19,7 @@ from growkit.models.loss import TokenLoss, chunked_cross_entropy
 from growkit.models.norm import Normalize
 from growkit.models.ramp import Ramp, stream_mask
 from growkit.models.spec import ParamSpec, param_specs
+from growkit.models.unset import Embedding, Linear
 
 
 class Cache:
@@ -39,12 +40,12 @@ class DecoderLM(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_layers = checkpoint_layers
-        self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
+        self.embedding = Embedding(config.vocab_size, config.embed_dim)
         self.embedding_mask = stream_mask(config)
         self.layers = nn.ModuleDict({str(spec.id): Layer(spec, config, backend) for spec in config.layers})
         self.final_norm = Normalize(config.final_norm, config.embed_dim)
         if not config.tied_head:
-            self.head = nn.Linear(config.embed_dim, config.vocab_size, bias=False)
+            self.head = Linear(config.embed_dim, config.vocab_size, bias=False)
 
     def set_ramp(self, ramp: float) -> None:
         """Puts everything that is under a mask to ``ramp``, 0..1, in place; ``config`` says so afterwards."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from growkit.models.config import MoEMLP
+from growkit.models.unset import Linear
 
 
 class _Rows(torch.autograd.Function):
@@ -55,7 +56,7 @@ class MixtureFeedForward(nn.Module):
     def __init__(self, spec: MoEMLP, embed_dim: int) -> None:
         super().__init__()
         self.spec = spec
-        self.router = nn.Linear(embed_dim, spec.num_experts, bias=False)
+        self.router = Linear(embed_dim, spec.num_experts, bias=False)
         if spec.gated:
             self.gate_up = ExpertWeights(spec.num_experts, embed_dim, 2 * spec.dim)
         else:
