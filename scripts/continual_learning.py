@@ -33,30 +33,21 @@ from growkit.train import hardware  # noqa: E402
 
 MANUAL = "pydoc_data"
 CODE_BYTES, HELD_OUT, CONTEXT = 4_000_000, 60_000, 128
-BASE = """
-data: {{source: {code}}}
-model: {{preset: tokenformer, embed_dim: 64, num_layers: 2, num_heads: 2, attention_tokens: 64, mlp_tokens: 128}}
-optim: {{lr: 2e-3}}
-trainer: {{precision: fp32}}
-monitor:
-  {{ngram_order: 0, sample_tokens: 0, progress: "off", validation_tokens: 2048, probe_tokens: 512,
-    peak_flops_per_second: 1e12}}
-stages:
-  - {{name: code, duration: {first} steps, context_length: 128, global_batch_tokens: 1024}}
-"""
-BANKS = "grow: {attention_tokens: 96, mlp_tokens: 192}, "
-WAYS = {
-    "no growth, everything trains": "",
-    "new banks, everything trains": BANKS,
-    "new banks, old banks frozen": BANKS + "freeze: [old_banks], ",
-    "new banks, everything old frozen": BANKS + "freeze: [old], ",
+QUIET = {"ngram_order": 0, "sample_tokens": 0, "progress": "off", "validation_tokens": 2048, "probe_tokens": 512}
+# What each way changes in the stage of recipes/second-text.yaml.
+NO_GROWTH, ALL_TRAINS = "stages.0.grow={}", "stages.0.freeze=[]"
+WAYS: dict[str, tuple[str, ...]] = {
+    "no growth, everything trains": (NO_GROWTH, ALL_TRAINS),
+    "new banks, everything trains": (ALL_TRAINS,),
+    "new banks, old banks frozen": ("stages.0.freeze=[old_banks]",),
+    "new banks, everything old frozen": (),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--first", type=int, default=800, help="steps on code")
-    parser.add_argument("--second", type=int, default=400, help="steps on English")
+    parser.add_argument("--first", default="800 steps", help="on code")
+    parser.add_argument("--second", default="400 steps", help="on English")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "continual_learning.json")
     options = parser.parse_args()
@@ -70,7 +61,7 @@ def main() -> None:
                 print(seed, way, scores, flush=True)
     rows = {way: {key: spread([run[key] for run in of]) for key in of[0]} for way, of in runs.items()}
     machine = hardware.environment("cpu", hardware.training_dtype(TrainerConfig(precision="fp32")), 1)
-    scale = {"first_steps": options.first, "second_steps": options.second, "seeds": options.seeds}
+    scale = {"first": options.first, "second": options.second, "seeds": options.seeds}
     scale |= {"step_tokens": 1024, "cores": os.cpu_count(), "machine": machine}
     options.output.write_text(json.dumps(scale | {"bits_per_byte": rows}, indent=1) + "\n")
     print(table(rows))
@@ -96,16 +87,15 @@ def one_seed(
 ) -> dict[str, dict[str, float]]:
     runs = folder / f"runs-{seed}"
     common = (f"run.folder={runs}", f"run.seed={seed}")
-    recipe = folder / "base.yaml"
-    recipe.write_text(BASE.format(code=texts["code"], first=options.first))
-    growkit("train", recipe, "run.name=base", *common)
+    quiet = [f"monitor.{key}={value}" for key, value in (QUIET | {"peak_flops_per_second": 1e12}).items()]
+    first = ("trainer.precision=fp32", f"data.source={texts['code']}", f"stages.0.duration={options.first}", *quiet)
+    growkit("train", "first-text", "run.name=base", *first, *common)
     base = runs / "base"
     found = {"code alone": scores(base, texts, new_banks=False)}
-    for number, (way, growth) in enumerate(WAYS.items()):
-        stage = folder / f"{number}.yaml"
-        stage.write_text(f"stages:\n  - {{name: english, duration: {options.second} steps, {growth}lr: 2e-3}}\n")
-        growkit("extend", base, stage, f"run.name={number}", f"data.source={texts['english']}", *common)
-        found[way] = scores(runs / str(number), texts, new_banks=bool(growth))
+    for number, (way, changes) in enumerate(WAYS.items()):
+        second = (f"data.source={texts['english']}", f"stages.0.duration={options.second}", *changes)
+        growkit("extend", base, "second-text", f"run.name={number}", *second, *common)
+        found[way] = scores(runs / str(number), texts, new_banks=NO_GROWTH not in changes)
     return found
 
 

@@ -11,8 +11,15 @@ torch.set_num_threads(1)
 settings.register_profile("growkit", derandomize=True, database=None, deadline=None)
 settings.load_profile("growkit")
 
-# Files of a minute each go first, or the last of them would run alone while the other process has nothing left.
-LONG = ("test_distributed.py", "test_resume.py", "test_loggers.py", "test_code_blocks.py", "test_mistakes.py")
+# Files of a minute or more go first, or the last of them would run alone while the other process has nothing left.
+LONG = (
+    "test_growth_contract.py",
+    "test_distributed.py",
+    "test_resume.py",
+    "test_loggers.py",
+    "test_code_blocks.py",
+    "test_mistakes.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

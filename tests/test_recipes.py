@@ -12,18 +12,21 @@ from growkit.config.load import apply_override
 from growkit.models.decoder import DecoderLM
 from tests.support import cli, corpus_file, records
 
-RECIPES = built_in()
+EXTENSIONS = {"second-text": "first-text"}  # what goes on with a run of which recipe
+RECIPES = {name: path for name, path in built_in().items() if name not in EXTENSIONS}
 # Losses of shortened runs on a fixed text, float32, to tell a silent change of the numerics. Other CPUs add in another
 # order, which fifteen steps amplify to about 1e-3; a change of an initialisation or a schedule moves them by 1e-2.
 GOLDEN_TOLERANCE = 3e-3
 GOLDEN: dict[str, list[float]] = {
+    "first-text": [4.8747],
     "quickstart": [3.2696, 2.0730, 1.4500],
     "quickstart-static": [3.5976],
 }
 
 
 def test_all_recipes_are_here() -> None:
-    assert sorted(RECIPES) == ["quickstart", "quickstart-static"]
+    assert sorted(RECIPES) == ["first-text", "quickstart", "quickstart-static"]
+    assert RECIPES.keys() | EXTENSIONS == built_in().keys()
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -59,6 +62,18 @@ def test_golden_losses(name: str, tmp_path: Path) -> None:
     assert code == 0, err
     losses = [record["loss"] for record in records(tmp_path / "golden", "step")]
     assert losses == pytest.approx(GOLDEN[name], abs=GOLDEN_TOLERANCE)
+
+
+@pytest.mark.parametrize("name", EXTENSIONS)
+def test_an_extension_goes_on_with_its_run(name: str, tmp_path: Path) -> None:
+    options = [f"data.source={corpus_file(tmp_path)}", f"run.folder={tmp_path}", "stages.0.duration=2 steps"]
+    quiet = ["monitor.progress=off", "monitor.validation_tokens=256", "monitor.ngram_order=0"]
+    code, _, err = cli("train", EXTENSIONS[name], *options, *quiet, "run.name=first")
+    assert code == 0, err
+    code, _, err = cli("extend", tmp_path / "first", name, *options, "run.name=second")
+    assert code == 0, err
+    (growth,) = records(tmp_path / "second", "growth")
+    assert growth["certificate"]["exact"]
 
 
 def test_the_quickstart_is_what_it_says() -> None:
