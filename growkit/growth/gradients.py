@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -32,18 +32,24 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def probe_gradients(
-    state: TrainState, tokens: Tensor, targets: Tensor, *, enough: Callable[[int], bool] = lambda steps: False
+    state: TrainState,
+    tokens: Tensor,
+    targets: Tensor,
+    of: Collection[str],
+    *,
+    enough: Callable[[int], bool] = lambda steps: False,
 ) -> Iterator[tuple[int, str, Tensor]]:
-    """(step, parameter, gradient) of the loss on PROBE_STEPS steps in float32, or until there are ``enough``, a sign
-    step of PROBE_SIZE on every parameter between them; within a step from the head down. ``tokens``, ``targets``
-    (B, T). A ramp rises from step to step, as it does in training: under a mask at 0 nothing has a gradient.
+    """(step, parameter, gradient) of the parameters ``of``, of the loss on PROBE_STEPS steps in float32, or until there
+    are ``enough``, a sign step of PROBE_SIZE on each of them between; within a step from the head down, as far as there
+    are any. ``tokens``, ``targets`` (B, T). A ramp rises from step to step, as it does in training: under a mask at 0
+    nothing has a gradient.
 
     Raises ConfigError when there is no room for the signs of a large model in the folder of temporary files.
     """
-    params = _Stepped(state)
+    params = _Stepped(state, of)
     for step in range(PROBE_STEPS):
         config = dataclasses.replace(state.config, ramp=max(state.config.ramp, step / PROBE_STEPS))
-        for name, gradient in _backward(config, params, tokens, targets):
+        for name, gradient in _backward(config, params, tokens, targets, of):
             yield step, name, gradient
             if step < PROBE_STEPS - 1:
                 params.add(name, gradient)
@@ -56,21 +62,23 @@ class _Stepped(Mapping[str, Tensor]):
     """Parameters (float32) after the sign steps so far. Of earlier gradients only the sum of the signs is kept, a byte
     each; for a large model in a file without a name, whose pages the kernel takes back when it needs them."""
 
-    def __init__(self, state: TrainState) -> None:
+    def __init__(self, state: TrainState, of: Collection[str]) -> None:
         self._params, self._specs, self.steps = state.params, param_specs(state.config), 0
         self._start: dict[str, int] = {}
         count = 0
-        for name, spec in self._specs.items():
+        for name in of:
             self._start[name] = count
-            count += spec.numel
+            count += self._specs[name].numel
         self._signs = _bytes(count)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._moved(self._params[name].detach().float(), self._of(name))
+        value = self._params[name].detach().float()
+        return self._moved(value, self._of(name)) if name in self._start else value
 
     def rows(self, name: str, index: Tensor) -> Tensor:
         """The rows ``index`` of a matrix, without the others."""
-        return self._moved(self._params[name].detach()[index].float(), self._of(name)[index])
+        value = self._params[name].detach()[index].float()
+        return self._moved(value, self._of(name)[index]) if name in self._start else value
 
     def _moved(self, value: Tensor, signs: Tensor) -> Tensor:
         return value.sub(signs, alpha=PROBE_SIZE) if self.steps else value
@@ -104,7 +112,9 @@ def _bytes(count: int) -> Tensor:
         raise ConfigError("no-room", problem, key="TMPDIR", value=tempfile.gettempdir(), mend=mend) from error
 
 
-def _backward(config: ModelConfig, params: _Stepped, tokens: Tensor, targets: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _backward(
+    config: ModelConfig, params: _Stepped, tokens: Tensor, targets: Tensor, of: Collection[str]
+) -> Iterator[tuple[str, Tensor]]:
     # Autograd records nothing on the way up, but is on: ops choose their path by it, and it is to be training's.
     positions = torch.arange(tokens.shape[1], device=tokens.device)
     x, mask = params.rows("embedding.weight", tokens), stream_mask(config)
@@ -116,31 +126,48 @@ def _backward(config: ModelConfig, params: _Stepped, tokens: Tensor, targets: Te
         x, _ = layer(x, rope_table(spec.mixer, positions, x.dtype))
         del layer  # before the next one is there
     norm = fill(empty_norm(config), params, "final_norm.", x.dtype)
+    last = _wanted(norm, "final_norm.", of)
     head_name = "embedding.weight" if config.tied_head else "head.weight"
-    head, x = params[head_name].detach().requires_grad_(), x.requires_grad_()
+    head, x = params[head_name].detach().requires_grad_(head_name in of), x.requires_grad_()
     loss = chunked_cross_entropy(
         norm(x).flatten(0, 1), head, targets.flatten(), logit_scale=config.logit_scale, z_loss=0.0, chunk_tokens=0
     )
-    tied, along, *gradients = torch.autograd.grad(loss.total, [head, x, *norm.parameters()])
-    del head, loss
-    yield from _last_first([f"final_norm.{name}" for name, _ in norm.named_parameters()], gradients)
-    if not config.tied_head:
+    wanted = [head] if head_name in of else []
+    along, *gradients = torch.autograd.grad(loss.total, [x, *wanted, *last.values()])
+    tied = gradients.pop(0) if wanted else None
+    del head, wanted, loss
+    yield from _last_first(list(last), gradients)
+    if tied is not None and not config.tied_head:
         yield head_name, tied
-        del tied
+        tied = None
+    left = {name.split(".")[1] for name in of if name.startswith("layers.")}  # layers that have any
     for spec in reversed(config.layers):
+        if not left and "embedding.weight" not in of:
+            return
+        left.discard(str(spec.id))
         prefix, x = f"layers.{spec.id}.", streams.pop().requires_grad_()
         layer = fill(empty_layer(spec, config), params, prefix, x.dtype)
+        named = _wanted(layer, prefix, of)
         out, _ = layer(x, rope_table(spec.mixer, positions, x.dtype))
-        along, *gradients = torch.autograd.grad(out, [x, *layer.parameters()], along)
-        names = [prefix + name for name, _ in layer.named_parameters()]
-        del layer, out
+        along, *gradients = torch.autograd.grad(out, [x, *named.values()], along)
+        names = list(named)
+        del layer, named, out
         yield from _last_first(names, gradients)
+    if "embedding.weight" not in of:
+        return
     along = along if mask is None else mask(along)
     # A look-up's gradient lies in the rows that were looked up, each summed before it joins the tied head's.
     rows, place = torch.unique(tokens, return_inverse=True)
     summed = along.new_zeros(len(rows), config.embed_dim).index_add_(0, place.flatten(), along.flatten(0, 1))
-    embedding = tied if config.tied_head else along.new_zeros(config.vocab_size, config.embed_dim)
+    embedding = tied if tied is not None else along.new_zeros(config.vocab_size, config.embed_dim)
     yield "embedding.weight", embedding.index_add_(0, rows, summed)
+
+
+def _wanted(module: nn.Module, prefix: str, of: Collection[str]) -> dict[str, Tensor]:
+    """Name → those of the module's parameters that are ``of`` them; the others ask for no gradient."""
+    module.requires_grad_(False)
+    named = ((prefix + name, parameter) for name, parameter in module.named_parameters())
+    return {name: parameter.requires_grad_() for name, parameter in named if name in of}
 
 
 def _last_first(names: list[str], gradients: list[Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -186,9 +186,7 @@ def _new_gradients(
     def all_live(steps: int) -> bool:
         return steps >= LIVE_BY and len(alive) == len(new)
 
-    for step, name, gradient in probe_gradients(state, rows[:, :-1], rows[:, 1:], enough=all_live):
-        if name not in new:
-            continue
+    for step, name, gradient in probe_gradients(state, rows[:, :-1], rows[:, 1:], new.keys(), enough=all_live):
         at = new[name]
         entries = gradient if _everywhere(at) else gradient[at]
         norms[step][name] = entries.norm()

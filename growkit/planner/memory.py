@@ -194,22 +194,25 @@ def _growth(
     before = sum(spec.numel * (FLOAT + (MOMENTS if name in with_moments else 0)) for name, spec in old.items())
     made = {name: spec.numel for name, spec in specs.items() if name not in old or old[name].axes != spec.axes}
     new = sum(size * (FLOAT + (MOMENTS if name in with_moments else 0)) for name, size in made.items())
-    parameters = sum(spec.numel for spec in specs.values())
     context = stage.context_length
     rows = max(1, recipe.monitor.probe_tokens // context)
     model = dataclasses.replace(stage.model, dropout=0.0)
     read = Pass(rows=rows, context=context)
     at = Pass(rows=min(rows, max(1, GRADIENT_TOKENS // context)), context=min(context, GRADIENT_TOKENS))
     logits = read.tokens * model.vocab_size * FLOAT64  # of one model; in float32 half of them
-    signs = parameters if parameters <= HELD_BYTES else 0  # larger models' are in a file
+    signs = sum(made.values())
+    signs = signs if signs <= HELD_BYTES else 0  # of more they are in a file
     streams = len(model.layers) * at.wide(model.embed_dim)
-    sizes: Counter[int | None] = Counter()
-    for spec in specs.values():
+    sizes, kept = Counter[int | None](), Counter[int | None]()
+    for name, spec in specs.items():
         sizes[spec.layer] += spec.numel
-    work = loss_peak(model, at) + model.vocab_size * model.embed_dim * FLOAT
+        kept[spec.layer] += 0 if name in made else spec.numel  # without a gradient
+    head = model.vocab_size * model.embed_dim * FLOAT
+    work = loss_peak(model, at) + (0.0 if kept[None] else head)
     for layer in model.layers:
         passes = layer_traces(layer, model, at)
-        work = max(work, sizes[layer.id] * FLOAT + passes.forward.change + passes.backward.peak)
+        weights = (sizes[layer.id] - kept[layer.id]) * FLOAT
+        work = max(work, weights + passes.forward.change + passes.backward.peak)
     wide = max(sizes[layer.id] for layer in model.layers) * FLOAT64 + 2 * scored_layers(model, read)
     passing = max(spec.numel for spec in specs.values()) * FLOAT  # one tensor's copy while it is looked at
     return before + new, before + new + logits + passing + max(3 * logits + signs + streams + work, wide)
