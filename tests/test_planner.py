@@ -16,7 +16,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from growkit.cli.recipes import built_in, read
+from growkit.cli.recipes import read
 from growkit.config.recipe import HardwareConfig, TrainerConfig
 from growkit.models.decoder import DecoderLM
 from growkit.models.presets import PRESETS
@@ -25,6 +25,7 @@ from growkit.planner.plan import COMPONENTS, parameters, plan, to_json
 from growkit.report.schedule_picture import draw_schedule, schedule_lines
 from growkit.train import measure
 from scripts.bench_plan import RECIPES as LARGE
+from tests.recipes import RECIPES
 from tests.support import cli, write_recipe
 
 SIMPLE = Hardware("simple", {"fp32": 1e12}, {"fp32": 0.5}, 1e12, 3.6, 100.0, "a test", automatic="fp32")
@@ -48,9 +49,7 @@ def by_name(model: DecoderLM) -> dict[str, int]:
 
 
 def stages() -> list[Any]:
-    models = [
-        (f"recipe {name}, {stage.name}", stage.model) for name in built_in() for stage in read(name, [])[1].stages
-    ]
+    models = [(f"recipe {name}, {stage.name}", stage.model) for name in RECIPES for stage in read(name, [])[1].stages]
     models += [(f"preset {name}", kind().expand()) for name, kind in PRESETS.items()]
     odd = {"qk_norm": True, "num_kv_heads": 2, "tied_head": False, "norm": "layernorm", "vocab_size": 300}
     models += [(f"preset {name}, odd", kind(**odd).expand()) for name, kind in PRESETS.items()]
@@ -193,7 +192,7 @@ def test_a_measurement_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert cli("plan", path, "--measure")[0] == 0, "what cannot be read is replaced"
 
 
-@pytest.mark.parametrize("name", built_in())
+@pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("width", [80, 100])
 def test_the_command_shows_every_stage(name: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(width))

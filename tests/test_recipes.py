@@ -10,10 +10,9 @@ import torch
 from growkit.cli.recipes import built_in, read
 from growkit.config.load import apply_override
 from growkit.models.decoder import DecoderLM
+from tests.recipes import EXTENSIONS, RECIPES
 from tests.support import cli, corpus_file, records
 
-EXTENSIONS = {"second-text": "first-text"}  # what goes on with a run of which recipe
-RECIPES = {name: path for name, path in built_in().items() if name not in EXTENSIONS}
 # Losses of shortened runs on a fixed text, float32, to tell a silent change of the numerics. Other CPUs add in another
 # order, which fifteen steps amplify to about 1e-3; a change of an initialisation or a schedule moves them by 1e-2.
 GOLDEN_TOLERANCE = 3e-3
