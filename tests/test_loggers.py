@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -407,7 +408,10 @@ def test_the_prepared_workspace_shows_metrics_that_are_logged(
         monkeypatch.setenv(name, value)
     script = Path(__file__).parent.parent / "scripts" / "make_wandb_workspace.py"
     monkeypatch.setattr(sys, "argv", [str(script), "someone", "study"])
-    runpy.run_path(str(script), run_name="__main__")
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    finally:
+        wandb.teardown()  # or this process stays logged in at the stand-in
     assert f"{server.url}/someone/study" in capsys.readouterr().out
     (view,) = server.views
     sections = view["section"]["panelBankConfig"]["sections"]
