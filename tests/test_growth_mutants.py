@@ -480,6 +480,7 @@ def test_the_certificate_looks_into_enlarged_parameters(monkeypatch: Patch) -> N
 
     sound = certificate()
     assert not sound.dead and sound.locked_rows == 0 and min(sound.new_grad_norms) > 0
+    assert len(sound.new_grad_norms) == verify.LIVE_BY, "all that is new lives by then"
     with monkeypatch.context() as patch:
         _new_units(patch, lambda units: units.zero_())
         assert len(certificate().dead) == 2 * len(case.source.layers), "gate_up and down of every layer"

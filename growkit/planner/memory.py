@@ -199,7 +199,7 @@ def _growth(
     model = dataclasses.replace(stage.model, dropout=0.0)
     read = Pass(rows=rows, context=context)
     at = Pass(rows=min(rows, max(1, GRADIENT_TOKENS // context)), context=min(context, GRADIENT_TOKENS))
-    logits = read.tokens * model.vocab_size * FLOAT64  # of one model; in float32 half of them
+    logits = read.tokens * model.vocab_size * FLOAT64  # of one model; all are three times that
     signs = sum(made.values())
     signs = signs if signs <= HELD_BYTES else 0  # of more they are in a file
     streams = len(model.layers) * at.wide(model.embed_dim)
@@ -215,4 +215,4 @@ def _growth(
         work = max(work, weights + passes.forward.change + passes.backward.peak)
     wide = max(sizes[layer.id] for layer in model.layers) * FLOAT64 + 2 * scored_layers(model, read)
     passing = max(spec.numel for spec in specs.values()) * FLOAT  # one tensor's copy while it is looked at
-    return before + new, before + new + logits + passing + max(3 * logits + signs + streams + work, wide)
+    return before + new, before + new + logits + passing + max(2 * logits + signs + streams + work, wide)

@@ -28,7 +28,7 @@ from growkit import __version__
 from growkit.checkpoint.metrics_log import Record, without_nan
 from growkit.errors import ConfigError, cannot_write
 from growkit.report.comparison import MOST_DIFFERENCES, differing, shown
-from growkit.report.history import NORM, PLACE, Column, History, finite, kept, number, smoothed
+from growkit.report.history import MEASURED, NORM, PLACE, Column, History, finite, kept, number, smoothed
 from growkit.report.lineage import tree
 from growkit.report.run_summary import RunSummary
 
@@ -37,16 +37,7 @@ SMOOTHING = 30  # the training loss is a mean over this part of the run
 MARK = b"<!doctype html>\n<!-- growkit report -->"  # how a report is told from a file that must not be replaced
 SCRIPTS = ("format.js", "page.js", "sections.js", "charts.js", "main.js")
 WHOLE = ("step", "tokens", "parameters")  # counts, never rounded
-CURVES = (
-    "bits_per_byte",
-    "lr",
-    "grad_norm",
-    "new_grad_share",
-    "ramp",
-    "tokens_per_second",
-    "utilisation",
-    "memory_bytes",
-)
+CURVES = tuple(name for name in MEASURED if name != "loss")  # which is shown in bits per byte
 
 
 def write_report(runs: Sequence[RunSummary], path: Path) -> None:
