@@ -139,7 +139,7 @@ def grow_in_fresh_process(
     """Peak and baseline of RssAnon (bytes), VmHWM, and seconds of each part."""
     words = [str(source), str(output), str(probe_tokens), *targets]
     command = [sys.executable, __file__, "--child", *words]
-    environment = os.environ | {"TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)}  # and what growkit.cli sets
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
