@@ -33,8 +33,8 @@ from growkit.schedule.progress import Progress
 from growkit.train.display import growth_table
 
 console = Console(highlight=False)
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-OWN_MAPPING_BYTES = 1 << 18  # blocks from here on are mapped on their own while a checkpoint grows
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
+KEPT_BYTES = 1 << 30  # of freed memory, for what comes next
 
 
 def grow_checkpoint(
@@ -53,7 +53,7 @@ def grow_checkpoint(
     measured on, and that methods which look before they grow choose by; without it, random tokens, for the certificate
     only. A Hugging Face folder becomes another one, its tensors in ``dtype`` or as they were, unless ``as_growkit``."""
     refuse_existing(output, "--output")
-    _give_freed_blocks_back()
+    _keep_freed_blocks()
     checkpoint = open_any(source)
     folder = checkpoint if isinstance(checkpoint, ModelFolder) and not as_growkit else None
     if dtype is not None and folder is None:
@@ -179,9 +179,12 @@ def _random_probe(config: ModelConfig, seed: int, tokens: int) -> Tensor:
     return torch.randint(config.vocab_size, (1, tokens + 1), generator=torch.Generator().manual_seed(seed))
 
 
-def _give_freed_blocks_back() -> None:
-    """glibc keeps freed blocks of up to 32 MB in its heap, where they lie between others: growing 1.3B parameters, it
-    held 1.7 GB that nobody used. Mapped on their own, they go back when they are freed."""
+def _keep_freed_blocks() -> None:
+    """One heap, that keeps up to ``KEPT_BYTES`` for the next tensor. By default glibc has a heap for each thread, where
+    freed blocks lie between others (growing 1.3B parameters, 1.7 GB that nobody used), and gives large ones back, so
+    that every page of the next is made and cleared again: a third of the time."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # another C library has neither this nor the habit
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, OWN_MAPPING_BYTES)
+        mallopt(M_ARENA_MAX, 1)
+        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
