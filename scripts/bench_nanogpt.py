@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from growkit.config.recipe import DataConfig
 from growkit.data.corpus import Corpus, load_corpus
+from growkit.data.shape import StepShape
 from growkit.data.stream import Batches, TokenStream
 from growkit.data.tokenizer import VOCAB_SIZE
 from growkit.eval.ngram import bits
@@ -192,9 +193,11 @@ def train(arm: str, peak: float, seed: int, corpus: Corpus, options: argparse.Na
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=BETAS, fused=True)
     warmup = max(1, round(WARMUP_SHARE * options.steps))
     schedule = LRSchedule("cosine", 0.0, peak, FINAL_LR_SHARE * peak, options.steps, warmup, 0)
-    batches = iter(
-        Batches(TokenStream(corpus.train, block_tokens=CONTEXT, seed=seed), 0, BATCH_TOKENS // CONTEXT, CONTEXT)
+    stream, shape = (
+        TokenStream(corpus.train, block_tokens=CONTEXT, seed=seed),
+        StepShape(BATCH_TOKENS // CONTEXT, CONTEXT),
     )
+    batches = iter(Batches(stream, stream.begin(), lambda _: shape))
     curve: list[dict[str, Any]] = []
 
     def record(kind: str, step: int, nats: float) -> None:

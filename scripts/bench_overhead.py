@@ -214,7 +214,7 @@ def bare(recipe: Recipe, schedule: GrowthSchedule, corpus: Corpus) -> Timing:
         fused=True,
     )
     stream = TokenStream(corpus.train, block_tokens=schedule.block_tokens, seed=recipe.run.seed)
-    batches = iter(Batches(stream, 0, stage.micro_batch_size, stage.context_length))
+    batches = iter(Batches(stream, stream.begin(), stage.shape, accumulate=stage.accumulate))
     for step in range(stage.steps):
         if step == LOG_EVERY:
             synchronize()

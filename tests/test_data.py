@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from growkit.config.recipe import DataConfig
 from growkit.data.corpus import END, Corpus, load_corpus, standard_library
+from growkit.data.shape import StepShape
 from growkit.data.stream import Batch, Batches, TokenStream, validation_windows, windows
 from growkit.errors import DataError
 
@@ -38,6 +39,15 @@ def read(source: TokenStream, start: int, count: int) -> list[int]:
     tokens, targets = source.read(start, 1, count)
     assert torch.equal(targets, tokens + 1) and tokens.dtype == targets.dtype == torch.int64
     return tokens.flatten().tolist()
+
+
+def batches(
+    source: TokenStream, cursor: int, rows: int, context: int, rank: int = 0, world: int = 1
+) -> Iterator[Batch]:
+    """One micro-batch a step, of ``rows`` for each of ``world`` processes."""
+    return iter(
+        Batches(source, source.begin(cursor), lambda _: StepShape(rows * world, context), rank=rank, world_size=world)
+    )
 
 
 @given(lengths, blocks, seeds, st.booleans())
@@ -61,7 +71,7 @@ def test_changing_the_shape_repeats_and_skips_nothing(
     source = stream(length, block, seed)
     found, cursor = [], 0
     for rows, context, count in stages:
-        for batch in itertools.islice(Batches(source, cursor, rows, context), count):
+        for batch in itertools.islice(batches(source, cursor, rows, context), count):
             assert batch.tokens.shape == batch.targets.shape == (rows, context)
             found += batch.tokens.flatten().tolist()
             cursor = batch.cursor
@@ -74,8 +84,8 @@ def test_processes_share_what_one_would_read(
     length: int, block: int, seed: int, rows: int, context: int, world: int, cursor: int
 ) -> None:
     source = stream(length, block, seed)
-    alone = itertools.islice(Batches(source, cursor, rows * world, context), 4)
-    shares = [Batches(source, cursor, rows, context, rank, world) for rank in range(world)]
+    alone = itertools.islice(batches(source, cursor, rows * world, context), 4)
+    shares = [batches(source, cursor, rows, context, rank, world) for rank in range(world)]
     for whole, *parts in zip(alone, *shares):
         assert torch.equal(torch.cat([part.tokens for part in parts]), whole.tokens)
         assert torch.equal(torch.cat([part.targets for part in parts]), whole.targets)
@@ -88,12 +98,12 @@ def test_the_cursor_of_a_batch_resumes_after_it(
 ) -> None:
     """Bitwise, from a stream built afresh, also when the reader had run ahead."""
 
-    def batches(cursor: int, rank: int) -> Iterator[Batch]:
-        return iter(Batches(stream(length, block, seed), cursor, rows, context, rank, 2))
+    def afresh(cursor: int, rank: int) -> Iterator[Batch]:
+        return batches(stream(length, block, seed), cursor, rows, context, rank, 2)
 
     for rank in (0, 1):
-        whole = list(itertools.islice(batches(0, rank), 12))
-        resumed = batches(whole[at].cursor, rank)
+        whole = list(itertools.islice(afresh(0, rank), 12))
+        resumed = afresh(whole[at].cursor, rank)
         for wanted, batch in zip(whole[at + 1 :], resumed):
             assert torch.equal(batch.tokens, wanted.tokens) and torch.equal(batch.targets, wanted.targets)
             assert batch.cursor == wanted.cursor

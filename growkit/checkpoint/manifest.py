@@ -17,14 +17,23 @@ from growkit.errors import CheckpointError, ConfigError
 from growkit.models.config import ModelConfig, from_json, to_json
 from growkit.schedule.progress import Progress
 
-FORMAT = 2
+FORMAT = 3
 NAME = "manifest.json"
 HASHERS = 2  # files that are hashed, and flushed, at once
 READ_BYTES = 1 << 22
 
+
+def _data_state(body: dict[str, Any]) -> dict[str, Any]:
+    """The cursor was all that a checkpoint said of where the data stood."""
+    at = dict(body["progress"])
+    at["data"] = {"cursor": at.pop("cursor")}
+    return body | {"progress": at}
+
+
 # format n → a function that turns its body into one of format n + 1; each comes with a test on a stored manifest.
 MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: lambda body: body,  # its files have a sha256, which is still read
+    2: _data_state,
 }
 
 

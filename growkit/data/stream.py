@@ -1,36 +1,75 @@
-"""Batches as a pure function of a cursor that counts tokens.
+"""Batches as a pure function of a state that counts tokens.
 
-The stream is the corpus cut into blocks, the blocks in a new random order each epoch. Position p of the stream is a
-(token, next token) pair of the corpus; every pair occurs once per epoch. A batch of any shape is the next
-``rows × context`` pairs, so changing context or batch size repeats and skips nothing, and the cursor alone resumes it.
+A source gives rows from a state on, and the state after them; the state is plain JSON, so that it travels inside the
+batch and lies in a checkpoint. Nothing else decides what comes next: the shape of a batch may change at any step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from growkit.data.shape import StepShape
 from growkit.errors import DataError
+from growkit.models.loss import UNSCORED
+
+State = Mapping[str, Any]
 
 
-class Batch(NamedTuple):
-    """``tokens``, ``targets``: int64 (rows, context). ``cursor``: where the stream stands *after* this batch,
-    over all processes; it travels with the batch because a trainer may fetch ahead."""
+class Rows(NamedTuple):
+    """``tokens``, ``targets``: int64 (rows, context); targets may be UNSCORED. ``segments``: which document of its row
+    a token is of, int32 (rows, context); None: attention is not bounded by documents. ``scored``: targets that are
+    predicted, in all rows that were taken, those of other processes included."""
 
     tokens: Tensor
     targets: Tensor
-    cursor: int
+    segments: Tensor | None
+    scored: int
+
+
+class DataSource(Protocol):
+    """An endless, deterministic sequence of rows. Its state has at least ``cursor``: the tokens read so far."""
+
+    def begin(self, cursor: int = 0) -> State:
+        """The state of this source after ``cursor`` tokens, where that alone says it."""
+        ...
+
+    def take(self, state: State, rows: int, context_length: int, mine: slice) -> tuple[Rows, State]:
+        """The rows ``mine`` of the next ``rows``, and the state after all of them."""
+        ...
+
+
+class Batch(NamedTuple):
+    """A micro-batch: ``tokens``, ``targets``, ``segments`` as of Rows. ``window``: as of StepShape. ``unscored``:
+    whether any target is. ``weight``: what its mean loss is multiplied by, so that every scored token of the step
+    counts the same. ``state``: of the source *after* this batch, over all processes; it travels with the batch because
+    a trainer may fetch ahead."""
+
+    tokens: Tensor
+    targets: Tensor
+    segments: Tensor | None
+    window: int | None
+    unscored: bool
+    weight: float
+    state: State
+
+    @property
+    def cursor(self) -> int:
+        return int(self.state["cursor"])
 
 
 class TokenStream:
-    """The endless stream over ``tokens`` (uint8 or any integer array)."""
+    """The endless stream over ``tokens`` (uint8 or any integer array): the corpus cut into blocks, the blocks in a new
+    random order each epoch. Position p of the stream is a (token, next token) pair of the corpus; every pair occurs
+    once per epoch. Any number of rows of any length are the next pairs, so changing either repeats and skips nothing.
+    """
 
     def __init__(self, tokens: NDArray[np.integer], *, block_tokens: int, seed: int, shuffle: bool = True) -> None:
         self.tokens, self.block_tokens, self.seed, self.shuffle = tokens, block_tokens, seed, shuffle
@@ -60,6 +99,15 @@ class TokenStream:
             result[mine] = block * self.block_tokens + offset
         return result
 
+    def begin(self, cursor: int = 0) -> State:
+        return {"cursor": cursor}
+
+    def take(self, state: State, rows: int, context_length: int, mine: slice) -> tuple[Rows, State]:
+        cursor, count = state["cursor"], rows * context_length
+        first, last, _ = mine.indices(rows)
+        tokens, targets = self.read(cursor + first * context_length, last - first, context_length)
+        return Rows(tokens, targets, None, count), {"cursor": cursor + count}
+
     def read(self, start: int, rows: int, context_length: int) -> tuple[Tensor, Tensor]:
         """(tokens, targets), each int64 (rows, context_length), from stream position ``start``."""
         at = self.positions(start, rows * context_length)
@@ -70,22 +118,54 @@ class TokenStream:
 
 @dataclass
 class Batches:
-    """Endless micro-batches from ``cursor`` on. Process ``rank`` of ``world_size`` takes its rows of each."""
+    """Endless micro-batches of optimizer steps from ``first_step`` on, ``accumulate`` a step, from ``state`` on.
+    ``shape``: of each step. Process ``rank`` of ``world_size`` takes its rows of each. The rows of a step are the same
+    ones whatever the last three numbers are."""
 
-    stream: TokenStream
-    cursor: int
-    micro_batch_size: int
-    context_length: int
+    source: DataSource
+    state: State
+    shape: Callable[[int], StepShape]
+    first_step: int = 0
+    accumulate: int = 1
     rank: int = 0
     world_size: int = 1
 
     def __iter__(self) -> Iterator[Batch]:
-        cursor = self.cursor
-        mine = self.micro_batch_size * self.context_length
+        step, state = self.first_step, self.state
         while True:
-            tokens, targets = self.stream.read(cursor + self.rank * mine, self.micro_batch_size, self.context_length)
-            cursor += mine * self.world_size
-            yield Batch(tokens, targets, cursor)
+            batches = self._step(self.shape(step), state)
+            state = batches[-1].state
+            yield from batches
+            step += 1
+
+    def _step(self, shape: StepShape, state: State) -> list[Batch]:
+        """All of a step's, since how much each of them weighs is known when all are there."""
+        parts = self.accumulate * self.world_size
+        ends = [shape.rows * part // parts for part in range(parts + 1)]
+        taken: list[tuple[Rows, State]] = []
+        for first in range(0, parts, self.world_size):
+            begin, mine = ends[first], first + self.rank
+            share = slice(ends[mine] - begin, ends[mine + 1] - begin)
+            rows, state = self.source.take(state, ends[first + self.world_size] - begin, shape.context_length, share)
+            taken.append((rows, state))
+        even = sum(rows.scored for rows, _ in taken) / parts
+        return [
+            Batch(
+                rows.tokens,
+                rows.targets,
+                rows.segments,
+                shape.window,
+                unscored=bool((rows.targets == UNSCORED).any()),
+                weight=_scored(rows) / even,
+                state=state,
+            )
+            for rows, state in taken
+        ]
+
+
+def _scored(rows: Rows) -> int:
+    """Targets that are predicted in these rows alone."""
+    return int((rows.targets != UNSCORED).sum())
 
 
 def validation_windows(

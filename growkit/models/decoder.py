@@ -123,12 +123,15 @@ class DecoderLM(nn.Module):
         targets: Tensor | None = None,
         *,
         cache: Cache | None = None,
+        mask: Tensor | None = None,
+        unscored: bool = False,
         z_loss: float = 0.0,
         chunk_tokens: int = 0,
     ) -> Tensor | TokenLoss:
         """tokens (B, T) → logits (B, T, V); with ``targets`` (B, T), the losses instead, logits made in chunks. In
-        training the total has the mixtures' balance losses in it, added up over the layers."""
-        h, balances = self._hidden(tokens, cache)
+        training the total has the mixtures' balance losses in it, added up over the layers. ``mask``: as of ``hidden``.
+        ``unscored``: some targets are UNSCORED, and losses are means over the others."""
+        h, balances = self._hidden(tokens, cache, mask=mask)
         if targets is None:
             return self.logits(h)
         loss = chunked_cross_entropy(
@@ -138,6 +141,7 @@ class DecoderLM(nn.Module):
             logit_scale=self.config.logit_scale,
             z_loss=z_loss,
             chunk_tokens=chunk_tokens,
+            unscored=unscored,
         )
         return loss._replace(total=loss.total + torch.stack(balances).sum()) if balances else loss
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+UNSCORED = -100  # a target that is not predicted: padding, the question of a task
+
 
 class TokenLoss(NamedTuple):
     """``total``: what is minimised. ``cross_entropy``: mean nats per token, without the z-loss and the balance loss."""
@@ -21,12 +23,21 @@ class TokenLoss(NamedTuple):
 
 
 def chunked_cross_entropy(
-    h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, *, logit_scale: float, z_loss: float, chunk_tokens: int
+    h_ND: Tensor,
+    head_VD: Tensor,
+    targets_N: Tensor,
+    *,
+    logit_scale: float,
+    z_loss: float,
+    chunk_tokens: int,
+    unscored: bool = False,
 ) -> TokenLoss:
-    """mean(CE) + z_loss · mean(log² Z) (PaLM, section 5). Chunks of ``chunk_tokens`` are recomputed in backward;
-    0 means one chunk, kept. Logits and sums in float32 at least."""
-    count = targets_N.numel()
-    if chunk_tokens <= 0 or chunk_tokens >= count:
+    """mean(CE) + z_loss · mean(log² Z) (PaLM, section 5), over all targets, or with ``unscored`` over those that are
+    not UNSCORED. Chunks of ``chunk_tokens`` are recomputed in backward; 0 means one chunk, kept. Logits and sums in
+    float32 at least."""
+    # A share of a step without any: its sums are zero, and so is its mean.
+    count = (targets_N != UNSCORED).sum().clamp(min=1) if unscored else targets_N.numel()
+    if chunk_tokens <= 0 or chunk_tokens >= targets_N.numel():
         ce, z = _sums(h_ND, head_VD, targets_N, logit_scale, z_loss > 0)
     else:
         parts = [
@@ -44,5 +55,7 @@ def _sums(h: Tensor, head: Tensor, targets: Tensor, logit_scale: float, with_z: 
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if logit_scale != 1:
         logits = logits * logit_scale
-    ce = F.cross_entropy(logits, targets, reduction="sum")
-    return ce, logits.logsumexp(-1).square().sum() if with_z else ce.new_zeros(())
+    ce = F.cross_entropy(logits, targets, ignore_index=UNSCORED, reduction="sum")
+    if not with_z:
+        return ce, ce.new_zeros(())
+    return ce, logits.logsumexp(-1).square().mul(targets != UNSCORED).sum()

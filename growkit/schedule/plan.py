@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from growkit.config.recipe import BYTES, LoggerConfig, Recipe, StageConfig, StartConfig
+from growkit.data.shape import StepShape
 from growkit.duration import Duration
 from growkit.errors import ConfigError
 from growkit.growth.path import Link, grown_config, path
@@ -80,6 +81,14 @@ class Stage:
     def held(self) -> frozenset[str]:
         """The parameters of which the old entries stand still, and new ones move."""
         return self.enlarged - self.frozen if OLD_ENTRIES in self.freeze else frozenset()
+
+    def shape(self, stage_step: int) -> StepShape:
+        """Of the optimizer step number ``stage_step``, from 0."""
+        return StepShape(self.global_batch_tokens // self.context_length, self.context_length)
+
+    def flops(self, stage_step: int) -> float:
+        """Of the optimizer step number ``stage_step``, from 0."""
+        return self.flops_per_step
 
     def ramp_at(self, stage_step: int) -> float:
         """The ramp, 0..1, of the optimizer step number ``stage_step``, from 0, and of what is saved before it."""

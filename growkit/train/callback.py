@@ -53,7 +53,7 @@ class AfterStep(L.Callback):
 
     def __init__(self, run: Run, module: StageModule, *, last_step: int) -> None:
         self.run, self.module, self.last_step = run, module, last_step
-        self._window_start, self._window_tokens = 0.0, 0
+        self._window_start, self._window_tokens, self._window_flops = 0.0, 0, 0.0
         self._losses: list[tuple[int, torch.Tensor]] = []  # of every step since the last log
 
     def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
@@ -72,16 +72,18 @@ class AfterStep(L.Callback):
             return
         if module.stage_step == 0 and stage.links:
             faults.point("first_step_after_growth")
+        tokens, flops = stage.shape(module.stage_step).tokens, stage.flops(module.stage_step)
         module.step_done()
-        self._window_tokens += stage.global_batch_tokens
+        self._window_tokens += tokens
+        self._window_flops += flops
         done = run.progress
         run.progress = dataclasses.replace(
             done,
             stage_step=module.stage_step,
             step=done.step + 1,
-            tokens=done.tokens + stage.global_batch_tokens,
-            flops=done.flops + stage.flops_per_step,
-            cursor=batch.cursor,
+            tokens=done.tokens + tokens,
+            flops=done.flops + flops,
+            data=batch.state,
         )
         self._losses.append((run.progress.step, torch.stack(module.losses).mean()))
         module.losses = []
@@ -120,8 +122,7 @@ class AfterStep(L.Callback):
                 "optim.lr, a longer warmup, optim.clip_norm, optim.z_loss=1e-4 or trainer.precision=fp32",
             )
         seconds = time.perf_counter() - self._window_start
-        rate = self._window_tokens / seconds
-        flops_rate = rate / module.stage.global_batch_tokens * module.stage.flops_per_step
+        rate, flops_rate = self._window_tokens / seconds, self._window_flops / seconds
         run.record(
             "step",
             loss=loss,
@@ -136,7 +137,7 @@ class AfterStep(L.Callback):
             memory_bytes=hardware.peak_memory_bytes(run.device),
             **({"ramp": module.stage.ramp_at(module.stage_step - 1)} if module.stage.ramp_steps else {}),
         )
-        self._window_start, self._window_tokens = time.perf_counter(), 0
+        self._window_start, self._window_tokens, self._window_flops = time.perf_counter(), 0, 0.0
 
     def _outside(self, work: Callable[[], Any]) -> None:
         """Runs ``work`` without charging its time to the throughput."""

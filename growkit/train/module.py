@@ -18,6 +18,7 @@ from growkit.growth.engine import added_entries
 from growkit.growth.state import Moments, TrainState
 from growkit.models.decoder import DecoderLM, build
 from growkit.models.spec import param_specs
+from growkit.models.visible import visible_keys
 from growkit.optim.groups import param_groups
 from growkit.optim.hold import HeldEntries
 from growkit.schedule.lr import warmup_factor
@@ -63,11 +64,13 @@ class StageModule(L.LightningModule):
         loss = self.model(
             batch.tokens,
             batch.targets,
+            mask=visible_keys(batch.tokens, batch.segments, batch.window),
+            unscored=batch.unscored,
             z_loss=self.recipe.optim.z_loss,
             chunk_tokens=self.recipe.trainer.loss_chunk_tokens,
         )
-        self.losses.append(loss.cross_entropy.detach())
-        return loss.total
+        self.losses.append(loss.cross_entropy.detach() * batch.weight)
+        return loss.total * batch.weight
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         assert self.model is not None

@@ -207,9 +207,10 @@ class Run:
         trainer = stage_trainer(self.recipe, remaining, self.accumulate(stage), [after])
         batches = Batches(
             self.stream,
-            self.progress.cursor,
-            self.progress.micro_batch_size or stage.micro_batch_size,
-            stage.context_length,
+            self.progress.data,
+            stage.shape,
+            self.progress.stage_step,
+            self.accumulate(stage),
             rank=self.rank,
             world_size=self.world_size,
         )
