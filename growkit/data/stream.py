@@ -18,7 +18,7 @@ from torch import Tensor
 
 from growkit.data.shape import StepShape
 from growkit.errors import DataError
-from growkit.models.loss import UNSCORED
+from growkit.ops.targets import UNSCORED
 
 State = Mapping[str, Any]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-UNSCORED = -100  # a target that is not predicted: padding, the question of a task
+from growkit.ops.targets import UNSCORED
 
 
 class TokenLoss(NamedTuple):
