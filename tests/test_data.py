@@ -45,9 +45,8 @@ def batches(
     source: TokenStream, cursor: int, rows: int, context: int, rank: int = 0, world: int = 1
 ) -> Iterator[Batch]:
     """One micro-batch a step, of ``rows`` for each of ``world`` processes."""
-    return iter(
-        Batches(source, source.begin(cursor), lambda _: StepShape(rows * world, context), rank=rank, world_size=world)
-    )
+    shape = StepShape(rows * world, context)
+    return iter(Batches(source, {"cursor": cursor}, lambda _: shape, rank=rank, world_size=world))
 
 
 @given(lengths, blocks, seeds, st.booleans())

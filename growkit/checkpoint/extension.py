@@ -69,7 +69,7 @@ def first_progress(manifest: Manifest, recipe: Recipe, corpus_sha256: str) -> Pr
     order, and start afresh if not."""
     assert recipe.start is not None
     same = manifest.corpus.get("sha256") == corpus_sha256 and _order(manifest.recipe) == _order_of(recipe)
-    data = manifest.progress.data if same else {"cursor": 0}
+    data = manifest.progress.data if same else {}
     return dataclasses.replace(
         manifest.progress, stage=recipe.start.stage, stage_step=0, data=data, micro_batch_size=None
     )

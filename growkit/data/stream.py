@@ -37,8 +37,8 @@ class Rows(NamedTuple):
 class DataSource(Protocol):
     """An endless, deterministic sequence of rows. Its state has at least ``cursor``: the tokens read so far."""
 
-    def begin(self, cursor: int = 0) -> State:
-        """The state of this source after ``cursor`` tokens, where that alone says it."""
+    def begin(self) -> State:
+        """The state of this source before its first row."""
         ...
 
     def take(self, state: State, rows: int, context_length: int, mine: slice) -> tuple[Rows, State]:
@@ -69,13 +69,23 @@ class TokenStream:
     """The endless stream over ``tokens`` (uint8 or any integer array): the corpus cut into blocks, the blocks in a new
     random order each epoch. Position p of the stream is a (token, next token) pair of the corpus; every pair occurs
     once per epoch. Any number of rows of any length are the next pairs, so changing either repeats and skips nothing.
+
+    ``starts``: token at which each document begins, the first at 0; then rows have segments. One ends before the end
+    token of its document, which is the first of the next one, or where a block ends that the next does not go on from.
     """
 
-    def __init__(self, tokens: NDArray[np.integer], *, block_tokens: int, seed: int, shuffle: bool = True) -> None:
+    def __init__(
+        self,
+        tokens: NDArray[np.integer],
+        *,
+        block_tokens: int,
+        seed: int,
+        shuffle: bool = True,
+        starts: NDArray[np.int64] | None = None,
+    ) -> None:
         self.tokens, self.block_tokens, self.seed, self.shuffle = tokens, block_tokens, seed, shuffle
-        self.epoch_tokens = len(tokens) - 1
-        if self.epoch_tokens < 1:
-            raise DataError("corpus-too-short", "has no pair of tokens", key="data.source")
+        self.epoch_tokens = require_pairs(tokens)
+        self._ends = None if starts is None else starts[1:] - 1
         self._order = lru_cache(maxsize=2)(self._draw_order)
 
     def _draw_order(self, epoch: int) -> NDArray[np.int64]:
@@ -90,7 +100,7 @@ class TokenStream:
         stream = np.arange(start, start + count, dtype=np.int64)
         epochs, inside = np.divmod(stream, self.epoch_tokens)
         result = np.empty_like(stream)
-        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+        for epoch in range(start // self.epoch_tokens, -(-(start + count) // self.epoch_tokens)):
             mine = epochs == epoch
             block, offset = np.divmod(inside[mine], self.block_tokens)
             order = self._order(epoch)
@@ -99,21 +109,40 @@ class TokenStream:
             result[mine] = block * self.block_tokens + offset
         return result
 
-    def begin(self, cursor: int = 0) -> State:
-        return {"cursor": cursor}
+    def begin(self) -> State:
+        return {"cursor": 0}
 
     def take(self, state: State, rows: int, context_length: int, mine: slice) -> tuple[Rows, State]:
         cursor, count = state["cursor"], rows * context_length
         first, last, _ = mine.indices(rows)
-        tokens, targets = self.read(cursor + first * context_length, last - first, context_length)
-        return Rows(tokens, targets, None, count), {"cursor": cursor + count}
+        at = self.positions(cursor + first * context_length, (last - first) * context_length)
+        at = at.reshape(last - first, context_length)
+        segments = None if self._ends is None else torch.from_numpy(self._segments(at, self._ends))
+        return Rows(*self._at(at), segments, count), {"cursor": cursor + count}
+
+    def _segments(self, at: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int32]:
+        """``at`` (rows, context): positions in the corpus. ``ends``: of the end tokens."""
+        document = np.searchsorted(ends, at, side="right")
+        new = np.zeros(at.shape, dtype=bool)
+        new[:, 1:] = (np.diff(document, axis=1) != 0) | (np.diff(at, axis=1) != 1)
+        return new.cumsum(axis=1, dtype=np.int32)
 
     def read(self, start: int, rows: int, context_length: int) -> tuple[Tensor, Tensor]:
         """(tokens, targets), each int64 (rows, context_length), from stream position ``start``."""
-        at = self.positions(start, rows * context_length)
-        shape = (rows, context_length)
-        tokens = torch.from_numpy(self.tokens[at].astype(np.int64)).view(shape)
-        return tokens, torch.from_numpy(self.tokens[at + 1].astype(np.int64)).view(shape)
+        return self._at(self.positions(start, rows * context_length).reshape(rows, context_length))
+
+    def _at(self, at: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        return (
+            torch.from_numpy(self.tokens[at].astype(np.int64)),
+            torch.from_numpy(self.tokens[at + 1].astype(np.int64)),
+        )
+
+
+def require_pairs(tokens: NDArray[np.integer]) -> int:
+    """How many (token, next token) pairs there are. Raises DataError for none."""
+    if len(tokens) < 2:
+        raise DataError("corpus-too-short", "has no pair of tokens", key="data.source")
+    return len(tokens) - 1
 
 
 @dataclass

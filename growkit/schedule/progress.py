@@ -10,17 +10,17 @@ from typing import Any
 @dataclass(frozen=True)
 class Progress:
     """``stage_step``: optimizer steps done in ``stage``. ``tokens``, ``flops``: over all stages and processes.
-    ``data``: the state of the data after the last step, of which ``cursor``, the tokens read, is a part.
-    ``micro_batch_size``: of the current stage, when memory made it smaller than planned."""
+    ``data``: the state of the data after the last step, of which ``cursor``, the tokens read, is a part; empty before
+    the first. ``micro_batch_size``: of the current stage, when memory made it smaller than planned."""
 
     stage: int = 0
     stage_step: int = 0
     step: int = 0
     tokens: int = 0
     flops: float = 0.0
-    data: Mapping[str, Any] = field(default_factory=lambda: {"cursor": 0})
+    data: Mapping[str, Any] = field(default_factory=dict)
     micro_batch_size: int | None = None
 
     @property
     def cursor(self) -> int:
-        return int(self.data["cursor"])
+        return int(self.data.get("cursor", 0))
