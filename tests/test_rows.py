@@ -278,6 +278,19 @@ def test_a_window_hides_what_is_further_back() -> None:
         assert felt.min() == 19 - reach and len(felt) == reach + 1
 
 
+def test_blocks_for_a_gpu_show_the_same_keys() -> None:
+    """FlexAttention, uncompiled, forward: what runs of it without a GPU."""
+    config = model_config("transformer", num_kv_heads=1)
+    model = build(config, trained_like(config, dtype=torch.float64).params)
+    tokens = torch.randint(config.vocab_size, (2, 30), generator=torch.Generator().manual_seed(0))
+    segments = torch.tensor([[0] * 11 + [1] * 19, [0] * 30])
+    for own, window in ((segments, None), (None, 7), (segments, 7)):
+        with torch.no_grad():
+            masks = (visible_keys(tokens, own, window, blocks=blocks) for blocks in (False, True))
+            plain, blocked = (model(tokens, mask=mask) for mask in masks)
+        assert (plain - blocked).abs().max() <= SAME_LOGITS * plain.abs().max()
+
+
 def test_unscored_targets_are_left_out_of_the_loss() -> None:
     """With chunks and without, and of the z-loss too."""
     config = model_config("transformer")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from growkit.models.norm import Normalize
 from growkit.models.ramp import Ramp, stream_mask
 from growkit.models.spec import ParamSpec, param_specs
 from growkit.models.unset import Embedding, Linear
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 class Cache:
@@ -70,7 +74,7 @@ class DecoderLM(nn.Module):
         cache: Cache | None = None,
         *,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | BlockMask | None = None,
     ) -> Tensor:
         """Final-norm output (B, T, D). With ``cache``, tokens continue the cached positions.
 
@@ -80,7 +84,11 @@ class DecoderLM(nn.Module):
         return self._hidden(tokens_BT, cache, positions, mask)[0]
 
     def _hidden(
-        self, tokens_BT: Tensor, cache: Cache | None, positions: Tensor | None = None, mask: Tensor | None = None
+        self,
+        tokens_BT: Tensor,
+        cache: Cache | None,
+        positions: Tensor | None = None,
+        mask: Tensor | BlockMask | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """``hidden``, and the balance losses of the layers that have one."""
         balances = []
@@ -123,7 +131,7 @@ class DecoderLM(nn.Module):
         targets: Tensor | None = None,
         *,
         cache: Cache | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | BlockMask | None = None,
         unscored: bool = False,
         z_loss: float = 0.0,
         chunk_tokens: int = 0,

@@ -5,6 +5,8 @@ Legend: B batch, T tokens, D embed, H query heads, G kv heads, d head_dim.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,8 +25,12 @@ from growkit.models.experts import MixtureFeedForward
 from growkit.models.norm import Normalize
 from growkit.models.ramp import Ramp, head_mask, mask, stream_mask
 from growkit.models.rope import inverse_frequencies
+from growkit.models.visible import attention
 from growkit.ops.elementwise import rotate
 from growkit.ops.pattention import Tokens, pattention
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 class LinearProjection(nn.Module):
@@ -118,9 +124,10 @@ class CausalAttention(nn.Module):
         x_BTD: Tensor,
         rope: tuple[Tensor, Tensor],
         cache: LayerCache | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | BlockMask | None = None,
     ) -> Tensor:
-        """``mask`` (B, 1, T, cached + T), bool: the keys that each query sees; None: all up to its own."""
+        """``mask`` (B, 1, T, cached + T), bool, or blocks of it (models/visible.py): the keys that each query sees;
+        None: all up to its own."""
         spec = self.spec
         B, T, _ = x_BTD.shape
         q, k, v = project([self.q, self.k, self.v], x_BTD)
@@ -138,8 +145,7 @@ class CausalAttention(nn.Module):
                 causal = False
                 ones = torch.ones(T, past + T, dtype=torch.bool, device=q.device)
                 mask = ones.tril(past) if T > 1 else None
-        groups = spec.num_heads != spec.num_kv_heads
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=groups)
+        y = attention(q, k, v, mask, causal=causal)
         y = y.transpose(1, 2).reshape(B, T, -1)
         return self.o(y if self.head_mask is None else self.head_mask(y))
 
@@ -218,7 +224,11 @@ class Layer(nn.Module):
         self.dropout, self.parallel = config.dropout, spec.parallel
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: LayerCache | None = None,
+        mask: Tensor | BlockMask | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         mixed = x + self._written(self.attention(self.attention_norm(x), rope, cache, mask))
         y, balance = self.mlp(self.mlp_norm(x if self.parallel else mixed)), None
