@@ -170,12 +170,14 @@ def test_a_checkpoint_of_format_1_is_read_and_its_damage_seen(tmp_path: Path) ->
     store.write(tmp_path / "old", state, store.Manifest(model=state.config, progress=bench_growth.Progress()))
     manifest, moments = tmp_path / "old" / "manifest.json", tmp_path / "old" / "moments-00001.safetensors"
     body = json.loads(manifest.read_bytes())["body"] | {"format": 1}
-    body["progress"]["cursor"] = body["progress"].pop("data")["cursor"]
+    del body["progress"]["data"]
+    body["progress"]["cursor"] = 7
     for name, entry in body["files"].items():
         assert len(entry.pop("xxh3_128")) == 32
         entry["sha256"] = hashlib.sha256((tmp_path / "old" / name).read_bytes()).hexdigest()
     manifest.write_bytes(manifests._seal(body))
     back = store.read(tmp_path / "old")
+    assert back.manifest.progress.cursor == 7
     assert all(torch.equal(back.state.params[name], tensor) for name, tensor in state.params.items())
     changed = bytearray(moments.read_bytes())
     changed[-1] ^= 1

@@ -207,7 +207,7 @@ class Run:
         trainer = stage_trainer(self.recipe, remaining, self.accumulate(stage), [after])
         batches = Batches(
             self.stream,
-            self.progress.data,
+            self.progress.data or self.stream.begin(),
             stage.shape,
             self.progress.stage_step,
             self.accumulate(stage),
