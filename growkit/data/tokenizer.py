@@ -165,7 +165,7 @@ class FastTokenizer(Tokenizer):
 
     def _encoded(self, group: Sequence[bytes], ends: bool) -> Encoded:
         encode = self._fast.encode_batch if ends else self._fast.encode_batch_fast  # the fast one keeps no offsets
-        found = encode([_read(document) for document in group], add_special_tokens=False)
+        found = encode([decoded(document) for document in group], add_special_tokens=False)
         ids: list[int] = []
         counts = np.empty(len(group), dtype=np.int64)
         places: list[Ends] = []
@@ -197,7 +197,7 @@ class FastTokenizer(Tokenizer):
         """Of the first ``_LOOK`` bytes, but for spaces before a document."""
         left = _LOOK
         for document in documents:
-            text = _read(document[: max(left, 0)])
+            text = decoded(document[: max(left, 0)])
             if self.decode(self.encode(text)).lstrip(" ") != text.lstrip(" "):
                 return False
             left -= len(document)
@@ -297,7 +297,8 @@ def groups_of(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
         yield group
 
 
-def _read(document: bytes) -> str:
+def decoded(document: bytes) -> str:
+    """The text of a document, each byte that is not UTF-8 as U+FFFD."""
     try:
         return document.decode()
     except UnicodeDecodeError:
