@@ -10,7 +10,15 @@ from __future__ import annotations
 import os
 import signal
 
-POINTS = ("mid_shard", "before_rename", "after_rename", "mid_growth", "first_step_after_growth", "mid_validation")
+POINTS = (
+    "mid_preparation",
+    "mid_shard",
+    "before_rename",
+    "after_rename",
+    "mid_growth",
+    "first_step_after_growth",
+    "mid_validation",
+)
 _reached: dict[str, int] = {}
 
 

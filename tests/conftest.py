@@ -1,7 +1,13 @@
 """One thread per process: results do not depend on the machine's core count, and processes do not fight for cores.
-Property tests draw the same examples every time, and a slow machine does not fail them."""
+Property tests draw the same examples every time, and a slow machine does not fail them. What is kept from one start to
+the next lies in a folder of this run of the tests, not in the home of who runs them."""
 
 from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
 
 import pytest
 import torch
@@ -10,6 +16,10 @@ from hypothesis import settings
 torch.set_num_threads(1)
 settings.register_profile("growkit", derandomize=True, database=None, deadline=None)
 settings.load_profile("growkit")
+
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have the folder of the process that started them
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="growkit-tests-")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 # Files of a minute or more go first, or the last of them would run alone while the other process has nothing left.
 LONG = (

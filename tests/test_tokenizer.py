@@ -24,7 +24,8 @@ from growkit.checkpoint import store
 from growkit.checkpoint.manifest import Manifest
 from growkit.checkpoint.run_folder import RunFolder
 from growkit.config.recipe import DataConfig
-from growkit.data.corpus import Corpus, _cut, load_corpus, whole_text
+from growkit.data.corpus import Corpus, load_corpus, whole_text
+from growkit.data.split import cut
 from growkit.data.stream import validation_windows, windows
 from growkit.data.tokenizer import END, FastTokenizer, load_tokenizer, tokenizer_in
 from growkit.errors import ConfigError, DataError
@@ -174,9 +175,11 @@ def test_documents_are_cut_where_their_text_is(texts: list[bytes], data: st.Data
     """One document or several, also just before and behind the byte between two."""
     whole = END.join(texts)
     wanted = data.draw(st.integers(0, len(whole)))
-    before, after = _cut(texts, wanted)
-    at = len(whole) - wanted
-    assert (END.join(before), END.join(after)) == (whole[:at], whole[at:])
+    stops = np.cumsum([len(text) for text in texts])
+    spans = np.stack([np.append(0, stops[:-1]), stops], axis=1)
+    text, at = b"".join(texts), len(whole) - wanted
+    sides = [END.join(text[first:stop] for first, stop in side) for side in cut(spans, wanted)]
+    assert sides == [whole[:at], whole[at:]]
 
 
 def test_bytes_load_no_tokenizer_library() -> None:

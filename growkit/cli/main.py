@@ -22,11 +22,15 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+data_app = typer.Typer(help="Get text ready for training.", no_args_is_help=True)
+tokenizer_app = typer.Typer(help="Make a tokenizer.", no_args_is_help=True)
 recipes_app = typer.Typer(help="The recipes that come with growkit; alone: list them.", invoke_without_command=True)
 # Commands by what they are for, in the order of --help.
-PLAN, TRAIN, LOOK = "Write and plan a recipe", "Train", "Look at runs"
+PLAN, DATA, TRAIN, LOOK = "Write and plan a recipe", "Get data ready", "Train", "Look at runs"
 CHECKPOINTS, MACHINE = "Work with checkpoints", "Look at this machine"
 app.add_typer(recipes_app, name="recipes", rich_help_panel=PLAN)
+app.add_typer(data_app, name="data", rich_help_panel=DATA)
+app.add_typer(tokenizer_app, name="tokenizer", rich_help_panel=DATA)
 
 Extends = Annotated[
     Path | None, typer.Option("--extend", help="The run, checkpoint or Hugging Face folder that the stages go on from.")
@@ -378,6 +382,31 @@ def doctor(
     from growkit.cli.doctor import examine
 
     raise typer.Exit(examine(folder, as_json=as_json))
+
+
+@data_app.command("prepare", epilog="Example: growkit data prepare quickstart data.source=my.txt")
+def data_prepare(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads that tokenise (default: one a core).")] = None,
+) -> None:
+    """Read, split and tokenise a recipe's data into the cache, which runs map; go on where it was interrupted."""
+    from growkit.cli.data import prepare_data
+
+    prepare_data(recipe, overrides or [], workers)
+
+
+@tokenizer_app.command("train", epilog="Example: growkit tokenizer train my.txt --vocab-size 512 -o my-tokenizer")
+def tokenizer_train(
+    source: Annotated[str, typer.Argument(metavar="RECIPE_OR_SOURCE", help="A recipe, or what data.source takes.")],
+    vocab_size: Annotated[int, typer.Option(help="Ids of the tokenizer, 257 or more.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="data.KEY=value on top.", show_default=False)] = None,
+) -> None:
+    """Train a byte-level BPE on the text that is trained on; data.tokenizer=FOLDER uses it."""
+    from growkit.cli.data import train_tokenizer
+
+    train_tokenizer(source, overrides or [], vocab_size, output)
 
 
 @recipes_app.callback(epilog="Example: growkit recipes")

@@ -15,6 +15,7 @@ from rich.table import Table
 from growkit.checkpoint.extension import extended_recipe
 from growkit.checkpoint.run_folder import manifest_of
 from growkit.config.load import load_recipe, read_text
+from growkit.config.mixture import sources_of
 from growkit.config.recipe import Recipe
 from growkit.duration import quantity
 from growkit.errors import ConfigError, DataError
@@ -120,11 +121,12 @@ def show_schedule(name: str, overrides: Sequence[str], extends: Path | None) -> 
     if any(stage.links for stage in schedule.stages):
         console.print("growth keeps what the model computes, but where it says (not exact)")
     console.print(f"valid: {schedule.tokens:,} tokens, {schedule.flops:.3g} FLOPs in all")
-    from growkit.data.corpus import source_kind  # numpy, which a plan does without
+    from growkit.data.sources import source_kind  # numpy, which a plan does without
     from growkit.data.tokenizer import load_tokenizer
 
     try:
-        source_kind(recipe.data.source)
+        for source in sources_of(recipe.data):
+            source_kind(source.source)
         load_tokenizer(recipe.data).require_room(schedule.start_model.vocab_size)
     except DataError as missing:  # no fault of the recipe: it may be meant for another machine
         console.print(f"but to train it here: {missing}", soft_wrap=True, markup=False)

@@ -207,11 +207,11 @@ def _run(run: Run, schedule: GrowthSchedule) -> int:
 
 
 def _amount(corpus: Corpus) -> str:
-    sizes = f"{quantity(len(corpus.train_text))} bytes to train on, {quantity(len(corpus.validation_text))} held out"
+    sizes = f"{quantity(corpus.train_bytes)} bytes to train on, {quantity(len(corpus.validation_text))} held out"
     if corpus.tokenizer.name == BYTES:
         return sizes
     per_token = f"{corpus.bytes_per_token:.2f} bytes a token"
-    return f"{sizes}, as {quantity(len(corpus.train))} and {quantity(len(corpus.validation))} tokens ({per_token})"
+    return f"{sizes}, as {quantity(corpus.train_tokens)} and {quantity(len(corpus.validation))} tokens ({per_token})"
 
 
 def _logger(run: Run, display: Display) -> AbstractContextManager[loggers.Listener | None]:

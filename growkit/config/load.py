@@ -15,7 +15,8 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
-from growkit.config.recipe import Recipe
+from growkit.config.mixture import require_sources
+from growkit.config.recipe import DataConfig, Recipe
 from growkit.errors import ConfigError
 from growkit.registry import Registry, closest
 
@@ -98,7 +99,18 @@ def parse_recipe(
             mend=mend,
         )
     recipe.model = model
+    require_sources(recipe.data)
     return recipe
+
+
+def parse_data(overrides: Sequence[str]) -> DataConfig:
+    """The data section that ``overrides`` alone make. Raises ConfigError."""
+    raw: dict[str, Any] = {}
+    for override in overrides:
+        apply_override(raw, override)
+    recipe: Recipe = _read(_resolved(raw), Recipe, "")
+    require_sources(recipe.data)
+    return recipe.data
 
 
 def read_mapping(text: str, name: str) -> dict[str, Any]:

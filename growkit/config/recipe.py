@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import MISSING
 
 BYTES = "bytes"  # data.tokenizer where a token is a byte
+STDLIB = "stdlib"  # data.source where none is named
 
 
 @dataclass
@@ -23,11 +24,23 @@ class RunConfig:
 
 
 @dataclass
-class DataConfig:
-    source: str = "stdlib"  # stdlib | a file | a folder | hf:NAME, a Hugging Face data set
+class SourceConfig:
+    source: str = MISSING  # stdlib | a file | a folder | hf:NAME, a Hugging Face data set
+    weight: float = 1.0  # share of the training tokens, relative to the other sources', above 0
     pattern: str = "**/*"  # which files of a folder
     split: str = "train"  # of a Hugging Face data set
-    text_field: str = "text"  # of a Hugging Face data set
+    text_field: str = "text"  # column of rows: of JSON lines, Parquet, Arrow, a Hugging Face data set
+
+
+@dataclass
+class DataConfig:
+    source: str | None = None  # stdlib | a file | a folder | hf:NAME, a Hugging Face data set; default: stdlib
+    mixture: list[SourceConfig] = field(default_factory=list)  # instead of source: several, each with its weight
+    pattern: str = "**/*"  # which files of a folder
+    split: str = "train"  # of a Hugging Face data set
+    text_field: str = "text"  # column of rows: of JSON lines, Parquet, Arrow, a Hugging Face data set
+    streaming: bool = False  # read a Hugging Face data set row by row, without a copy of it on this disk
+    cache: str | None = None  # folder of prepared corpora; default: growkit in $XDG_CACHE_HOME or ~/.cache
     tokenizer: str = "bytes"  # bytes | a tokenizer.json | a folder with a tokenizer | NAME on the Hugging Face hub
     end_token: str | None = None  # token between documents; default: the tokenizer's own eos token
     validation_fraction: float = 0.05  # of the bytes, 0..0.5

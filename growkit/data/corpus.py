@@ -2,60 +2,144 @@
 
 Tokens are bytes (vocabulary 256), or ids of a tokenizer. Documents are joined by its end (of bytes, ``END``); the
 validation split is cut by whole groups of documents (packages, files, rows), never through one, unless the corpus is a
-single document. Bytes decide what is cut, so that every tokenizer has the same text on each side.
+single document. Bytes decide what is cut, so that every tokenizer has the same text on each side. Each source is
+prepared once, into a cache, and mapped from there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import re
-import sysconfig
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from growkit.config.mixture import names_of, source_key, sources_of
 from growkit.config.recipe import BYTES, DataConfig
+from growkit.data import cache
+from growkit.data.document import Document as Document
+from growkit.data.prepare import TEXT_BYTES, Observe, prepare
+from growkit.data.sources import SOURCES, Source, source_kind
+from growkit.data.sources import standard_library as standard_library
 from growkit.data.tokenizer import END, Ends, Ids, Tokenizer, load_tokenizer
 from growkit.errors import DataError
-from growkit.registry import Registry
 
 log = logging.getLogger(__name__)
-STDLIB_LEFT_OUT = frozenset(
-    {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "__pycache__"}
+# What does not decide what a prepared source holds, or is in its key in another form. Any other field of data is.
+NOT_CONTENT = frozenset(
+    {
+        "source",
+        "mixture",
+        "pattern",
+        "split",
+        "text_field",
+        "streaming",
+        "cache",
+        "tokenizer",
+        "end_token",
+        "shuffle",
+        "block_tokens",
+    }
 )
-_HUB_NAME = re.compile(r"^(hf:)?[\w.-]+(/[\w.-]+)?$")
 
 
 @dataclass(frozen=True)
-class Document:
-    """``group``: documents of one group are never split between training and validation."""
+class Part:
+    """One source. ``weight``: its share of the training tokens, relative to the other parts'. ``train`` and
+    ``validation``: ids in the smallest unsigned type, mapped from the disk; ``..._starts``: the token at which each
+    document begins, int64, the first 0. ``train_text``: the first bytes of the training text, ``TEXT_BYTES`` at most,
+    ``validation_text``: all bytes held out; documents are joined by ``END``. ``validation_ends``: the byte of
+    ``validation_text`` at which each token ends; None where tokens are bytes. ``sha256``: of both sides' ids, in order,
+    ``text_sha256``: of their bytes. ``train_bytes``: of all the training text. ``folder``: where it lies."""
 
-    group: str
-    text: bytes
+    name: str
+    weight: float
+    train: Ids
+    train_starts: NDArray[np.int64]
+    validation: Ids
+    validation_starts: NDArray[np.int64]
+    validation_ends: Ends | None
+    train_text: NDArray[np.uint8]
+    validation_text: NDArray[np.uint8]
+    train_bytes: int
+    sha256: str
+    text_sha256: str
+    documents: int
+    folder: Path
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of the training split, on average."""
+        return self.train_bytes / len(self.train)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """``train`` and ``validation``: ids in the smallest unsigned type. ``sha256``: of both, in order.
-    ``train_text`` and ``validation_text``: their bytes, documents joined by ``END``; ``text_sha256``: of those.
-    ``validation_ends``: the byte of ``validation_text`` at which each token ends; None where tokens are bytes."""
+    """One source or several. What is said of all of them is what one would be that has their documents in order."""
 
     name: str
     tokenizer: Tokenizer
-    train: Ids
-    validation: Ids
-    sha256: str
-    train_text: NDArray[np.uint8]
-    validation_text: NDArray[np.uint8]
-    text_sha256: str
-    validation_ends: Ends | None
-    documents: int
+    parts: tuple[Part, ...]
+
+    @cached_property
+    def train(self) -> Ids:
+        """Ids of all parts, joined by the tokenizer's end; of several they are in memory."""
+        return self._joined([part.train for part in self.parts], self.tokenizer.end)
+
+    @cached_property
+    def validation(self) -> Ids:
+        return self._joined([part.validation for part in self.parts], self.tokenizer.end)
+
+    @cached_property
+    def validation_ends(self) -> Ends | None:
+        """The byte of ``validation_text`` at which each token ends; None where tokens are bytes."""
+        found: list[Ends] = []
+        done = 0
+        for part in self.parts:
+            if part.validation_ends is None:
+                return None
+            if found:
+                found.append(np.array([done], dtype=np.int64))
+            found.append(part.validation_ends + done if done else part.validation_ends)
+            done += len(part.validation_text) + len(END)
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    @cached_property
+    def train_text(self) -> NDArray[np.uint8]:
+        """The first bytes of the training text, ``TEXT_BYTES`` at most, as many of each part."""
+        limit = TEXT_BYTES // len(self.parts)
+        return self._joined([part.train_text[:limit] for part in self.parts], END[0])
+
+    @cached_property
+    def validation_text(self) -> NDArray[np.uint8]:
+        return self._joined([part.validation_text for part in self.parts], END[0])
+
+    @property
+    def sha256(self) -> str:
+        """Of the ids of both sides of every part, in order."""
+        return _hash_of([part.sha256 for part in self.parts])
+
+    @property
+    def text_sha256(self) -> str:
+        return _hash_of([part.text_sha256 for part in self.parts])
+
+    @property
+    def documents(self) -> int:
+        return sum(part.documents for part in self.parts)
+
+    @property
+    def train_bytes(self) -> int:
+        return sum(part.train_bytes for part in self.parts)
+
+    @property
+    def train_tokens(self) -> int:
+        return sum(len(part.train) for part in self.parts)
 
     @property
     def record(self) -> dict[str, str]:
@@ -65,18 +149,22 @@ class Corpus:
 
     @property
     def bytes_per_token(self) -> float:
-        """Of the training split, on average."""
-        return len(self.train_text) / len(self.train)
+        """Of what is trained on, on average: each part counts by its weight."""
+        if len(self.parts) == 1:
+            return self.parts[0].bytes_per_token
+        weights = sum(part.weight for part in self.parts)
+        return sum(part.weight / weights * part.bytes_per_token for part in self.parts)
 
     def require(self, context_length: int) -> None:
-        """Raises DataError when a split is too short for one sequence."""
-        for split, tokens in (("training", self.train), ("validation", self.validation)):
-            if len(tokens) <= context_length:
+        """Raises DataError when what is trained on, of any part, or what is held out is too short for one sequence."""
+        splits = [(part.name, "training", len(part.train)) for part in self.parts]
+        for name, split, tokens in (*splits, (self.name, "validation", len(self.validation))):
+            if tokens <= context_length:
                 raise DataError(
                     "corpus-too-short",
-                    f"its {split} split has {len(tokens)} tokens, a sequence needs {context_length + 1}",
+                    f"its {split} split has {tokens} tokens, a sequence needs {context_length + 1}",
                     key="data.source",
-                    value=self.name,
+                    value=name,
                     mend="use more text, a shorter context_length, or another data.validation_fraction",
                 )
 
@@ -92,168 +180,105 @@ class Corpus:
                 mend="restore that text; to go on with another, start a new run",
             )
 
-
-SOURCES: Registry[Callable[[DataConfig], Iterable[Document]]] = Registry("data source")
-
-
-@SOURCES.register("stdlib")
-def standard_library(_: DataConfig) -> Iterable[Document]:
-    """The Python standard library's own source text on this machine: real, offline, about 11 MB."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for folder, names, files in os.walk(root):
-        names[:] = sorted(set(names) - STDLIB_LEFT_OUT)
-        for file in sorted(files):
-            path = Path(folder, file)
-            if file.endswith(".py"):
-                relative = path.relative_to(root)
-                yield Document(relative.parts[0].removesuffix(".py"), path.read_bytes())
+    @staticmethod
+    def _joined(arrays: list[NDArray[Any]], end: int) -> NDArray[Any]:
+        if len(arrays) == 1:
+            return arrays[0]
+        between = np.array([end], dtype=arrays[0].dtype)
+        return np.concatenate([piece for array in arrays for piece in (between, array)][1:])
 
 
-@SOURCES.register("path")
-def file_or_folder(data: DataConfig) -> Iterable[Document]:
-    root = Path(data.source).expanduser()
-    if root.is_file():
-        yield Document("", _read(root))
-        return
-    try:
-        paths = sorted(root.glob(data.pattern))
-    except (ValueError, NotImplementedError) as error:
-        mend = "use a relative pattern such as '**/*' or '*.txt'"
-        problem = f"is not a pattern of file names ({error})"
-        raise DataError("bad-pattern", problem, key="data.pattern", value=data.pattern, mend=mend) from error
-    for path in paths:
-        relative = path.relative_to(root)
-        if path.is_file() and not any(part.startswith(".") for part in relative.parts):
-            yield Document(str(relative), _read(path))
-
-
-@SOURCES.register("hub")
-def hugging_face(data: DataConfig) -> Iterable[Document]:
-    """A data set that ``datasets.load_dataset`` knows: a hub name, or a local folder written as ``hf:folder``."""
-    import datasets
-
-    name = data.source.removeprefix("hf:")
-    try:
-        rows = datasets.load_dataset(name, split=data.split)
-    except (datasets.exceptions.DatasetsError, ValueError, OSError, RuntimeError, AssertionError) as error:
-        raise DataError(
-            "dataset-unavailable",
-            f"is neither a file or folder here nor a data set that could be loaded ({_first_line(error)})",
-            key="data.source",
-            value=data.source,
-            mend="check the path, or the data set's name, data.split and the network",
-        ) from error
-    if data.text_field not in rows.column_names:
-        mend = f"columns: {', '.join(rows.column_names)}"
-        raise DataError("no-text-field", "is not a column", key="data.text_field", value=data.text_field, mend=mend)
-    for i, row in enumerate(rows):
-        text = row[data.text_field]
-        if not isinstance(text, str):
-            mend = "name a column of strings"
-            raise DataError("not-text", f"row {i} is not text", key="data.text_field", value=data.text_field, mend=mend)
-        yield Document(str(i), text.encode())
-
-
-def load_corpus(data: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
-    """Reads, splits, tokenises and hashes ``data.source``; ``tokenizer``: that of ``data``, if it is loaded already.
-    Raises DataError."""
-    assert 0 < data.validation_fraction <= 0.5, "the schedule has checked it"
+def load_corpus(data: DataConfig, tokenizer: Tokenizer | None = None, observe: Observe = lambda *_: None) -> Corpus:
+    """The corpus of ``data``, from the cache; what the cache lacks is prepared first, ``observe`` is told how far.
+    ``tokenizer``: that of ``data``, if it is loaded already. Raises DataError."""
     tokenizer = tokenizer or load_tokenizer(data)
-    documents = _documents(data)
-    total = sum(len(doc.text) for doc in documents)
-    parts = _split(documents, round(total * data.validation_fraction))
-    texts = [END.join(part) for part in parts]
-    train, _ = tokenizer.encode_documents(parts[0])
-    validation, ends = tokenizer.encode_documents(parts[1], ends=True)
-    if not tokenizer.restores(parts[1]):
+    parts = tuple(load_part(data, index, tokenizer, observe) for index in range(len(sources_of(data))))
+    return Corpus(" + ".join(part.name for part in parts), tokenizer, parts)
+
+
+def load_part(data: DataConfig, index: int, tokenizer: Tokenizer, observe: Observe = lambda *_: None) -> Part:
+    """The ``index``-th source of ``data``, as ``load_corpus``."""
+    assert 0 < data.validation_fraction <= 0.5, "the schedule has checked it"
+    chosen = sources_of(data)[index]
+    with _named(data, index):
+        source, settings = _source(data, index)
+        content = {
+            "source": source.identity(),
+            "tokenizer": tokenizer.identity,
+            "settings": {name: value for name, value in asdict(settings).items() if name not in NOT_CONTENT},
+        }
+        folder = cache.folder_of(data.cache) / cache.key_of(content)
+        if not folder.is_dir():
+            with cache.writing(folder) as unfinished:
+                if unfinished is not None:
+                    prepare(unfinished, documents_of(source), tokenizer, data.validation_fraction, observe)
+    body = cache.read(folder)
+    if not body["restores"]:
         log.warning(
             "data.tokenizer %s does not give its text back: what it drops is not predicted, so that bits per byte look "
             "better than they are",
             tokenizer.name,
         )
-    return Corpus(
-        data.source,
-        tokenizer,
+    bytes_too = tokenizer.identity == BYTES
+    train, validation = (cache.mapped(folder / f"{side}.ids", tokenizer.dtype) for side in ("train", "validation"))
+    return Part(
+        names_of(data)[index],
+        chosen.weight,
         train,
+        cache.mapped(folder / "train.starts", np.int64),
         validation,
-        hashlib.sha256(train.tobytes() + b"|" + validation.tobytes()).hexdigest(),
-        np.frombuffer(texts[0], dtype=np.uint8),
-        np.frombuffer(texts[1], dtype=np.uint8),
-        hashlib.sha256(texts[0] + b"|" + texts[1]).hexdigest(),
-        ends,
-        len(documents),
+        cache.mapped(folder / "validation.starts", np.int64),
+        None if bytes_too else cache.mapped(folder / "validation.ends", np.int64),
+        train[:TEXT_BYTES] if bytes_too else cache.mapped(folder / "train.text", np.uint8),
+        validation if bytes_too else cache.mapped(folder / "validation.text", np.uint8),
+        body["train_bytes"],
+        body["sha256"],
+        body["text_sha256"],
+        body["documents"],
+        folder,
     )
 
 
 def whole_text(data: DataConfig, tokenizer: Tokenizer) -> tuple[Ids, Ends | None]:
-    """(ids, ends) of all of ``data.source``, nothing set aside, as ``encode_documents`` gives them. Raises
-    DataError."""
-    return tokenizer.encode_documents([doc.text for doc in _documents(data)], ends=True)
+    """(ids, ends) of all of ``data``, nothing set aside, as ``encode_documents`` gives them. Raises DataError."""
+    documents: list[bytes] = []
+    for index in range(len(sources_of(data))):
+        with _named(data, index):
+            found = [document.text for document in documents_of(_source(data, index)[0])]
+            if not found:
+                raise DataError("corpus-empty", "has no text", key="data.source")
+            documents += found
+    return tokenizer.encode_documents(documents, ends=True)
 
 
-def _documents(data: DataConfig) -> list[Document]:
-    documents = [doc for doc in SOURCES.get(source_kind(data.source), key="data.source")(data) if doc.text]
-    if not documents:
-        mend = "name a file or folder with text" + (f" matching {data.pattern!r}" if data.pattern != "**/*" else "")
-        raise DataError("corpus-empty", "has no text", key="data.source", value=data.source, mend=mend)
-    return documents
+def documents_of(source: Source) -> Iterator[Document]:
+    """What is made use of: the documents that have text. Whatever leaves others out does it here."""
+    return (document for document in source if document.text)
 
 
-def source_kind(source: str) -> str:
-    """stdlib | path | hub. Raises DataError for a path where nothing is."""
-    if source == "stdlib":
-        return "stdlib"
-    if source and os.path.exists(os.path.expanduser(source)):
-        return "path"
-    if source.startswith("hf:") or (_HUB_NAME.match(source) and not Path(source).suffix):
-        return "hub"
-    mend = "name an existing file or folder, 'stdlib', or hf:NAME, a Hugging Face data set"
-    raise DataError("corpus-missing", "does not exist", key="data.source", value=source, mend=mend)
+def _source(data: DataConfig, index: int) -> tuple[Source, DataConfig]:
+    """The ``index``-th source of ``data``, and ``data`` as if it were the only one."""
+    chosen = sources_of(data)[index]
+    same = {name: value for name, value in asdict(chosen).items() if name != "weight"}
+    alone = replace(data, mixture=[], **same)
+    return SOURCES.get(source_kind(chosen.source), key="data.source")(alone), alone
 
 
-def _read(path: Path) -> bytes:
+@contextmanager
+def _named(data: DataConfig, index: int) -> Iterator[None]:
+    """Errors of the ``index``-th source name it as the recipe does."""
+    source = sources_of(data)[index]
     try:
-        return path.read_bytes()
-    except OSError as error:
-        mend = "check its permissions and its disk, or leave it out with data.pattern"
-        problem = f"cannot be read ({error})"
-        raise DataError("corpus-unreadable", problem, key="data.source", value=str(path), mend=mend) from error
+        yield
+    except DataError as error:
+        value, mend, key = error.value, error.mend, error.key
+        if error.code == "corpus-empty":
+            value = source.source
+            mend = "name a file or folder with text"
+            mend += f" matching {source.pattern!r}" if source.pattern != "**/*" else ""
+        fields = {f"data.{field}": f"{source_key(data, index)}.{field}" for field in asdict(source)}
+        raise DataError(error.code, error.problem, key=fields.get(key, key), value=value, mend=mend) from error
 
 
-def _split(documents: list[Document], wanted: int) -> tuple[list[bytes], list[bytes]]:
-    """(documents to train on, to validate on): whole groups in the order of their names' hashes until ``wanted`` bytes
-    are set aside for validation.
-
-    The order is a hash's so that it is the same everywhere and unrelated to the content; a group that alone would
-    overshoot by half is passed over.
-    """
-    if len({doc.group for doc in documents}) == 1:
-        return _cut([doc.text for doc in documents], wanted)
-    sizes: dict[str, int] = {}
-    for doc in documents:
-        sizes[doc.group] = sizes.get(doc.group, 0) + len(doc.text)
-    chosen: set[str] = set()
-    taken = 0
-    for group in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        if taken < wanted and taken + sizes[group] <= max(1.5 * wanted, 1):
-            chosen.add(group)
-            taken += sizes[group]
-    if not chosen:  # a few large groups: the smallest one
-        chosen = {min(sizes, key=lambda name: (sizes[name], name))}
-    train, validation = ([doc.text for doc in documents if (doc.group in chosen) == side] for side in (False, True))
-    return train, validation
-
-
-def _cut(texts: list[bytes], wanted: int) -> tuple[list[bytes], list[bytes]]:
-    """``texts``, joined by ``END``, cut ``wanted`` bytes before the end: what is left of each on either side."""
-    after = list(texts)
-    before: list[bytes] = []
-    left = sum(len(text) + len(END) for text in texts) - len(END) - wanted
-    while left > len(after[0]):
-        left -= len(after[0]) + len(END)
-        before.append(after.pop(0))
-    return [*before, after[0][:left]], [after[0][left:], *after[1:]]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+def _hash_of(hashes: list[str]) -> str:
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("|".join(hashes).encode()).hexdigest()

@@ -9,10 +9,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +36,17 @@ FILES = (FILE, "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.
 _HUB_NAME = re.compile(r"(hf:)?[\w.-]+(/[\w.-]+)?")
 _STRAY = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, as surrogateescape has them
 _AT_ONCE = 1 << 22  # bytes of documents whose encodings, many times larger, are in memory together
+_AHEAD = 2  # groups that are encoded while one is taken: the library's threads wait for no one
 _LOOK = 1 << 18  # bytes of text that are decoded again, to see whether it comes back
+
+
+class Encoded(NamedTuple):
+    """A group of documents. ``ids``: of each, with the end behind it. ``counts``: ids of each, the end among them.
+    ``ends``: as of ``encode_documents``, from the beginning of the group; an end is the byte behind its document."""
+
+    ids: Ids
+    counts: NDArray[np.int64]
+    ends: Ends | None
 
 
 class Tokenizer:
@@ -48,12 +60,20 @@ class Tokenizer:
     vocab_size = VOCAB_SIZE
     end = END[0]
     bos: int | None = None
+    dtype: np.dtype[np.unsignedinteger[Any]] = np.dtype(np.uint8)  # of its ids: the smallest that holds them
 
     def encode_documents(self, documents: Sequence[bytes], *, ends: bool = False) -> tuple[Ids, Ends | None]:
         """(ids of ``documents``, joined by ``end``; byte of the text, the documents joined by ``END``, at which each id
         ends, or None: each id is a byte, or nobody asked for ``ends``). Every byte is some id's: one that the tokenizer
         passes over is the next id's, one that several ids spell is the first one's."""
         return np.frombuffer(END.join(documents), dtype=np.uint8), None
+
+    def encode_groups(self, groups: Iterable[Sequence[bytes]], *, ends: bool = False) -> Iterator[Encoded]:
+        """Each of ``groups``, which are read as they are asked for."""
+        for group in groups:
+            text = b"".join(part for document in group for part in (document, END))
+            counts = np.array([len(document) + 1 for document in group], dtype=np.int64)
+            yield Encoded(np.frombuffer(text, dtype=np.uint8), counts, None)
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text`` alone."""
@@ -105,6 +125,7 @@ class FastTokenizer(Tokenizer):
         self.name, self.end, self.bos, self._fast = name, end, bos, fast
         self._before = [] if bos is None else [bos]
         self.vocab_size = 1 + max(end, *self._before, *fast.get_vocab(with_added_tokens=True).values())
+        self.dtype = np.min_scalar_type(self.vocab_size - 1)
         self.identity = hashlib.sha256(json.dumps([self.file, end, bos]).encode()).hexdigest()
 
     @property
@@ -117,25 +138,50 @@ class FastTokenizer(Tokenizer):
         return str(self._fast.id_to_token(id))
 
     def encode_documents(self, documents: Sequence[bytes], *, ends: bool = False) -> tuple[Ids, Ends | None]:
-        ids: list[NDArray[np.int64]] = []
+        ids: list[Ids] = []
         places: list[Ends] = []
-        encode = self._fast.encode_batch if ends else self._fast.encode_batch_fast  # the fast one keeps no offsets
-        done = 0  # bytes of the text before the document
-        for group in _groups(documents):
-            found = encode([_read(document) for document in group], add_special_tokens=False)
-            for document, encoding in zip(group, found, strict=True):
-                ids.append(np.array([*self._before, *encoding.ids, self.end], dtype=np.int64))
-                if ends:
-                    inside = _byte_offsets(document)[[end for _, end in encoding.offsets]]
-                    places.append(done + np.array([*[0] * len(self._before), *inside, len(document) + 1]))
-                done += len(document) + 1
-        dtype = np.min_scalar_type(self.vocab_size - 1)
-        joined = np.concatenate(ids)[:-1].astype(dtype)  # nothing ends the last document
+        done = 0  # bytes of the text before the group
+        for encoded in self.encode_groups(groups_of(documents), ends=ends):
+            ids.append(encoded.ids)
+            if encoded.ends is not None:
+                places.append(done + encoded.ends)
+                done = int(places[-1][-1])
+        joined = np.concatenate(ids)[:-1]  # nothing ends the last document
         if not ends:
             return joined, None
-        reached = np.maximum.accumulate(np.concatenate(places)[:-1])
+        reached = np.concatenate(places)[:-1]
         reached[-1:] = done - 1  # what is passed over at the very end has no next id
         return joined, reached
+
+    def encode_groups(self, groups: Iterable[Sequence[bytes]], *, ends: bool = False) -> Iterator[Encoded]:
+        waiting: deque[Future[Encoded]] = deque()
+        with ThreadPoolExecutor(_AHEAD) as threads:
+            for group in groups:
+                waiting.append(threads.submit(self._encoded, group, ends))
+                if len(waiting) > _AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+    def _encoded(self, group: Sequence[bytes], ends: bool) -> Encoded:
+        encode = self._fast.encode_batch if ends else self._fast.encode_batch_fast  # the fast one keeps no offsets
+        found = encode([decoded(document) for document in group], add_special_tokens=False)
+        ids: list[int] = []
+        counts = np.empty(len(group), dtype=np.int64)
+        places: list[Ends] = []
+        done = 0  # bytes of the group before the document
+        for index, (document, encoding) in enumerate(zip(group, found, strict=True)):
+            before = len(ids)
+            ids += self._before
+            ids += encoding.ids
+            ids.append(self.end)
+            counts[index] = len(ids) - before
+            if ends:
+                inside = _byte_offsets(document)[[end for _, end in encoding.offsets]]
+                places.append(done + np.array([*[0] * len(self._before), *inside, len(document) + 1]))
+                done += len(document) + 1
+        reached = np.maximum.accumulate(np.concatenate(places)) if ends else None
+        return Encoded(np.array(ids, dtype=self.dtype), counts, reached)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._fast.encode(_STRAY.sub("\ufffd", text), add_special_tokens=False).ids
@@ -151,7 +197,7 @@ class FastTokenizer(Tokenizer):
         """Of the first ``_LOOK`` bytes, but for spaces before a document."""
         left = _LOOK
         for document in documents:
-            text = _read(document[: max(left, 0)])
+            text = decoded(document[: max(left, 0)])
             if self.decode(self.encode(text)).lstrip(" ") != text.lstrip(" "):
                 return False
             left -= len(document)
@@ -237,7 +283,8 @@ class _blame:
             ) from error
 
 
-def _groups(documents: Sequence[bytes]) -> Iterator[list[bytes]]:
+def groups_of(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """``documents`` in groups that are encoded together."""
     group: list[bytes] = []
     size = 0
     for document in documents:
@@ -250,8 +297,12 @@ def _groups(documents: Sequence[bytes]) -> Iterator[list[bytes]]:
         yield group
 
 
-def _read(document: bytes) -> str:
-    return _STRAY.sub("\ufffd", document.decode(errors="surrogateescape"))
+def decoded(document: bytes) -> str:
+    """The text of a document, each byte that is not UTF-8 as U+FFFD."""
+    try:
+        return document.decode()
+    except UnicodeDecodeError:
+        return _STRAY.sub("\ufffd", document.decode(errors="surrogateescape"))
 
 
 def _byte_offsets(document: bytes) -> Ends:
