@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from growkit.config.recipe import BYTES, DataConfig
+from growkit.data.screen import ScreenReport, screen, screens
 from growkit.data.tokenizer import END, Ends, Ids, Tokenizer, load_tokenizer
 from growkit.errors import DataError
 from growkit.registry import Registry
@@ -44,7 +45,8 @@ class Document:
 class Corpus:
     """``train`` and ``validation``: ids in the smallest unsigned type. ``sha256``: of both, in order.
     ``train_text`` and ``validation_text``: their bytes, documents joined by ``END``; ``text_sha256``: of those.
-    ``validation_ends``: the byte of ``validation_text`` at which each token ends; None where tokens are bytes."""
+    ``validation_ends``: the byte of ``validation_text`` at which each token ends; None where tokens are bytes.
+    ``screened``: what ``data.screen`` kept and dropped, a ``ScreenReport`` as JSON; None where nothing was asked."""
 
     name: str
     tokenizer: Tokenizer
@@ -56,12 +58,14 @@ class Corpus:
     text_sha256: str
     validation_ends: Ends | None
     documents: int
+    screened: dict[str, Any] | None = None
 
     @property
-    def record(self) -> dict[str, str]:
+    def record(self) -> dict[str, Any]:
         """What a checkpoint says of it."""
-        tokenizer = self.tokenizer.identity
-        return {"name": self.name, "sha256": self.sha256, "text_sha256": self.text_sha256, "tokenizer": tokenizer}
+        hashes = {"sha256": self.sha256, "text_sha256": self.text_sha256, "tokenizer": self.tokenizer.identity}
+        screened = {} if self.screened is None else {"screened": self.screened}
+        return {"name": self.name} | hashes | screened
 
     @property
     def bytes_per_token(self) -> float:
@@ -155,11 +159,11 @@ def hugging_face(data: DataConfig) -> Iterable[Document]:
 
 
 def load_corpus(data: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
-    """Reads, splits, tokenises and hashes ``data.source``; ``tokenizer``: that of ``data``, if it is loaded already.
-    Raises DataError."""
+    """Reads, screens, splits, tokenises and hashes ``data.source``; ``tokenizer``: that of ``data``, if it is loaded
+    already. Raises DataError, and ConfigError for a screen that cannot be."""
     assert 0 < data.validation_fraction <= 0.5, "the schedule has checked it"
     tokenizer = tokenizer or load_tokenizer(data)
-    documents = _documents(data)
+    documents, report = _documents(data)
     total = sum(len(doc.text) for doc in documents)
     parts = _split(documents, round(total * data.validation_fraction))
     texts = [END.join(part) for part in parts]
@@ -182,21 +186,31 @@ def load_corpus(data: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
         hashlib.sha256(texts[0] + b"|" + texts[1]).hexdigest(),
         ends,
         len(documents),
+        report.to_json() if report is not None else None,
     )
 
 
 def whole_text(data: DataConfig, tokenizer: Tokenizer) -> tuple[Ids, Ends | None]:
     """(ids, ends) of all of ``data.source``, nothing set aside, as ``encode_documents`` gives them. Raises
     DataError."""
-    return tokenizer.encode_documents([doc.text for doc in _documents(data)], ends=True)
+    return tokenizer.encode_documents([doc.text for doc in _documents(data)[0]], ends=True)
 
 
-def _documents(data: DataConfig) -> list[Document]:
+def _documents(data: DataConfig) -> tuple[list[Document], ScreenReport | None]:
+    """(the documents that have text and pass ``data.screen``, its report; None where it asks for nothing)."""
     documents = [doc for doc in SOURCES.get(source_kind(data.source), key="data.source")(data) if doc.text]
     if not documents:
         mend = "name a file or folder with text" + (f" matching {data.pattern!r}" if data.pattern != "**/*" else "")
         raise DataError("corpus-empty", "has no text", key="data.source", value=data.source, mend=mend)
-    return documents
+    if not screens(data.screen):
+        return documents, None
+    report = ScreenReport()
+    documents = list(screen(documents, data.screen, report))
+    log.info("data.screen: %s", report.summary())
+    if not documents:
+        problem = f"leaves nothing of data.source ({report.summary()})"
+        raise DataError("corpus-empty", problem, key="data.screen", value=data.source, mend="let more through")
+    return documents, report
 
 
 def source_kind(source: str) -> str:

@@ -122,7 +122,7 @@ class FastTokenizer(Tokenizer):
         encode = self._fast.encode_batch if ends else self._fast.encode_batch_fast  # the fast one keeps no offsets
         done = 0  # bytes of the text before the document
         for group in _groups(documents):
-            found = encode([_read(document) for document in group], add_special_tokens=False)
+            found = encode([decoded(document) for document in group], add_special_tokens=False)
             for document, encoding in zip(group, found, strict=True):
                 ids.append(np.array([*self._before, *encoding.ids, self.end], dtype=np.int64))
                 if ends:
@@ -151,7 +151,7 @@ class FastTokenizer(Tokenizer):
         """Of the first ``_LOOK`` bytes, but for spaces before a document."""
         left = _LOOK
         for document in documents:
-            text = _read(document[: max(left, 0)])
+            text = decoded(document[: max(left, 0)])
             if self.decode(self.encode(text)).lstrip(" ") != text.lstrip(" "):
                 return False
             left -= len(document)
@@ -250,7 +250,8 @@ def _groups(documents: Sequence[bytes]) -> Iterator[list[bytes]]:
         yield group
 
 
-def _read(document: bytes) -> str:
+def decoded(document: bytes) -> str:
+    """The text of a document, each byte that is not UTF-8 as U+FFFD."""
     return _STRAY.sub("\ufffd", document.decode(errors="surrogateescape"))
 
 
