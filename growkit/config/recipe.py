@@ -32,7 +32,7 @@ class ScreenConfig:
     languages: list[str] = field(default_factory=list)  # ISO 639 codes to keep: en, de, und (cannot be told); []: all
     deduplicate: str = "none"  # none | exact: of equal documents the first is kept | near: of similar ones too
     near_threshold: float = 0.8  # Jaccard similarity of word 5-grams from which documents are near duplicates, 0.1..1
-    permutations: int = 128  # of MinHash, 64..4096: more tell the similarity more exactly and cost as much more
+    permutations: int = 128  # of MinHash, 64..4096: more tell the similarity more exactly, in more time and memory
 
 
 @dataclass

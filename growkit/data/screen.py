@@ -292,7 +292,7 @@ def _function(name: str) -> FunctionType:
     found = getattr(module, attribute, None)
     if not inspect.isfunction(found):
         problem = "is not there" if found is None else "is not a function written with def or lambda"
-        raise _bad_function(name, problem, f"name one of {module.__file__ or module_name}")
+        raise _bad_function(name, problem, "write one with def in a .py file, and name that")
     return found
 
 
