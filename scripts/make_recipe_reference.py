@@ -50,6 +50,10 @@ LINES = {
 UNITS = {
     "data.validation_fraction": "share",
     "data.block_tokens": "tokens",
+    "data.screen.min_bytes": "bytes",
+    "data.screen.max_bytes": "bytes",
+    "data.screen.near_threshold": "share",
+    "data.screen.permutations": "permutations",
     "model.vocab_size": "entries",
     "model.embed_dim": "dimensions",
     "model.num_layers": "layers",
@@ -130,6 +134,13 @@ SECTIONS: tuple[tuple[str, str, ModuleType, str, str], ...] = (
     ("model, preset tokenformer", "model", presets, "TokenFormer", "The keys above, and:"),
     ("model, preset transformer", "model", presets, "Transformer", "The keys above, and:"),
     ("data", "data", recipe, "DataConfig", ""),
+    (
+        "data.screen",
+        "data.screen",
+        recipe,
+        "ScreenConfig",
+        "Which documents are left out: [screen your data](how-to/screen-data.md).",
+    ),
     ("optim", "optim", recipe, "OptimConfig", "The optimizer is AdamW."),
     ("trainer", "trainer", recipe, "TrainerConfig", ""),
     ("monitor", "monitor", recipe, "MonitorConfig", ""),
@@ -188,6 +199,8 @@ def keys(module: ModuleType, owner: str, prefix: str) -> Iterator[Key]:
             continue
         name = f"{prefix}.{field.target.id}"
         if name == "model.preset" and owner != "_Common":
+            continue
+        if name in {prefix for _, prefix, *_ in SECTIONS}:  # has a table of its own
             continue
         comment = comments.get(field.lineno, "")
         if bool(comment) == (name in LINES):

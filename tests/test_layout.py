@@ -38,6 +38,8 @@ ONLY_IN = {
     "datasets": {"data", "eval"},  # eval: its errors
     "transformers": {"data", "checkpoint", "eval"},
     "tokenizers": {"data", "checkpoint"},
+    "datasketch": {"data"},
+    "py3langid": {"data"},
     "lm_eval": {"eval"},
     "triton": {"ops"},
     "matplotlib": {"report"},

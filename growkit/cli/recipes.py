@@ -17,6 +17,7 @@ from growkit.checkpoint.run_folder import manifest_of
 from growkit.config.load import load_recipe, read_text
 from growkit.config.mixture import sources_of
 from growkit.config.recipe import Recipe
+from growkit.data.screen import ScreenReport, screen
 from growkit.duration import quantity
 from growkit.errors import ConfigError, DataError
 from growkit.models.presets import PRESETS
@@ -98,6 +99,7 @@ def write_new(target: Path, text: str, *, key: str) -> None:
 
 def show_schedule(name: str, overrides: Sequence[str], extends: Path | None) -> None:
     recipe, schedule = read(name, overrides, extends)
+    screen([], recipe.data.screen, ScreenReport())  # its function, its languages and its libraries are there
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for header in ("stage", "grows", "params", "context", "batch", "steps", "tokens", "FLOPs"):
         table.add_column(header, no_wrap=True)

@@ -24,6 +24,7 @@ from growkit.cli.checkpoints import open_any
 from growkit.config.load import load_recipe, read_text, to_yaml
 from growkit.config.recipe import BYTES, Recipe
 from growkit.data.corpus import Corpus
+from growkit.data.screen import ScreenReport
 from growkit.duration import quantity
 from growkit.errors import CheckpointError, ConfigError, cannot_write
 from growkit.models.presets import PRESETS
@@ -198,6 +199,8 @@ def _run(run: Run, schedule: GrowthSchedule) -> int:
                 f"run folder: [bold]{escape(str(run.folder.path))}[/bold]   corpus: {escape(run.corpus.name)}, "
                 f"{_amount(run.corpus)}"
             )
+            if run.corpus.screened is not None:
+                display.print(f"data.screen: {ScreenReport.from_json(run.corpus.screened).summary()}")
             done = run.train()
         if run.rank == 0:
             _finish(run, display.console, began, done)

@@ -7,7 +7,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,8 +169,15 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
 
 def keys() -> list[str]:
     """Every ``section.key`` that an override can set, presets and stages apart."""
-    sections = {name: kind for name, kind in typing.get_type_hints(Recipe).items() if dataclasses.is_dataclass(kind)}
-    return [f"{name}.{field.name}" for name, kind in sections.items() for field in dataclasses.fields(kind)]
+    return [key for key in _keys(Recipe, "") if "." in key]
+
+
+def _keys(kind: type, prefix: str) -> Iterator[str]:
+    for name, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _keys(typing.cast(type, hint), f"{prefix}{name}.")
+        else:
+            yield prefix + name
 
 
 def to_yaml(recipe: Recipe) -> str:

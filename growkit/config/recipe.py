@@ -24,6 +24,19 @@ class RunConfig:
 
 
 @dataclass
+class ScreenConfig:
+    """What is dropped before anything is split or tokenised; nothing, unless it says so."""
+
+    min_bytes: int = 0  # shorter documents are dropped
+    max_bytes: int | None = None  # longer documents are dropped
+    function: str | None = None  # package.module:name, a function of a document's text; False drops it
+    languages: list[str] = field(default_factory=list)  # ISO 639 codes to keep: en, de, und (cannot be told); []: all
+    deduplicate: str = "none"  # none | exact: of equal documents the first is kept | near: of similar ones too
+    near_threshold: float = 0.8  # Jaccard similarity of word 5-grams from which documents are near duplicates, 0.1..1
+    permutations: int = 128  # of MinHash, 64..4096: more tell the similarity more exactly, in more time and memory
+
+
+@dataclass
 class SourceConfig:
     source: str = MISSING  # stdlib | a file | a folder | hf:NAME, a Hugging Face data set
     weight: float = 1.0  # share of the training tokens, relative to the other sources', above 0
@@ -46,6 +59,7 @@ class DataConfig:
     validation_fraction: float = 0.05  # of the bytes, 0..0.5
     shuffle: bool = True  # blocks in a new random order each epoch
     block_tokens: int | None = None  # what is shuffled as one piece; default: the longest context of the stages
+    screen: ScreenConfig = field(default_factory=ScreenConfig)  # which documents are left out
 
 
 @dataclass

@@ -21,10 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from growkit.config.mixture import names_of, source_key, sources_of
-from growkit.config.recipe import BYTES, DataConfig
+from growkit.config.recipe import BYTES, DataConfig, ScreenConfig
 from growkit.data import cache
 from growkit.data.document import Document as Document
 from growkit.data.prepare import TEXT_BYTES, Observe, prepare
+from growkit.data.screen import ScreenReport, screen, screen_identity, screens
 from growkit.data.sources import SOURCES, Source, source_kind
 from growkit.data.sources import standard_library as standard_library
 from growkit.data.tokenizer import END, Ends, Ids, Tokenizer, load_tokenizer
@@ -45,6 +46,7 @@ NOT_CONTENT = frozenset(
         "end_token",
         "shuffle",
         "block_tokens",
+        "screen",
     }
 )
 
@@ -56,7 +58,8 @@ class Part:
     document begins, int64, the first 0. ``train_text``: the first bytes of the training text, ``TEXT_BYTES`` at most,
     ``validation_text``: all bytes held out; documents are joined by ``END``. ``validation_ends``: the byte of
     ``validation_text`` at which each token ends; None where tokens are bytes. ``sha256``: of both sides' ids, in order,
-    ``text_sha256``: of their bytes. ``train_bytes``: of all the training text. ``folder``: where it lies."""
+    ``text_sha256``: of their bytes. ``train_bytes``: of all the training text. ``screened``: what ``data.screen`` kept
+    and dropped, a ``ScreenReport`` as JSON; None where nothing was asked. ``folder``: where it lies."""
 
     name: str
     weight: float
@@ -71,6 +74,7 @@ class Part:
     sha256: str
     text_sha256: str
     documents: int
+    screened: dict[str, Any] | None
     folder: Path
 
     @property
@@ -142,10 +146,17 @@ class Corpus:
         return sum(len(part.train) for part in self.parts)
 
     @property
-    def record(self) -> dict[str, str]:
+    def screened(self) -> dict[str, Any] | None:
+        """What ``data.screen`` kept and dropped of all parts; None where nothing was asked."""
+        reports = [ScreenReport.from_json(part.screened) for part in self.parts if part.screened is not None]
+        return ScreenReport.sum(reports).to_json() if reports else None
+
+    @property
+    def record(self) -> dict[str, Any]:
         """What a checkpoint says of it."""
-        tokenizer = self.tokenizer.identity
-        return {"name": self.name, "sha256": self.sha256, "text_sha256": self.text_sha256, "tokenizer": tokenizer}
+        hashes = {"sha256": self.sha256, "text_sha256": self.text_sha256, "tokenizer": self.tokenizer.identity}
+        screened = {} if self.screened is None else {"screened": self.screened}
+        return {"name": self.name} | hashes | screened
 
     @property
     def bytes_per_token(self) -> float:
@@ -206,12 +217,15 @@ def load_part(data: DataConfig, index: int, tokenizer: Tokenizer, observe: Obser
             "source": source.identity(),
             "tokenizer": tokenizer.identity,
             "settings": {name: value for name, value in asdict(settings).items() if name not in NOT_CONTENT},
+            "screen": screen_identity(data.screen),
         }
         folder = cache.folder_of(data.cache) / cache.key_of(content)
         if not folder.is_dir():
             with cache.writing(folder) as unfinished:
                 if unfinished is not None:
-                    prepare(unfinished, documents_of(source), tokenizer, data.validation_fraction, observe)
+                    report = ScreenReport() if screens(data.screen) else None
+                    documents = documents_of(source, data.screen, report)
+                    prepare(unfinished, documents, tokenizer, data.validation_fraction, observe, report)
     body = cache.read(folder)
     if not body["restores"]:
         log.warning(
@@ -235,6 +249,7 @@ def load_part(data: DataConfig, index: int, tokenizer: Tokenizer, observe: Obser
         body["sha256"],
         body["text_sha256"],
         body["documents"],
+        body["screened"],
         folder,
     )
 
@@ -244,16 +259,25 @@ def whole_text(data: DataConfig, tokenizer: Tokenizer) -> tuple[Ids, Ends | None
     documents: list[bytes] = []
     for index in range(len(sources_of(data))):
         with _named(data, index):
-            found = [document.text for document in documents_of(_source(data, index)[0])]
+            documents_here = documents_of(_source(data, index)[0], data.screen, ScreenReport())
+            found = [document.text for document in documents_here]
             if not found:
                 raise DataError("corpus-empty", "has no text", key="data.source")
             documents += found
     return tokenizer.encode_documents(documents, ends=True)
 
 
-def documents_of(source: Source) -> Iterator[Document]:
-    """What is made use of: the documents that have text. Whatever leaves others out does it here."""
-    return (document for document in source if document.text)
+def documents_of(source: Source, config: ScreenConfig, report: ScreenReport | None) -> Iterator[Document]:
+    """What is made use of: the documents that have text and pass the screen. Raises DataError if none does."""
+    documents = (document for document in source if document.text)
+    if report is None:
+        yield from documents
+        return
+    yield from screen(documents, config, report)
+    log.info("data.screen: %s", report.summary())
+    if report.documents and not report.kept.documents:
+        problem = f"leaves nothing of the source ({report.summary()})"
+        raise DataError("corpus-empty", problem, key="data.screen", mend="let more through")
 
 
 def _source(data: DataConfig, index: int) -> tuple[Source, DataConfig]:
@@ -272,7 +296,7 @@ def _named(data: DataConfig, index: int) -> Iterator[None]:
         yield
     except DataError as error:
         value, mend, key = error.value, error.mend, error.key
-        if error.code == "corpus-empty":
+        if error.code == "corpus-empty" and error.key == "data.source":
             value = source.source
             mend = "name a file or folder with text"
             mend += f" matching {source.pattern!r}" if source.pattern != "**/*" else ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -22,6 +22,7 @@ from growkit import faults
 from growkit.config.recipe import BYTES
 from growkit.data import cache
 from growkit.data.document import Document
+from growkit.data.screen import ScreenReport
 from growkit.data.split import Spans, digest_of, split
 from growkit.data.tokenizer import END, Tokenizer, groups_of
 from growkit.errors import DataError
@@ -43,13 +44,20 @@ class Copied(NamedTuple):
     digests: NDArray[np.uint64]
     text: NDArray[np.uint8]
     names: Path
+    screened: Mapping[str, Any] | None
 
 
 def prepare(
-    folder: Path, documents: Iterable[Document], tokenizer: Tokenizer, fraction: float, observe: Observe
+    folder: Path,
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    fraction: float,
+    observe: Observe,
+    report: ScreenReport | None = None,
 ) -> None:
-    """Writes an entry into ``folder``, or goes on with what is there. Raises DataError when ``documents`` are none."""
-    copied = _copied(folder) or _copy(folder, documents, observe)
+    """Writes an entry into ``folder``, or goes on with what is there. ``report``: of what ``documents`` leaves out,
+    filled as they are read. Raises DataError when ``documents`` are none."""
+    copied = _copied(folder) or _copy(folder, documents, observe, report)
     sides = dict(zip(SIDES, split(copied.sizes, copied.digests, partial(_names, copied.names), fraction), strict=True))
     done, total = 0, len(copied.text)
     for side, spans in sides.items():
@@ -64,6 +72,7 @@ def prepare(
         "sha256": sha256,
         "text_sha256": text_sha256,
         "documents": len(copied.sizes),
+        "screened": copied.screened,
         "train_bytes": _size(sides["train"]) + (len(sides["train"]) - 1) * len(END),
         "restores": tokenizer.restores(list(_first(_texts(copied.text, sides["validation"]), _PIECE))),
     }
@@ -76,7 +85,7 @@ def prepare(
 # Reading.
 
 
-def _copy(folder: Path, documents: Iterable[Document], observe: Observe) -> Copied:
+def _copy(folder: Path, documents: Iterable[Document], observe: Observe, report: ScreenReport | None) -> Copied:
     for file in folder.iterdir():  # of an earlier reading, and what was made of it
         file.unlink()
     sizes, digests, done, seen = array("q"), bytearray(), 0, 0
@@ -95,7 +104,8 @@ def _copy(folder: Path, documents: Iterable[Document], observe: Observe) -> Copi
     (folder / "documents.sizes").write_bytes(sizes.tobytes())
     (folder / "documents.digests").write_bytes(digests)
     hashes = {field: cache.hash_of(folder / f"documents.{field}") for field in _FIELDS}
-    (folder / "documents.json").write_text(json.dumps(hashes))  # last: without it the others do not count
+    said = {"hashes": hashes, "screened": report.to_json() if report is not None else None}
+    (folder / "documents.json").write_text(json.dumps(said))  # last: without it the others do not count
     copied = _copied(folder)
     assert copied is not None
     return copied
@@ -105,8 +115,8 @@ def _copied(folder: Path) -> Copied | None:
     """The documents, if all of them are there as they were written."""
     files = {field: folder / f"documents.{field}" for field in _FIELDS}
     try:
-        hashes = json.loads((folder / "documents.json").read_bytes())
-        if hashes != {field: cache.hash_of(file) for field, file in files.items()}:
+        said = json.loads((folder / "documents.json").read_bytes())
+        if said["hashes"] != {field: cache.hash_of(file) for field, file in files.items()}:
             return None
     except (FileNotFoundError, ValueError):
         return None
@@ -115,6 +125,7 @@ def _copied(folder: Path) -> Copied | None:
         cache.mapped(files["digests"], ">u8").reshape(-1, 4).astype(np.uint64),
         cache.mapped(files["text"], np.uint8),
         files["names"],
+        said["screened"],
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from growkit.config.recipe import BYTES, LoggerConfig, Recipe, StageConfig, StartConfig
+from growkit.data.screen import check_screen
 from growkit.data.shape import StepShape
 from growkit.duration import Duration
 from growkit.errors import ConfigError
@@ -370,6 +371,7 @@ def _check_sections(recipe: Recipe) -> None:
     if not 0 < fraction <= 0.5:
         key = "data.validation_fraction"
         raise ConfigError("out-of-range", "must be above 0 and at most 0.5", key=key, value=fraction)
+    check_screen(recipe.data.screen)
     title = recipe.run.name
     if title is not None and (not title or title in (".", "..") or "/" in title or not title.isprintable()):
         mend = "use one folder name without /; run.folder says where"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,15 @@ TOKENIZER = """{"version": "1.0", "truncation": null, "padding": null, "added_to
 
 def _tokenizer(_: pytest.MonkeyPatch) -> None:
     write("t.json", TOKENIZER)
+
+
+def _failing_function(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(sys, "dont_write_bytecode", True)  # Python's own files beside it are no doing of growkit's
+    write("screen_failing.py", "def keep(text):\n    return len(text) / 0\n")
+
+
+def _no_datasketch(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("growkit.errors.find_spec", lambda name: None)
 
 
 def _no_library(patch: pytest.MonkeyPatch) -> None:
@@ -260,6 +270,29 @@ DATA_CASES = [
         "strings",
         _data_set('{"text": "abc", "n": 1}\n'),
     ),
+    # The screen.
+    train("negative length", "data.screen.min_bytes=-1", "too-small", "-1", "at least 0"),
+    train("lengths that exclude each other", "data.screen={min_bytes: 9, max_bytes: 5}", "too-small", "5",
+          "lower data.screen.min_bytes", "data.screen.max_bytes"),
+    train("unknown duplicates", "data.screen.deduplicate=fuzzy", "unknown-choice", "'fuzzy'", "near"),
+    train("more alike than the same", "data.screen.near_threshold=1.5", "out-of-range", "1.5", "0.1..1"),
+    train("few permutations", "data.screen.permutations=8", "out-of-range", "8", "64..4096"),
+    train("unknown key of the screen", "data.screen.minimum=3", "unknown-key", "is not a key", "min_bytes"),
+    train("a language alone", "data.screen.languages=en", "not-a-list", "'en'", "[a, b]"),
+    train("a language of no code", "data.screen.languages=[english]", "unknown-choice", "'english'", "allowed: ace, "),
+    train("a function of no module", "data.screen.function=keep", "bad-function", "'keep'", "package.module:name"),
+    train("a module that is not there", "data.screen.function=nowhere:keep", "bad-function", "'nowhere'", "PYTHONPATH"),
+    train("a module without the function", "data.screen.function=json:keep", "bad-function", "is not there", "a .py"),
+    train("a screen that drops all", "data.screen.min_bytes=1000000", "corpus-empty", "1 shorter than min_bytes",
+          "let more through", "data.screen"),
+    Case("a function that is not there, validated", "validate recipe.yaml data.screen.function=nowhere:keep",
+         "bad-function", "data.screen.function", "'nowhere:keep'", "PYTHONPATH"),
+    Case("few permutations, planned", "plan recipe.yaml data.screen.permutations=8",
+         "out-of-range", "data.screen.permutations", "8", "64..4096"),
+    Case("a function that fails", "train recipe.yaml run.name=new data.screen.function=screen_failing:keep",
+         "function-failed", "data.screen.function", "ZeroDivisionError", "mend the function", _failing_function),
+    Case("near duplicates and no library", "train recipe.yaml run.name=new data.screen.deduplicate=near",
+         "not-installed", "data.screen.deduplicate", "datasketch", "growkit[data]", _no_datasketch),
     train("no such tokenizer", "data.tokenizer=nope.json", "tokenizer-unavailable", "'nope.json'", "tokenizer.json"),
     train("no tokenizer", "data.tokenizer=", "tokenizer-unavailable", "''", "tokenizer.json"),
     train("a file that is no tokenizer", "data.tokenizer=corpus.txt", "tokenizer-unavailable", "'corpus.txt'", "whole"),
