@@ -229,7 +229,7 @@ class Curriculum:
             return self.longest
         low, high, share = self.config.start, self.longest, step / over
         if self.config.schedule == "exponential":
-            return min(high, math.floor(low * (high / low) ** share))
+            return min(high, math.floor(round(low * (high / low) ** share, 9)))  # 64 · 32^0.6 is 511.99999999999994
         root = (self.config.root or 2.0) if self.config.schedule == "root" else 1.0
         return min(high, math.floor(share ** (1 / root) * (high - low) + low))
 

@@ -27,8 +27,8 @@ class Rope(GrowthOperator):
         "linear": "every position is divided by s (position interpolation)",
     }
     source = (
-        "abf: Xiong et al., arXiv 2309.16039; ntk: bloc97 (2023), as in Peng et al., arXiv 2309.00071, section 3.1; yarn: "
-        "the same paper, section 3.4; linear: Chen et al., arXiv 2306.15595"
+        "abf: Xiong et al., arXiv 2309.16039; ntk: bloc97 (2023), as in Peng et al., arXiv 2309.00071, section 3.1; "
+        "yarn: the same paper, section 3.4; linear: Chen et al., arXiv 2306.15595"
     )
 
     def target(self, config: ModelConfig, fields: Mapping[str, Any], method: str) -> ModelConfig:
