@@ -50,7 +50,7 @@ class Duration:
             amount = float(round(amount))
         return cls(amount, unit)
 
-    def steps(self, *, tokens_per_step: int, flops_per_step: float, whole: int = 0) -> int:
+    def steps(self, *, tokens_per_step: float, flops_per_step: float, whole: int = 0) -> int:
         """Optimizer steps that cover the duration: rounded up for tokens, to the nearest for FLOPs and shares."""
         if self.unit == "steps":
             return int(self.amount)

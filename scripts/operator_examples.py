@@ -1,7 +1,7 @@
 """What each way to grow does to a small model: the loss before, just after, and 200 steps later, beside the same model
 that was not grown.
 
-    python scripts/operator_examples.py [--steps 200] [--seeds 2]
+    python scripts/operator_examples.py [--steps 200] [--seeds 2] [--only MODEL]
 
 Small transformers and small TokenFormers train on the standard library's text, bytes in windows of 128, AdamW at a
 constant rate. Then each operator grows a copy of the model, with every method, and the copy trains on with the same
@@ -42,7 +42,7 @@ from growkit.train import hardware  # noqa: E402
 
 CONTEXT, ROWS, LR = 128, 8, 2e-3
 VALIDATION_TOKENS = 16384
-Sizes = dict[str, int]
+Sizes = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,15 @@ FAMILIES = {
         "transformer",
         {"num_layers": 4, "mlp_dim": 128},
         [({"num_layers": 6}, ALL), ({"num_layers": 8}, ("interleave",))],
+    ),
+    "transformer, other angles": Family(
+        "transformer",
+        {"num_layers": 2, "mlp_dim": 128},
+        [
+            ({"rope_base": 500000}, ALL),
+            ({"rope_factor": 4}, ALL),
+            ({"rope_factor": 4, "rope_context": CONTEXT}, ALL),
+        ],
     ),
     "transformer, 4 experts": Family(
         "transformer",
@@ -139,11 +148,16 @@ def main() -> None:
     parser.add_argument("--before", type=int, default=300, help="steps before growth")
     parser.add_argument("--steps", type=int, default=200, help="steps after it")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--only", choices=FAMILIES, help="this model; the rows of others stay as they were measured")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "operator_examples.json")
     options = parser.parse_args()
     corpus = load_corpus(DataConfig())
     rows: list[dict[str, Any]] = []
+    kept = json.loads(options.output.read_text())["rows"] if options.only else []
     for name, growths in cases().items():
+        if options.only not in (None, name):
+            rows += [row for row in kept if row["model"] == name]
+            continue
         runs = [one_seed(FAMILIES[name], growths, corpus, seed, options) for seed in range(options.seeds)]
         for of_row in zip(*runs, strict=True):
             rows.append({"model": name} | summary(of_row))

@@ -94,6 +94,7 @@ TARGETS: dict[str, list[dict[str, Any]]] = {
     "experts": [{"num_experts": 4}, {"num_experts": 8}, {"num_experts": 8, "experts_per_token": 4}],
     "heads": [{"num_heads": 8}, {"num_heads": 8, "num_kv_heads": 4}],
     "vocab": [{"vocab_size": 57}],
+    "rope": [{"rope_base": 500000}, {"rope_factor": 4}, {"rope_factor": 4, "rope_context": 8}],
 }
 
 # What a source is grown by first, where an operator starts from what another one makes.

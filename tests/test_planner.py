@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from growkit.models.decoder import DecoderLM
 from growkit.models.presets import PRESETS
 from growkit.planner.hardware import HARDWARE, THIS_MACHINE, Hardware, hardware, keep, this_machine
 from growkit.planner.plan import COMPONENTS, parameters, plan, to_json
-from growkit.report.schedule_picture import draw_schedule, schedule_lines
+from growkit.report.schedule_picture import draw_schedule, points, schedule_lines
 from growkit.train import measure
 from scripts.bench_plan import RECIPES as LARGE
 from tests.recipes import RECIPES
@@ -211,7 +212,10 @@ def test_json_has_what_the_tables_have(tmp_path: Path) -> None:
     path = write_recipe(tmp_path)
     code, out, _ = cli("plan", path, "--json", "--hardware", "a100-80gb")
     assert code == 0
-    said, made = json.loads(out), plan(*read(str(path), []), HARDWARE.get("a100-80gb", key=""))
+    recipe, schedule = read(str(path), [])
+    said, made = json.loads(out), plan(recipe, schedule, HARDWARE.get("a100-80gb", key=""))
+    schedule_points = said.pop("schedule")
+    assert schedule_points == json.loads(json.dumps([asdict(point) for point in points(schedule)]))
     assert said == json.loads(json.dumps(to_json(made)))
     assert [stage["name"] for stage in said["stages"]] == ["first", "tokens", "deeper"]
     assert said["total"]["flops"] == sum(stage["flops"] for stage in said["stages"])

@@ -58,7 +58,7 @@ def _start(manifest: Manifest, source: str) -> StartConfig:
     stage = growth_schedule(parse_recipe(manifest.recipe, [], PRESETS, name="the checkpoint's recipe")).stage(at.stage)
     return dataclasses.replace(
         start,
-        lr=stage.lr.lr(max(0, at.stage_step - 1)),
+        lr=stage.rate(max(0, at.stage_step - 1)),
         context_length=stage.context_length,
         global_batch_tokens=stage.global_batch_tokens,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import typer
@@ -18,7 +19,7 @@ from growkit.duration import quantity
 from growkit.errors import ConfigError
 from growkit.planner.hardware import GB, THIS_MACHINE, hardware, keep
 from growkit.planner.plan import COMPONENTS, JOULES_PER_KWH, TOKENS_PER_PARAMETER, Cost, Plan, plan, to_json
-from growkit.report.schedule_picture import draw_schedule, schedule_lines
+from growkit.report.schedule_picture import Point, draw_schedule, extent, points, schedule_lines
 from growkit.schedule.plan import GrowthSchedule
 
 console = Console(highlight=False)
@@ -46,7 +47,7 @@ def show_plan(
     if png is not None:
         draw_schedule(schedule, png)
     if as_json:
-        typer.echo(json.dumps(to_json(made)))
+        typer.echo(json.dumps(to_json(made) | {"schedule": [asdict(point) for point in points(schedule)]}))
         return
     _show(made, schedule)
     if png is not None:
@@ -76,6 +77,7 @@ def _show(made: Plan, schedule: GrowthSchedule) -> None:
         console.print(table)
         if table is tables[-1]:
             console.print(LEGEND, style="dim", soft_wrap=True)
+    console.print(_points(points(schedule)))
     for line in schedule_lines(schedule, min(console.width, 100)):
         console.print(line, markup=False, no_wrap=True)
     console.print()
@@ -115,11 +117,33 @@ def _stages(made: Plan) -> Table:
             escape(of.name),
             "\n".join(link.operator for link in of.links) or UNKNOWN,
             quantity(stage.num_params),
-            *map(_count, (of.context_length, of.global_batch_tokens, of.steps)),
+            *(_extent(extent(of, name)) for name in ("context_length", "tokens")),
+            _count(of.steps),
             *map(quantity, (of.tokens, stage.flops)),
         )
     steps = sum(stage.stage.steps for stage in made.stages)
     table.add_row("all", "", "", "", "", _count(steps), quantity(made.tokens), quantity(made.flops))
+    return table
+
+
+def _points(rows: Sequence[Point]) -> Table:
+    """Where something begins to change; a window only where there is one."""
+    windows = any(row.window is not None for row in rows)
+    headers = ("step", "tokens", "params", "context", "batch", *(("window",) if windows else ()), "lr")
+    table = _table("schedule", *headers)
+    names = [row.stage for row in rows]
+    for place, row in enumerate(rows):
+        window = (UNKNOWN if row.window is None else str(row.window),) if windows else ()
+        table.add_row(
+            "" if place and names[place - 1] == row.stage else escape(row.stage),
+            _count(row.stage_step),
+            quantity(row.tokens),
+            quantity(row.parameters),
+            _extent(row.context),
+            _extent(row.batch),
+            *window,
+            f"{row.lr:.3g}",
+        )
     return table
 
 
@@ -151,6 +175,10 @@ def _costs(made: Plan) -> Table:
         table.add_row(escape(stage.stage.name), quantity(stage.flops), *_cost(stage.cost))
     table.add_row("all", quantity(made.flops), *_cost(made.total))
     return table
+
+
+def _extent(values: tuple[int, int]) -> str:
+    return "–".join(dict.fromkeys(map(_count, values)))
 
 
 def _count(number: int) -> str:

@@ -22,6 +22,7 @@ from growkit.duration import quantity
 from growkit.errors import ConfigError, DataError
 from growkit.models.presets import PRESETS
 from growkit.registry import closest
+from growkit.report.schedule_picture import extent
 from growkit.schedule.plan import GrowthSchedule, growth_schedule, settled
 
 
@@ -112,11 +113,10 @@ def show_schedule(name: str, overrides: Sequence[str], extends: Path | None) -> 
             escape(stage.name),
             grows or "–",
             quantity(stage.model.num_params()),
-            str(stage.context_length),
-            str(stage.global_batch_tokens),
+            *("–".join(dict.fromkeys(map(str, extent(stage, name)))) for name in ("context_length", "tokens")),
             str(stage.steps),
             quantity(stage.tokens),
-            quantity(stage.steps * stage.flops_per_step),
+            quantity(stage.total_flops),
         )
     console = Console()
     console.print(table)

@@ -65,6 +65,7 @@ class DataConfig:
 @dataclass
 class OptimConfig:
     lr: float = 3e-3  # peak, unless a stage says otherwise
+    lr_by: str = "steps"  # what its decay goes by, where steps differ in tokens: steps | tokens; the warm-up: steps
     lr_scale: dict[str, float] = field(default_factory=dict)  # selector: factor, in every stage; a stage's multiply
     beta1: float = 0.9
     beta2: float = 0.95
@@ -126,12 +127,34 @@ class HardwareConfig:
 
 
 @dataclass
+class CurriculumConfig:
+    """What grows within a stage, up to its context_length. A place is a duration from its start on."""
+
+    schedule: str = MISSING  # linear | root | exponential | discrete | buckets (of context only)
+    start: int = MISSING  # tokens, at the first step; of buckets: the shortest
+    over: str | None = None  # until it is whole; default: 50%; of linear, root and exponential
+    root: float | None = None  # r of root, above zero; default: 2
+    at: dict[str, int] = field(default_factory=dict)  # place: tokens from there on, such as {30%: 128}; of discrete
+    odds: list[int] = field(default_factory=list)  # of the lengths start, 2 · start, ... up to all; of buckets
+    multiple: int = 8  # of which every value is one, tokens
+
+
+@dataclass
+class ContextConfig(CurriculumConfig):
+    how: str = "rechunk"  # rows of the next tokens: rechunk | of full rows the beginning: truncate | pieces: reshape
+    constant: str = "tokens"  # what a step keeps: tokens (rows follow) | rows
+    most_lengths: int = 6  # different ones in the stage, 2..8; each is compiled for itself
+
+
+@dataclass
 class StageConfig:
     name: str = MISSING
     duration: str = MISSING  # '20M tokens', '500 steps', '3e15 flops'
     grow: dict[str, Any] = field(default_factory=dict)  # target values of model fields
     methods: dict[str, str] = field(default_factory=dict)  # operator: method, where there are several
     context_length: int | None = None  # tokens
+    context: ContextConfig | None = None  # lengths that grow to context_length within the stage, or vary
+    window: CurriculumConfig | None = None  # of attention, growing to context_length within the stage
     global_batch_tokens: int | None = None  # per optimizer step, over all processes
     micro_batch_size: int | None = None  # sequences per process and pass; default: as many as the step has
     lr: float | None = None  # peak; default: optim.lr in the first stage, then as before

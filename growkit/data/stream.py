@@ -172,10 +172,18 @@ class Batches:
         parts = self.accumulate * self.world_size
         ends = [shape.rows * part // parts for part in range(parts + 1)]
         taken: list[tuple[Rows, State]] = []
+        whole = None
+        if shape.drawn_length is not None:  # a drawn row may lie in two micro-batches, so all are drawn at once
+            drawn, count = shape.drawn_length, shape.drawn_rows
+            rows, state = self.source.take(state, count, drawn, slice(0, count))
+            whole = cut(rows, shape.context_length, shape.pieces)
         for first in range(0, parts, self.world_size):
-            begin, mine = ends[first], first + self.rank
-            share = slice(ends[mine] - begin, ends[mine + 1] - begin)
-            rows, state = self.source.take(state, ends[first + self.world_size] - begin, shape.context_length, share)
+            begin, mine, end = ends[first], first + self.rank, ends[first + self.world_size]
+            if whole is not None:
+                rows = part_of(whole, slice(begin, end), slice(ends[mine], ends[mine + 1]))
+            else:
+                share = slice(ends[mine] - begin, ends[mine + 1] - begin)
+                rows, state = self.source.take(state, end - begin, shape.context_length, share)
             taken.append((rows, state))
         even = sum(rows.scored for rows, _ in taken) / parts
         return [
@@ -195,6 +203,24 @@ class Batches:
 def _scored(rows: Rows) -> int:
     """Targets that are predicted in these rows alone."""
     return int((rows.targets != UNSCORED).sum())
+
+
+def cut(rows: Rows, context_length: int, pieces: int) -> Rows:
+    """Each row in ``pieces`` of ``context_length``, one after the other; what is left of it is dropped."""
+
+    def apart(tensor: Tensor) -> Tensor:
+        return tensor[:, : pieces * context_length].reshape(-1, context_length)
+
+    segments = None if rows.segments is None else apart(rows.segments)
+    made = Rows(apart(rows.tokens), apart(rows.targets), segments, 0)
+    return made._replace(scored=_scored(made))
+
+
+def part_of(rows: Rows, together: slice, mine: slice) -> Rows:
+    """The rows ``mine``, of which there are, with those of other processes, ``together``."""
+    segments = None if rows.segments is None else rows.segments[mine]
+    scored = int((rows.targets[together] != UNSCORED).sum())
+    return Rows(rows.tokens[mine], rows.targets[mine], segments, scored)
 
 
 def validation_windows(

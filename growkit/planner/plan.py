@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from growkit.config.recipe import Recipe
+from growkit.duration import quantity
 from growkit.models.config import ModelConfig
 from growkit.models.spec import Component, param_specs
 from growkit.planner.hardware import THIS_MACHINE, Hardware
@@ -47,7 +48,7 @@ class StagePlan:
 
     @property
     def flops(self) -> float:
-        return self.stage.steps * self.stage.flops_per_step
+        return self.stage.total_flops
 
     @property
     def num_params(self) -> int:
@@ -111,7 +112,7 @@ def plan(
     rates: list[float | None] = [None] * len(schedule.stages)
     if step_seconds is not None:
         measured = zip(schedule.stages, step_seconds, strict=True)
-        rates = [stage.flops_per_step / seconds * devices for stage, seconds in measured]
+        rates = [stage.total_flops / stage.steps / seconds * devices for stage, seconds in measured]
     elif hardware is not None:
         rates = [hardware.flops_per_second(precision) * devices] * len(schedule.stages)
     room = hardware.memory_bytes if hardware is not None else None
@@ -193,7 +194,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
 
 
 def _seconds(stage: Stage, rate: float | None) -> float | None:
-    return None if rate is None else stage.steps * stage.flops_per_step / rate
+    return None if rate is None else stage.total_flops / rate
 
 
 def _sum(seconds: Sequence[float | None]) -> float | None:
@@ -222,6 +223,10 @@ def _notes(recipe: Recipe, schedule: GrowthSchedule, hardware: Hardware | None) 
         notes.append("memory is that of the compiled path; trainer.backend=reference needs more")
     if recipe.trainer.compile:
         notes.append("memory is that of eager training; trainer.compile moves it either way")
+    if any(stage.windows for stage in schedule.stages):
+        notes.append("a window is a mask: it saves no FLOPs and no memory, which are those of attention to everything")
+    if cut := sum(stage.cut_after(stage.steps) for stage in schedule.stages):
+        notes.append(f"{quantity(cut)} tokens are read and cut off, besides those that are trained on")
     if recipe.trainer.devices > 1:
         notes.append("memory with several devices is an estimate that no test holds to a measurement")
     return tuple(notes)

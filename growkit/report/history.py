@@ -24,6 +24,8 @@ MEASURED = (
     "grad_norm",
     "new_grad_share",
     "ramp",
+    "context_length",
+    "window",
     "tokens_per_second",
     "utilisation",
     "memory_bytes",

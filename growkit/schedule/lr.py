@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+
+LR_BY = ("steps", "tokens")
 
 
 @dataclass(frozen=True)
@@ -19,21 +22,23 @@ class LRSchedule:
     warmup_steps: int
     decay_steps: int
 
-    def lr(self, step: int) -> float:
-        """The rate of optimizer step ``step`` (0 ≤ step < steps)."""
+    def lr(self, step: int, done: Callable[[int], float] = lambda steps: steps) -> float:
+        """The rate of optimizer step ``step`` (0 ≤ step < steps). ``done``: how far the first n of ``steps`` steps are,
+        from 0 to ``steps``, where they are not alike; after the warm-up, the rate goes by it."""
         if step < self.warmup_steps:
             return self.start + (self.peak - self.start) * (step + 1) / self.warmup_steps
         if self.kind == "cosine":
-            share = (step + 1 - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+            warm = done(self.warmup_steps)
+            share = (done(step + 1) - warm) / max(1, self.steps - warm)
             return self.final + (self.peak - self.final) * (1 + math.cos(math.pi * share)) / 2
-        left = self.steps - step
+        left = self.steps - done(step)
         if self.kind == "wsd" and left <= self.decay_steps:
             return self.final + (self.peak - self.final) * left / (self.decay_steps + 1)
         return self.peak
 
     @property
     def last(self) -> float:
-        """The rate of the last step, from which the next stage goes on."""
+        """The rate of the last step, if all steps are alike."""
         return self.lr(self.steps - 1)
 
 

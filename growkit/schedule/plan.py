@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from growkit.config.recipe import BYTES, LoggerConfig, Recipe, StageConfig, StartConfig
-from growkit.data.screen import check_screen
+from growkit.config.recipe import BYTES, Recipe, StageConfig, StartConfig
 from growkit.data.shape import StepShape
 from growkit.duration import Duration
 from growkit.errors import ConfigError
@@ -19,6 +18,8 @@ from growkit.growth.path import Link, grown_config, path
 from growkit.models.config import ModelConfig, from_json, is_masked
 from growkit.models.spec import param_specs
 from growkit.optim.groups import OLD_ENTRIES, check_selector, frozen_names, is_part, require_some
+from growkit.schedule.checks import at_least, check_sections
+from growkit.schedule.curriculum import Lengths, Pace, Rising, curricula
 from growkit.schedule.lr import LRSchedule
 from growkit.schedule.progress import Progress
 
@@ -30,7 +31,8 @@ SCHEDULES = ("wsd", "cosine", "constant")
 class Stage:
     """One stage, every value settled. ``accumulate``: micro-batches per optimizer step and process. ``grown_by_hand``:
     parameters that are new here though no link of its own made them. ``model``: as it begins; ``ramp_steps``: until
-    what is under a mask is whole, 0 where nothing is."""
+    what is under a mask is whole, 0 where nothing is. ``context_length``, ``global_batch_tokens``, ``flops_per_step``:
+    of a step at full length, which ``lengths`` may grow to; ``windows``: of attention, None where it sees all."""
 
     index: int
     name: str
@@ -49,11 +51,34 @@ class Stage:
     lr_scale: dict[str, float]
     validate_every: int | None
     flops_per_step: float
+    pace: Pace
+    lengths: Lengths
+    windows: Lengths | None
+    lr_by: str
     grown_by_hand: frozenset[str] = frozenset()
 
-    @property
+    @cached_property
     def tokens(self) -> int:
-        return self.steps * self.global_batch_tokens
+        return self.tokens_after(self.steps)
+
+    @cached_property
+    def total_flops(self) -> float:
+        return self.pace.flops(self.lengths, self.steps)
+
+    def tokens_after(self, stage_steps: int) -> int:
+        """That the first ``stage_steps`` steps train on."""
+        return self.pace.tokens(self.lengths, stage_steps)
+
+    def cut_after(self, stage_steps: int) -> int:
+        """Tokens that the first ``stage_steps`` steps read and do not train on."""
+        return self.pace.drawn_tokens(self.lengths, stage_steps) - self.tokens_after(stage_steps)
+
+    def rate(self, stage_step: int) -> float:
+        """The learning rate of the optimizer step number ``stage_step``, from 0."""
+        if self.lr_by == "steps":
+            return self.lr.lr(stage_step)
+        mean = self.tokens / self.steps
+        return self.lr.lr(stage_step, lambda steps: self.tokens_after(steps) / mean)
 
     @cached_property
     def born(self) -> dict[str, int]:
@@ -85,11 +110,25 @@ class Stage:
 
     def shape(self, stage_step: int) -> StepShape:
         """Of the optimizer step number ``stage_step``, from 0."""
-        return StepShape(self.global_batch_tokens // self.context_length, self.context_length)
+        window = None if self.windows is None else self.windows.at(stage_step)
+        return self.pace.shape(self.lengths.at(stage_step), window)
 
     def flops(self, stage_step: int) -> float:
         """Of the optimizer step number ``stage_step``, from 0."""
-        return self.flops_per_step
+        return self.pace.step_flops(self.lengths.at(stage_step))
+
+    def moving(self, stage_step: int) -> dict[str, float]:
+        """What changes from step to step, for a log: the ramp, the context, the window, the tokens cut off so far."""
+        shape, found = self.shape(stage_step), dict[str, float]()
+        if self.ramp_steps:
+            found["ramp"] = self.ramp_at(stage_step)
+        if len(self.lengths.values) > 1:
+            found |= {"context_length": shape.context_length, "step_tokens": shape.tokens}
+        if shape.window is not None:
+            found["window"] = shape.window
+        if cut := self.cut_after(stage_step + 1):
+            found["cut_tokens"] = cut
+        return found
 
     def ramp_at(self, stage_step: int) -> float:
         """The ramp, 0..1, of the optimizer step number ``stage_step``, from 0, and of what is saved before it."""
@@ -136,7 +175,7 @@ class GrowthSchedule:
     @property
     def flops(self) -> float:
         """Of these stages; what lies behind ``start`` is not in it."""
-        return sum(stage.steps * stage.flops_per_step for stage in self.stages)
+        return sum(stage.total_flops for stage in self.stages)
 
     @property
     def max_context_length(self) -> int:
@@ -145,7 +184,7 @@ class GrowthSchedule:
 
 def growth_schedule(recipe: Recipe) -> GrowthSchedule:
     """The schedule a recipe means. Raises ConfigError for whatever cannot be carried out."""
-    _check_sections(recipe)
+    check_sections(recipe)
     start = recipe.start or StartConfig()
     first: ModelConfig = recipe.model.expand() if recipe.start is None else from_json(start.model, key="start.model")
     model = first
@@ -168,7 +207,7 @@ def growth_schedule(recipe: Recipe) -> GrowthSchedule:
     own, longest = recipe.data.block_tokens, max(stage.context_length for stage in stages)
     block = own if own is not None else longest
     save_every = _whole_steps(recipe.trainer.save_every, "trainer.save_every")
-    _at_least(block, 1, "data.block_tokens")
+    at_least(block, 1, "data.block_tokens")
     return GrowthSchedule(tuple(stages), block, save_every, start, first)
 
 
@@ -187,7 +226,7 @@ def _stage(
     model: ModelConfig,
     before: Sequence[Stage],
 ) -> Stage:
-    key, index = f"stages.{position}", start.stage + position
+    key, index, optim = f"stages.{position}", start.stage + position, recipe.optim
     last = before[-1] if before else None
     if config.grow and last is None and recipe.start is None:
         mend = "set the sizes in model, and grow from the second stage on"
@@ -204,14 +243,17 @@ def _stage(
         raise ConfigError("batch-not-whole", problem, key=f"{key}.global_batch_tokens", value=batch, mend=mend)
     rows, world = batch // context, recipe.trainer.devices
     micro = config.micro_batch_size if config.micro_batch_size is not None else max(1, rows // world)
-    _at_least(micro, 1, f"{key}.micro_batch_size")
+    at_least(micro, 1, f"{key}.micro_batch_size")
     if rows % (micro * world):
         mend = f"a step has {rows} sequences: micro_batch_size × trainer.devices must divide that"
         problem = f"× {world} devices does not divide the {rows} sequences of a step"
         raise ConfigError("batch-not-whole", problem, key=f"{key}.micro_batch_size", value=micro, mend=mend)
-    flops = target.flops_per_token(context) * batch
+    grows, opens = curricula(config, key, context, f"{recipe.run.seed}/{index}")
+    pace = Pace(target, rows, context, rows // micro, *((grows.how, grows.constant) if grows else ()))
+    full = Rising((0,), (context,))
+    flops = pace.step_flops(context)
     duration = Duration.parse(config.duration, key=f"{key}.duration")
-    steps = duration.steps(tokens_per_step=batch, flops_per_step=flops)
+    steps = pace.steps(duration, lambda whole: grows.lengths(whole, pace) if grows else full)
     if steps * batch > MOST_TOKENS:
         mend = f"a step is {batch} tokens and {flops:.3g} FLOPs: ask for fewer"
         problem = "is more than can be counted"
@@ -221,10 +263,14 @@ def _stage(
         raise ConfigError(
             "empty-stage", "is less than one step", key=f"{key}.duration", value=config.duration, mend=mend
         )
+    lengths = grows.require(steps, pace) if grows else full
+    windows = opens.require(steps, pace, full) if opens else None
 
     def span(text: str, name: str) -> int:
-        length = Duration.parse(text, key=f"{key}.{name}", share=True)
-        return length.steps(tokens_per_step=batch, flops_per_step=flops, whole=steps)
+        return pace.steps(Duration.parse(text, key=f"{key}.{name}", share=True), lambda _: lengths, steps)
+
+    def fall(text: str) -> int:
+        return pace.last_steps(Duration.parse(text, key=f"{key}.decay", share=True), lengths, steps, optim.lr_by)
 
     ramp_steps = max(1, span(config.grow_time, "grow_time")) if is_masked(target) else 0
     if ramp_steps > steps:
@@ -244,13 +290,17 @@ def _stage(
         micro_batch_size=micro,
         accumulate=rows // (micro * world),
         steps=steps,
-        lr=_lr(recipe, config, position, steps, last.lr if last else None, span),
+        lr=_lr(recipe, config, position, steps, last, span, fall),
         new_warmup_steps=span(config.new_warmup, "new_warmup"),
         ramp_steps=ramp_steps,
         freeze=tuple(config.freeze),
         lr_scale=_lr_scale(recipe, config, key),
         validate_every=None if config.validate_every is None else span(config.validate_every, "validate_every") or None,
         flops_per_step=flops,
+        pace=pace,
+        lengths=lengths,
+        windows=windows,
+        lr_by=optim.lr_by,
         grown_by_hand=frozenset(start.new) if last is None else frozenset(),
     )
     _check_freeze(recipe, stage, key, by_hand=last is None and (start.by_hand or bool(start.new)))
@@ -286,8 +336,9 @@ def _lr(
     config: StageConfig,
     position: int,
     steps: int,
-    last: LRSchedule | None,
+    last: Stage | None,
     span: Callable[[str, str], int],
+    fall: Callable[[str], int],
 ) -> LRSchedule:
     key = f"stages.{position}"
     if config.schedule not in SCHEDULES:
@@ -295,20 +346,20 @@ def _lr(
         raise ConfigError(
             "unknown-choice", "is not a schedule", key=f"{key}.schedule", value=config.schedule, mend=mend
         )
-    peak = config.lr if config.lr is not None else last.peak if last else recipe.optim.lr
+    peak = config.lr if config.lr is not None else last.lr.peak if last else recipe.optim.lr
     if not peak > 0:
         raise ConfigError("not-positive", "must be above zero", key=f"{key}.lr", value=peak)
     if not 0 <= config.min_lr_ratio <= 1:
         raise ConfigError("out-of-range", "must be in [0, 1]", key=f"{key}.min_lr_ratio", value=config.min_lr_ratio)
     is_last = position == len(recipe.stages) - 1
     warmup = span(config.warmup if config.warmup is not None else "2%" if position == 0 else "0%", "warmup")
-    decay = span(config.decay if config.decay is not None else "20%" if is_last else "0%", "decay")
+    decay = fall(config.decay if config.decay is not None else "20%" if is_last else "0%")
     decay = decay if config.schedule == "wsd" else 0
     if warmup + decay > steps:
         mend = f"the stage has {steps} steps"
         problem = f"warm-up ({warmup} steps) and decay ({decay} steps) are longer than the stage"
         raise ConfigError("lr-too-long", problem, key=f"{key}.warmup", value=config.warmup, mend=mend)
-    start = last.last if last else recipe.start.lr if recipe.start else 0.0
+    start = last.rate(last.steps - 1) if last else recipe.start.lr if recipe.start else 0.0
     return LRSchedule(config.schedule, start, peak, peak * config.min_lr_ratio, steps, warmup, decay)
 
 
@@ -320,98 +371,16 @@ def _lr_scale(recipe: Recipe, config: StageConfig, key: str) -> dict[str, float]
             if check_selector(selector, f"{where}.lr_scale") == OLD_ENTRIES:
                 problem, mend = "is for freeze: a tensor has one learning rate", "scale new, old or components"
                 raise ConfigError("bad-selector", problem, key=f"{where}.lr_scale", value=selector, mend=mend)
-            _at_least(factor, 0, f"{where}.lr_scale.{selector}")
+            at_least(factor, 0, f"{where}.lr_scale.{selector}")
             factors[selector] = factors.get(selector, 1.0) * factor
     return factors
-
-
-def _check_sections(recipe: Recipe) -> None:
-    optim, trainer, monitor = recipe.optim, recipe.trainer, recipe.monitor
-    for key, value in (("optim.lr", optim.lr), ("optim.eps", optim.eps)):
-        if not value > 0:
-            raise ConfigError("not-positive", "must be above zero", key=key, value=value)
-    for key, value in (("optim.beta1", optim.beta1), ("optim.beta2", optim.beta2)):
-        if not 0 <= value < 1:
-            raise ConfigError("out-of-range", "must be in [0, 1)", key=key, value=value)
-    for name in ("weight_decay", "clip_norm", "z_loss"):
-        _at_least(getattr(optim, name), 0, f"optim.{name}")
-    choices = {
-        "accelerator": ("auto", "cpu", "cuda"),
-        "strategy": ("single", "ddp", "fsdp"),
-        "precision": ("auto", "bf16", "fp32"),
-        "backend": ("auto", "compiled", "reference"),
-    }
-    for name, allowed in choices.items():
-        _one_of(getattr(trainer, name), allowed, f"trainer.{name}")
-    _at_least(trainer.devices, 1, "trainer.devices")
-    if (trainer.strategy == "single") != (trainer.devices == 1):
-        mend = "use strategy single with one device, ddp or fsdp with several"
-        problem = f"does not go with trainer.devices = {trainer.devices}"
-        raise ConfigError("strategy-devices", problem, key="trainer.strategy", value=trainer.strategy, mend=mend)
-    _at_least(trainer.keep_last, 1, "trainer.keep_last")
-    _at_least(trainer.loss_chunk_tokens, 0, "trainer.loss_chunk_tokens")
-    if trainer.max_minutes is not None and not trainer.max_minutes > 0:
-        raise ConfigError("not-positive", "must be above zero", key="trainer.max_minutes", value=trainer.max_minutes)
-    _one_of(monitor.progress, ("auto", "bar", "plain", "off"), "monitor.progress")
-    if monitor.peak_flops_per_second is not None and not monitor.peak_flops_per_second > 0:
-        key, value = "monitor.peak_flops_per_second", monitor.peak_flops_per_second
-        raise ConfigError("not-positive", "must be above zero", key=key, value=value)
-    for name in ("peak_flops_per_second", "utilisation", "memory_gb", "price_per_hour", "watts"):
-        figure = getattr(recipe.hardware, name)
-        if figure is not None and not figure > 0:
-            raise ConfigError("not-positive", "must be above zero", key=f"hardware.{name}", value=figure)
-    if (share := recipe.hardware.utilisation) is not None and share > 1:
-        raise ConfigError("out-of-range", "must be at most 1", key="hardware.utilisation", value=share)
-    for name, least in (("log_every", 1), ("validation_tokens", 1), ("probe_tokens", 2), ("sample_tokens", 0)):
-        _at_least(getattr(monitor, name), least, f"monitor.{name}")
-    if not 0 <= monitor.ngram_order <= 7:
-        raise ConfigError("out-of-range", "must be in 0..7", key="monitor.ngram_order", value=monitor.ngram_order)
-    _check_logger(recipe.logger)
-    fraction = recipe.data.validation_fraction
-    if not 0 < fraction <= 0.5:
-        key = "data.validation_fraction"
-        raise ConfigError("out-of-range", "must be above 0 and at most 0.5", key=key, value=fraction)
-    check_screen(recipe.data.screen)
-    title = recipe.run.name
-    if title is not None and (not title or title in (".", "..") or "/" in title or not title.isprintable()):
-        mend = "use one folder name without /; run.folder says where"
-        raise ConfigError("bad-name", "cannot be the name of a folder", key="run.name", value=title, mend=mend)
-    if recipe.run.threads is not None:
-        _at_least(recipe.run.threads, 1, "run.threads")
-    if not 0 <= recipe.run.seed < 2**63:
-        raise ConfigError("out-of-range", "must be in 0..2^63-1", key="run.seed", value=recipe.run.seed)
-
-
-def _check_logger(logger: LoggerConfig) -> None:
-    _one_of(logger.kind, ("none", "wandb", "tensorboard", "csv"), "logger.kind")
-    _one_of(logger.mode, ("auto", "online", "offline"), "logger.mode")
-    _one_of(logger.artifacts, ("none", "ends", "all"), "logger.artifacts")
-    for key, name in (("project", logger.project), ("entity", logger.entity)):
-        if name is not None and (not name or set(name) & set("/\\#?%:") or not name.isprintable()):
-            mend = "use a name without / \\ # ? % and :"
-            raise ConfigError(
-                "bad-name", "cannot be one in Weights & Biases", key=f"logger.{key}", value=name, mend=mend
-            )
-
-
-def _one_of(value: str, allowed: tuple[str, ...], key: str) -> None:
-    if value not in allowed:
-        raise ConfigError(
-            "unknown-choice", "is not allowed", key=key, value=value, mend=f"allowed: {', '.join(allowed)}"
-        )
 
 
 def _settle(own: int | None, inherited: int | None, key: str) -> int:
     value = own if own is not None else inherited
     if value is None:
         raise ConfigError("missing-key", "is missing", key=key, mend="the first stage must say it")
-    return _at_least(value, 1, key)
-
-
-def _at_least(value, least, key: str):  # type: ignore[no-untyped-def]
-    if not value >= least:
-        raise ConfigError("too-small", f"must be at least {least}", key=key, value=value)
-    return value
+    return at_least(value, 1, key)
 
 
 def _whole_steps(text: str, key: str) -> int:

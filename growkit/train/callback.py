@@ -135,7 +135,7 @@ class AfterStep(L.Callback):
             flops_per_second=flops_rate,
             utilisation=flops_rate / (run.peak_flops * run.world_size),
             memory_bytes=hardware.peak_memory_bytes(run.device),
-            **({"ramp": module.stage.ramp_at(module.stage_step - 1)} if module.stage.ramp_steps else {}),
+            **module.stage.moving(module.stage_step - 1),
         )
         self._window_start, self._window_tokens, self._window_flops = time.perf_counter(), 0, 0.0
 

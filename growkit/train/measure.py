@@ -7,13 +7,16 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from growkit.config.recipe import Recipe, TrainerConfig
 from growkit.errors import ConfigError
 from growkit.models.decoder import build, init_params
+from growkit.models.visible import visible_keys
 from growkit.planner.hardware import THIS_MACHINE, Hardware, this_machine
 from growkit.schedule.plan import GrowthSchedule, Stage
 from growkit.train.hardware import accelerator, measure_peak_flops, training_dtype
@@ -37,7 +40,7 @@ def measure(
     steps = []
     for stage in schedule.stages:
         steps.append(step_seconds(recipe, stage, device, dtype))
-        share = stage.flops_per_step / steps[-1] / peak
+        share = stage.total_flops / stage.steps / steps[-1] / peak
         listener(f"{stage.name}: {steps[-1]:.3g} s a step, {share:.0%} of the peak")
     seconds = sum(stage.steps * step for stage, step in zip(schedule.stages, steps, strict=True))
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -58,7 +61,7 @@ def measure(
 
 def step_seconds(recipe: Recipe, stage: Stage, device: str, dtype: torch.dtype) -> float:
     """Wall clock of one optimizer step of ``stage``: medians of a micro-batch, as often as a step has them, and of
-    AdamW's update, on a fresh model and random tokens."""
+    AdamW's update, on a fresh model and random tokens. Where lengths differ: the mean over the stage's steps."""
     trainer = recipe.trainer
     params = init_params(stage.model, torch.Generator().manual_seed(recipe.run.seed))
     model = build(
@@ -70,22 +73,28 @@ def step_seconds(recipe: Recipe, stage: Stage, device: str, dtype: torch.dtype) 
     ).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
     if trainer.compile:
-        model.compile()
-    shape = (stage.micro_batch_size, stage.context_length)
-    tokens = torch.randint(stage.model.vocab_size, shape, device=device)
+        model.compile(dynamic=False)
+    shapes = {length: stage.pace.shape(length).rows // stage.pace.parts for length in stage.lengths.values}
 
-    def micro_batch() -> None:
+    def micro_batch(tokens: Tensor, mask: Tensor | None) -> None:
         with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss = model(tokens, tokens, z_loss=recipe.optim.z_loss, chunk_tokens=trainer.loss_chunk_tokens).total
+            loss = model(
+                tokens, tokens, mask=mask, z_loss=recipe.optim.z_loss, chunk_tokens=trainer.loss_chunk_tokens
+            ).total
         loss.backward()
 
     def update() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.clip_norm or float("inf"))
         optimizer.step()
 
-    micro_batch()  # warms caches and the allocator
-    update()
-    return stage.accumulate * _median_seconds(micro_batch, device) + _median_seconds(update, device)
+    seconds = 0.0
+    for length, count in stage.lengths.counts(stage.steps):
+        tokens = torch.randint(stage.model.vocab_size, (shapes[length], length), device=device)
+        work = partial(micro_batch, tokens, visible_keys(tokens, None, stage.shape(0).window))
+        work()  # warms caches and the allocator
+        update()
+        seconds += count / stage.steps * stage.accumulate * _median_seconds(work, device)
+    return seconds + _median_seconds(update, device)
 
 
 def _median_seconds(work: Callable[[], None], device: str) -> float:

@@ -49,7 +49,10 @@ class StageModule(L.LightningModule):
         if self.device_mesh is not None:
             _shard(model, self.device_mesh["data_parallel"])
         if trainer.compile:
-            model.compile()
+            # Graphs of an earlier stage are of another model, and count against the limit of what is compiled; a length
+            # that comes a second time must find the graph that it had the first time, in a resumed run as well.
+            torch.compiler.reset()
+            model.compile(dynamic=False)
         self.model = model.train()
 
     def step_done(self) -> None:
@@ -116,7 +119,7 @@ class StageModule(L.LightningModule):
         return old
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.lr = self.stage.lr.lr(self.stage_step)
+        self.lr = self.stage.rate(self.stage_step)
         new = warmup_factor(self.stage_step, self.stage.new_warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = self.lr * group["lr_scale"] * (new if group["new"] else 1.0)

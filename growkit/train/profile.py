@@ -82,7 +82,8 @@ def profile_stage(
     )
     clock = PhaseClock(stage.accumulate, WARM_UP, steps, device)
     trainer = stage_trainer(recipe, WARM_UP + steps + TRACED, stage.accumulate, [clock])
-    fit(trainer, module, Batches(stream, stream.begin(), stage.shape, accumulate=stage.accumulate))
+    whole = stage.pace.shape(stage.context_length, stage.shape(0).window)
+    fit(trainer, module, Batches(stream, stream.begin(), lambda _: whole, accumulate=stage.accumulate))
     assert clock.profiler is not None
     clock.profiler.export_chrome_trace(str(trace))
     events = {e.key: e for e in clock.profiler.key_averages() if e.key not in (*PHASES, "ProfilerStep*")}

@@ -224,15 +224,16 @@ class Run:
         assert module.model is not None
         context, wanted = module.stage.context_length, self.recipe.monitor.validation_tokens
         autocast = torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
-        total, count = mean_loss(
-            module.model,
-            self.corpus.validation,
-            context,
-            wanted,
-            autocast=autocast,
-            rank=self.rank,
-            world_size=self.world_size,
-        )
+        with torch.compiler.set_stance("force_eager"):  # not compiled for every shape that only a validation has
+            total, count = mean_loss(
+                module.model,
+                self.corpus.validation,
+                context,
+                wanted,
+                autocast=autocast,
+                rank=self.rank,
+                world_size=self.world_size,
+            )
         sums = torch.tensor([total, float(count)], dtype=torch.float64, device=module.device)
         sums = module.trainer.strategy.reduce(sums, reduce_op="sum") if self.world_size > 1 else sums
         loss = float(sums[0] / sums[1])

@@ -8,6 +8,7 @@ from growkit.config.recipe import Recipe
 from growkit.errors import TrainingError
 from growkit.growth.state import TrainState
 from growkit.models.decoder import build
+from growkit.models.visible import visible_keys
 from growkit.schedule.plan import Stage
 
 
@@ -39,9 +40,12 @@ def _try(state: TrainState, stage: Stage, recipe: Recipe, device: str, dtype: to
     params = {name: tensor.to(device) for name, tensor in state.params.items()}
     model = build(stage.model, params, backend=trainer.backend, checkpoint_layers=trainer.checkpoint_layers).train()
     moments = [torch.empty_like(p).fill_(0) for p in model.parameters() for _ in range(2)]
-    tokens = torch.zeros(rows, stage.context_length, dtype=torch.int64, device=device)
+    tokens = torch.zeros(rows, stage.context_length, dtype=torch.int64, device=device)  # no shape has more of them
+    mask = visible_keys(tokens, None, stage.shape(0).window)
     with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        loss = model(tokens, tokens, z_loss=recipe.optim.z_loss, chunk_tokens=trainer.loss_chunk_tokens).total
+        loss = model(
+            tokens, tokens, mask=mask, z_loss=recipe.optim.z_loss, chunk_tokens=trainer.loss_chunk_tokens
+        ).total
     loss.backward()
     del moments
 

@@ -171,6 +171,8 @@ const COURSE = [
   ["Gradient norm by component, of the run chosen below", "grad_norm", { fromZero: true, traces: componentTraces, onlyMany: true }],
   ["Gradient in new parameters", "new_grad_share", { fromZero: true, scale: 100, unit: " %", format: "%{y:.1f}" }],
   ["Mask of new parts", "ramp", { fromZero: true, scale: 100, unit: " %", format: "%{y:.0f}" }],
+  ["Context length", "context_length", { fromZero: true, unit: " tokens" }],
+  ["Attention window", "window", { fromZero: true, unit: " tokens" }],
   ["Throughput", "tokens_per_second", { fromZero: true, unit: " tokens/s", format: "%{y:.3s}" }],
   ["Utilisation", "utilisation", { fromZero: true, scale: 100, unit: " %", format: "%{y:.1f}" }],
   ["Memory", "memory_bytes", { fromZero: true, scale: 1e-9, unit: " GB", format: "%{y:.3g}" }],
