@@ -24,7 +24,8 @@ class RunConfig:
 
 @dataclass
 class DataConfig:
-    source: str = "stdlib"  # stdlib | a file | a folder | hf:NAME, a Hugging Face data set
+    source: str = "stdlib"  # stdlib | a file | a folder | hf:NAME, a Hugging Face data set | synthetic/TASK
+    task: dict[str, Any] = field(default_factory=dict)  # settings of a synthetic task, which has none of what follows
     pattern: str = "**/*"  # which files of a folder
     split: str = "train"  # of a Hugging Face data set
     text_field: str = "text"  # of a Hugging Face data set

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from growkit.config.recipe import BYTES, DataConfig
+from growkit.data.synthetic.tasks import is_task
 from growkit.data.tokenizer import END, Ends, Ids, Tokenizer, load_tokenizer
 from growkit.errors import DataError
 from growkit.registry import Registry
@@ -200,7 +201,10 @@ def _documents(data: DataConfig) -> list[Document]:
 
 
 def source_kind(source: str) -> str:
-    """stdlib | path | hub. Raises DataError for a path where nothing is."""
+    """stdlib | path | hub. Raises DataError for a path where nothing is, and for what is no text."""
+    if is_task(source):
+        mend = "name a file, a folder or hf:NAME"
+        raise DataError("not-text", "is a synthetic task, not a text", key="data.source", value=source, mend=mend)
     if source == "stdlib":
         return "stdlib"
     if source and os.path.exists(os.path.expanduser(source)):
