@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import MISSING
 
 BYTES = "bytes"  # data.tokenizer where a token is a byte
+SYNTHETIC = "synthetic/"  # how data.source begins where it names a task and not a text
 
 
 @dataclass

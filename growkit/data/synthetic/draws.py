@@ -26,7 +26,7 @@ class Draws:
         self._calls += 1
         keys = _mixed(self._keys + _mixed(np.array([self._calls], dtype=np.uint64)))
         bits = _mixed(keys[:, None] + GOLDEN * np.arange(1, columns + 1, dtype=np.uint64))
-        return (bits >> np.uint64(11)) * 2.0**-53
+        return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def below(self, limit: int, columns: int) -> NDArray[np.int64]:
         """(samples, columns) of 0 .. limit - 1."""

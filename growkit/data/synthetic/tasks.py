@@ -20,13 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from growkit.config.load import read_settings
-from growkit.config.recipe import DataConfig
+from growkit.config.recipe import SYNTHETIC, DataConfig
 from growkit.data.synthetic.draws import Draws
 from growkit.errors import ConfigError
 from growkit.ops.targets import UNSCORED
 from growkit.registry import Registry
 
-PREFIX = "synthetic/"
 VALIDATION_SEED = 2**63  # of what a run is validated on
 EVALUATION_SEED = 2**63 + 1  # of what `growkit eval` scores
 VERSION = 1  # of what the generators draw: a run goes on with the samples it began with
@@ -269,7 +268,7 @@ class Needle(Task):
 
 
 def is_task(source: str) -> bool:
-    return source.startswith(PREFIX)
+    return source.startswith(SYNTHETIC)
 
 
 def make_task(name: str, settings: Mapping[str, Any], *, key: str, settings_key: str) -> Task:
