@@ -37,7 +37,8 @@ from growkit.config.recipe import LoggerConfig, Recipe  # noqa: E402
 from growkit.models.presets import PRESETS  # noqa: E402
 from growkit.schedule.plan import growth_schedule  # noqa: E402
 from growkit.train import hardware, loggers  # noqa: E402
-from growkit.train.run import Run, prepare_corpus  # noqa: E402
+from growkit.train.data import prepare_data  # noqa: E402
+from growkit.train.run import Run  # noqa: E402
 
 GOAL = 0.01  # of the step time
 LOG_EVERY = 10
@@ -96,7 +97,7 @@ def measure(size: dict[str, Any], kind: str, minutes: float) -> dict[str, Any]:
     inside: list[float] = []
     with tempfile.TemporaryDirectory() as place:
         folder = RunFolder.create(Path(place) / "run", to_yaml(recipe))
-        run = Run(recipe, schedule, folder, prepare_corpus(recipe, schedule))
+        run = Run(recipe, schedule, folder, prepare_data(recipe, schedule))
         with loggers.open_logger(recipe.logger, folder, lambda line: None) as logger, contextlib.closing(turns):
             assert logger is not None
 

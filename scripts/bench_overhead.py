@@ -30,16 +30,16 @@ from growkit.checkpoint.metrics_log import Record
 from growkit.checkpoint.run_folder import RunFolder
 from growkit.config.load import parse_recipe, to_yaml
 from growkit.config.recipe import Recipe
-from growkit.data.corpus import Corpus
-from growkit.data.stream import Batches, TokenStream
+from growkit.data.stream import Batches
 from growkit.models.decoder import build, init_params
 from growkit.models.presets import PRESETS
 from growkit.models.spec import param_specs
 from growkit.optim.groups import param_groups
 from growkit.schedule.plan import GrowthSchedule, growth_schedule
 from growkit.train import hardware
+from growkit.train.data import RunData, prepare_data
 from growkit.train.display import Display
-from growkit.train.run import Run, prepare_corpus
+from growkit.train.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 GOAL = 0.95
@@ -135,11 +135,11 @@ def measure(preset: str, fields: dict[str, Any], steps: int, options: argparse.N
     """Rates of both arms, round by round, and their ratio."""
     recipe = recipe_of(preset, fields, LOG_EVERY + steps, options)
     schedule = growth_schedule(recipe)
-    corpus = prepare_corpus(recipe, schedule)
+    data = prepare_data(recipe, schedule)
     timings: dict[Callable[..., Timing], list[Timing]] = {bare: [], growkit: []}
     for _ in range(options.rounds):
         for arm, taken in timings.items():
-            taken.append(arm(recipe, schedule, corpus))
+            taken.append(arm(recipe, schedule, data))
     pairs = list(zip(timings[bare], timings[growkit], strict=True))
     return {
         "parameters": schedule.stages[0].model.num_params(),
@@ -176,7 +176,7 @@ def recipe_of(preset: str, fields: dict[str, Any], steps: int, options: argparse
     return parse_recipe(yaml.safe_dump(sections), [], PRESETS, name="bench")
 
 
-def growkit(recipe: Recipe, schedule: GrowthSchedule, corpus: Corpus) -> Timing:
+def growkit(recipe: Recipe, schedule: GrowthSchedule, data: RunData) -> Timing:
     """As ``growkit train`` does it."""
     stage, watch, taken = schedule.stages[0], Stopwatch(), []
 
@@ -187,7 +187,7 @@ def growkit(recipe: Recipe, schedule: GrowthSchedule, corpus: Corpus) -> Timing:
             taken.append(watch.stop((stage.steps - LOG_EVERY) * stage.global_batch_tokens))
 
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(recipe, schedule, RunFolder.create(Path(folder) / "run", to_yaml(recipe)), corpus)
+        run = Run(recipe, schedule, RunFolder.create(Path(folder) / "run", to_yaml(recipe)), data)
         with Display(schedule, "plain", Console(file=io.StringIO())) as display:
             run.log.listeners += [display, listener]
             run.train()
@@ -195,7 +195,7 @@ def growkit(recipe: Recipe, schedule: GrowthSchedule, corpus: Corpus) -> Timing:
     return taken[0]
 
 
-def bare(recipe: Recipe, schedule: GrowthSchedule, corpus: Corpus) -> Timing:
+def bare(recipe: Recipe, schedule: GrowthSchedule, data: RunData) -> Timing:
     """The same training and nothing else."""
     stage, optim, watch = schedule.stages[0], recipe.optim, Stopwatch()
     device = hardware.accelerator(recipe.trainer)
@@ -213,7 +213,7 @@ def bare(recipe: Recipe, schedule: GrowthSchedule, corpus: Corpus) -> Timing:
         eps=optim.eps,
         fused=True,
     )
-    stream = TokenStream(corpus.train, block_tokens=schedule.block_tokens, seed=recipe.run.seed)
+    stream = data.source(recipe, schedule)
     batches = iter(Batches(stream, stream.begin(), stage.shape, accumulate=stage.accumulate))
     for step in range(stage.steps):
         if step == LOG_EVERY:

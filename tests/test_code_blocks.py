@@ -110,12 +110,15 @@ def shrunk(words: list[str]) -> list[str]:
         recipe = words[TRAINING[words[0]]]
         count = len(yaml.safe_load(find_recipe(recipe).read_text())["stages"])
         stages = [f"stages.{number}.{value}" for number in range(count) for value in SMALL_STAGE]
-        given = words[0] == "extend" or any(word.startswith("data.source=") for word in words)
+        own = "source" in yaml.safe_load(find_recipe(recipe).read_text()).get("data", {})
+        given = own or words[0] == "extend" or any(word.startswith("data.source=") for word in words)
         source = [] if given else ["data.source=my.txt"]
         return [*words, *source, *SMALL, *stages]
     if "--from" in words:
         place = words.index("--from") + 1
         return [*words[:place], str(RunFolder.open(Path(words[1])).steps()[-2]), *words[place + 1 :]]
+    if any(word.startswith("synthetic/") for word in words):
+        return [*words, "--sequences", "8"]
     return [*words, *LITTLE.get(words[0], ())]
 
 

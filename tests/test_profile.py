@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from growkit.cli import recipes
+from growkit.train.data import prepare_data
 from growkit.train.profile import GROUPS, OTHER, PHASES, profile_stage
-from growkit.train.run import prepare_corpus
 from tests.support import cli, write_recipe
 
 BETWEEN = 0.5  # share of a tiny step that may pass between its phases (hooks, the loop)
@@ -19,7 +19,7 @@ def test_phases_and_groups_account_for_the_step(tmp_path: Path) -> None:
     recipe, schedule = recipes.read(str(write_recipe(tmp_path)), [])
     stage, trace = schedule.stages[2], tmp_path / "trace.json"  # of several micro-batches a step
     assert stage.accumulate > 1
-    result = profile_stage(recipe, schedule, prepare_corpus(recipe, schedule), stage, 5, trace)
+    result = profile_stage(recipe, schedule, prepare_data(recipe, schedule), stage, 5, trace)
     assert tuple(result.phases) == PHASES and all(seconds > 0 for seconds in result.phases.values())
     step = sum(result.steps) / len(result.steps)
     assert len(result.steps) == 5 and (1 - BETWEEN) * step < sum(result.phases.values()) < step

@@ -10,6 +10,7 @@ import torch
 from growkit.cli.recipes import built_in, read
 from growkit.config.load import apply_override
 from growkit.models.decoder import DecoderLM
+from scripts import synthetic_tasks
 from tests.recipes import EXTENSIONS, RECIPES
 from tests.support import cli, corpus_file, records
 
@@ -24,7 +25,8 @@ GOLDEN: dict[str, list[float]] = {
 
 
 def test_all_recipes_are_here() -> None:
-    assert sorted(RECIPES) == ["first-text", "quickstart", "quickstart-static"]
+    texts = ["first-text", "quickstart", "quickstart-static"]
+    assert sorted(RECIPES) == sorted([*texts, *synthetic_tasks.RECIPES])
     assert RECIPES.keys() | EXTENSIONS == built_in().keys()
 
 
@@ -46,8 +48,9 @@ def test_golden_losses(name: str, tmp_path: Path) -> None:
     short = [
         f"stages.{i}.{key}" for i in range(len(schedule.stages)) for key in ("duration=5 steps", "new_warmup=0 steps")
     ]
+    text = [] if name in synthetic_tasks.RECIPES else [f"data.source={corpus_file(tmp_path)}"]
     options = [
-        f"data.source={corpus_file(tmp_path)}",
+        *text,
         f"run.folder={tmp_path}",
         "run.name=golden",
         "run.threads=1",

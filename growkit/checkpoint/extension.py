@@ -89,4 +89,5 @@ def _order(text: str) -> tuple[Any, ...] | None:
 
 def _order_of(recipe: Recipe) -> tuple[Any, ...]:
     """What the order of the tokens depends on, besides the text itself."""
-    return recipe.run.seed, recipe.data.shuffle, recipe.data.block_tokens
+    data = recipe.data
+    return recipe.run.seed, data.shuffle, data.block_tokens, data.packing, data.mixture

@@ -17,9 +17,10 @@ from growkit.checkpoint.run_folder import MARK, RunFolder
 from growkit.checkpoint.store import Checkpoint
 from growkit.config.load import parse_recipe
 from growkit.config.recipe import BYTES, DataConfig
+from growkit.data.synthetic.tasks import is_task
 from growkit.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_in
 from growkit.duration import quantity
-from growkit.errors import ConfigError
+from growkit.errors import ConfigError, DataError
 from growkit.eval.generate import sample_text
 from growkit.eval.ngram import bits
 from growkit.models.config import DenseMLP, MoEMLP, PattentionMLP
@@ -44,11 +45,15 @@ def open_any(folder: Path, step: int | None = None) -> Checkpoint:
 
 def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
     """What the checkpoint's ids are of: its recipe's tokenizer, or one that lies beside weights that no recipe of
-    growkit made, or bytes. Raises DataError if it is no longer what the checkpoint was trained with, and ConfigError if
-    the model lacks some of its ids."""
+    growkit made, or bytes. Raises DataError if it is no longer what the checkpoint was trained with or if that was no
+    text, and ConfigError if the model lacks some of its ids."""
     manifest = checkpoint.manifest
     if manifest.recipe:
         data = parse_recipe(manifest.recipe, [], PRESETS, name="the checkpoint's recipe").data
+        if is_task(data.source):
+            problem = f"was trained on {data.source}, whose tokens are no text"
+            mend = "`growkit eval` scores it on the task"
+            raise DataError("not-text", problem, key=str(checkpoint.folder), mend=mend)
     else:
         data = DataConfig(tokenizer=tokenizer_in(checkpoint.folder) or BYTES)
     tokenizer = load_tokenizer(data)
@@ -84,6 +89,8 @@ def inspect_checkpoint(folder: Path) -> None:
             score = entry.get("bits_per_byte", bits(nats))  # entries from before there were tokenizers lack it
             in_bits = "unknown" if score is None else f"{score:.3f}"
             loss = f"validation loss {nats:.4f} nats ({in_bits} bits per byte)"
+            if (share := entry.get("sequence_accuracy")) is not None:  # of a synthetic task
+                loss = f"validation loss {nats:.4f} nats, {share:.2%} of the sequences right"
             console.print(f"stage {entry['name']} ended at step {entry['step']}: {loss}", markup=False)
     console.print(", ".join(f"{key} {value}" for key, value in manifest.environment.items()), soft_wrap=True)
 

@@ -311,10 +311,25 @@ def evaluate(
     checkpoint: Annotated[
         Path, typer.Argument(help="A checkpoint or a run folder; for --tasks also a Hugging Face folder.")
     ],
-    data: Annotated[str | None, typer.Option(help="Text to score, all of it (default: what the run held out).")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Text to score, all of it, or synthetic/TASK (default: what the run held out, or its task)."),
+    ] = None,
     text_field: Annotated[str, typer.Option(help="Column of a Hugging Face data set.")] = "text",
-    context: Annotated[int | None, typer.Option(min=1, help="Tokens of a window (default: as trained).")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="About how many tokens to score.")] = 131072,
+    context: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Tokens of a window (default: as trained); again for each further length."),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="About how many tokens of a text to score (default: 131072).")
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw a text's loss by position into this file.")] = None,
+    sequences: Annotated[
+        int | None, typer.Option(min=1, help="Of a synthetic task, at each length (default: 1000).")
+    ] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option(help="key=value of a synthetic task (default: as trained); again for more.")
+    ] = None,
     tasks: Annotated[
         str | None, typer.Option(help="Instead of a text: tasks of lm-evaluation-harness, TASK,TASK.")
     ] = None,
@@ -323,24 +338,38 @@ def evaluate(
     banks: Annotated[
         int | None, typer.Option(min=1, help="With that many banks of parameter tokens, the first ones (default: all).")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON, with the loss at every position.")] = False,
+    json: Annotated[
+        bool,
+        typer.Option("--json", help="Print JSON, a line for each length; of a text with the loss at every position."),
+    ] = False,
 ) -> None:
     """Score a checkpoint on any text: loss, bits per byte, loss by position; sampling speed and memory. Or on tasks."""
+    contexts = context or []
     if tasks is not None:
-        if data is not None:
-            mend = "score the text and the tasks one after the other"
-            raise ConfigError("bad-command-line", "stands beside --tasks", key="--data", value=data, mend=mend)
+        beside = {"--data": data, "--context": contexts if len(contexts) > 1 else None, "--png": png}
+        for option, value in (beside | {"--sequences": sequences, "--setting": setting}).items():
+            if value is not None:
+                mend = "score the text and the tasks one after the other" if option == "--data" else "leave it out"
+                raise ConfigError("bad-command-line", "stands beside --tasks", key=option, value=value, mend=mend)
         from growkit.cli.tasks import evaluate_tasks
 
-        evaluate_tasks(checkpoint, tasks, tasks_path, limit, context, as_json=json)
+        evaluate_tasks(checkpoint, tasks, tasks_path, limit, contexts[0] if contexts else None, as_json=json)
         return
-    for option, value in (("--tasks-path", tasks_path), ("--limit", limit)):
-        if value is not None:
+    for option, given in (("--tasks-path", tasks_path), ("--limit", limit)):
+        if given is not None:
             mend = "name tasks with --tasks, or leave it out"
-            raise ConfigError("bad-command-line", "is for --tasks", key=option, value=str(value), mend=mend)
+            raise ConfigError("bad-command-line", "is for --tasks", key=option, value=str(given), mend=mend)
     from growkit.cli import evaluate as evaluation
 
-    evaluation.evaluate(checkpoint, data, text_field, context, tokens, banks=banks, as_json=json)
+    evaluation.evaluate(
+        checkpoint,
+        data,
+        evaluation.TextOptions(text_field, tokens, png),
+        evaluation.TaskOptions(sequences, tuple(setting or ())),
+        contexts,
+        banks=banks,
+        as_json=json,
+    )
 
 
 @app.command(epilog="Example: growkit generate runs/NAME --prompt 'def ' --tokens 300", rich_help_panel=CHECKPOINTS)

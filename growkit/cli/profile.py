@@ -14,8 +14,8 @@ from rich.table import Table
 from growkit.cli import recipes
 from growkit.duration import quantity
 from growkit.errors import ConfigError
+from growkit.train.data import prepare_data
 from growkit.train.profile import StageProfile, profile_stage
-from growkit.train.run import prepare_corpus
 
 LISTED = 12  # operations
 
@@ -38,7 +38,7 @@ def profile_recipe(name: str, overrides: Sequence[str], number: int | None, step
         if recipe.run.threads is not None:
             torch.set_num_threads(recipe.run.threads)
         stage = schedule.stages[number - 1]
-        result = profile_stage(recipe, schedule, prepare_corpus(recipe, schedule), stage, steps, beside)
+        result = profile_stage(recipe, schedule, prepare_data(recipe, schedule), stage, steps, beside)
         os.replace(beside, trace)
     finally:
         beside.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from growkit.checkpoint.extension import extended_recipe
 from growkit.checkpoint.run_folder import manifest_of
 from growkit.config.load import load_recipe, read_text
 from growkit.config.mixture import sources_of
-from growkit.config.recipe import Recipe
+from growkit.config.recipe import SYNTHETIC, Recipe
 from growkit.data.screen import ScreenReport, screen
 from growkit.duration import quantity
 from growkit.errors import ConfigError, DataError
@@ -123,6 +123,8 @@ def show_schedule(name: str, overrides: Sequence[str], extends: Path | None) -> 
     if any(stage.links for stage in schedule.stages):
         console.print("growth keeps what the model computes, but where it says (not exact)")
     console.print(f"valid: {schedule.tokens:,} tokens, {schedule.flops:.3g} FLOPs in all")
+    if (recipe.data.source or "").startswith(SYNTHETIC):
+        return
     from growkit.data.sources import source_kind  # numpy, which a plan does without
     from growkit.data.tokenizer import load_tokenizer
 

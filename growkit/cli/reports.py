@@ -90,13 +90,21 @@ def plain(found: Comparison) -> dict[str, Any]:
     }
 
 
-def _draw(found: Comparison, png: Path) -> None:
+def refuse_other_file(png: Path) -> None:
+    """Raises ConfigError when something that is no picture is at ``png``."""
     try:
         if png.exists():
             with open(png, "rb") as file:
                 if file.read(len(PNG)) != PNG:
                     mend = "name another file; only a picture is replaced"
                     raise ConfigError("file-exists", "is already there", key="--png", value=str(png), mend=mend)
+    except OSError as error:
+        raise cannot_write(png, error) from error
+
+
+def _draw(found: Comparison, png: Path) -> None:
+    refuse_other_file(png)
+    try:
         draw_curves([run.history for run in found.runs], png, x=found.axis)
     except OSError as error:
         raise cannot_write(png, error) from error

@@ -23,7 +23,6 @@ from growkit.cli import recipes
 from growkit.cli.checkpoints import open_any
 from growkit.config.load import load_recipe, read_text, to_yaml
 from growkit.config.recipe import BYTES, Recipe
-from growkit.data.corpus import Corpus
 from growkit.data.screen import ScreenReport
 from growkit.duration import quantity
 from growkit.errors import CheckpointError, ConfigError, cannot_write
@@ -33,9 +32,10 @@ from growkit.report.page import write_report
 from growkit.report.run_summary import RunSummary
 from growkit.schedule.plan import GrowthSchedule, growth_schedule, settled
 from growkit.train import hardware, loggers
+from growkit.train.data import RunData, prepare_data
 from growkit.train.display import Display, clock
 from growkit.train.hardware import process_rank
-from growkit.train.run import Run, prepare_corpus
+from growkit.train.run import Run
 
 DONE, STOPPED = 0, 3
 FOLDER_VARIABLE = "GROWKIT_RUN_FOLDER"  # tells the further processes of a distributed run where it is
@@ -50,13 +50,13 @@ def start(name: str, overrides: Sequence[str]) -> int:
         raise ConfigError("needs-a-checkpoint", "the recipe is of an extended run", key="start", mend=mend)
     _set_threads(recipe)
     loggers.require(recipe.logger)
-    corpus = prepare_corpus(recipe, schedule)
+    data = prepare_data(recipe, schedule)
     hardware.accelerator(recipe.trainer)
     folder = _joined_folder()
     if folder is None:
         folder = RunFolder.create(_new_folder(recipe, Path(name)), to_yaml(recipe))
         os.environ[FOLDER_VARIABLE] = str(folder.path)
-    return _run(Run(recipe, schedule, folder, corpus), schedule)
+    return _run(Run(recipe, schedule, folder, data), schedule)
 
 
 def go_on(path: Path, from_step: int | None, as_new: Path | None) -> int:
@@ -70,13 +70,13 @@ def go_on(path: Path, from_step: int | None, as_new: Path | None) -> int:
     schedule = growth_schedule(recipe)
     _set_threads(recipe)
     loggers.require(recipe.logger)
-    corpus = prepare_corpus(recipe, schedule)
+    data = prepare_data(recipe, schedule)
     hardware.accelerator(recipe.trainer)
     # A run that died before its first save has lost nothing: it starts again, in its own folder.
     begun = from_step is not None or as_new is not None or bool(folder.steps())
     checkpoint = folder.load(from_step) if begun else None
     if checkpoint is not None:
-        _require_same(checkpoint, schedule, corpus, folder)
+        _require_same(checkpoint, schedule, data, folder)
         at = checkpoint.manifest.progress
         if as_new is None and (at.stage, at.stage_step) == (schedule.last.index, schedule.last.steps):
             done = f"{folder.path} is complete at step {at.step}: nothing is left to train"
@@ -93,7 +93,7 @@ def go_on(path: Path, from_step: int | None, as_new: Path | None) -> int:
         elif from_step is not None:
             folder.set_aside_after(from_step)
         os.environ[FOLDER_VARIABLE] = str(folder.path)
-    return _run(Run(recipe, schedule, folder, corpus, checkpoint), schedule)
+    return _run(Run(recipe, schedule, folder, data, checkpoint), schedule)
 
 
 def extend(source: Path, name: str, overrides: Sequence[str], from_step: int | None) -> int:
@@ -109,18 +109,18 @@ def extend(source: Path, name: str, overrides: Sequence[str], from_step: int | N
     recipe = settled(recipe, schedule)
     _set_threads(recipe)
     loggers.require(recipe.logger)
-    corpus = prepare_corpus(recipe, schedule)
-    if same_tokenizer(manifest, recipe):  # not the recipe's wish for another one
-        corpus.tokenizer.require_same(manifest.corpus.get("tokenizer", BYTES))
+    data = prepare_data(recipe, schedule)
+    if data.corpus is not None and same_tokenizer(manifest, recipe):  # not the recipe's wish for another one
+        data.corpus.tokenizer.require_same(manifest.corpus.get("tokenizer", BYTES))
     hardware.accelerator(recipe.trainer)
     step, log = manifest.progress.step, log_before(checkpoint.folder, manifest)
     parent = {"run": _origin(checkpoint), "step": step}
     folder = RunFolder.create(_new_folder(recipe, path), to_yaml(recipe), parent=parent)
     first = dataclasses.replace(
         manifest,
-        progress=first_progress(manifest, recipe, corpus.sha256),
+        progress=first_progress(manifest, recipe, data.sha256),
         recipe=to_yaml(recipe),
-        corpus=corpus.record,
+        corpus=data.record,
         log_bytes=len(log),
         layout="whole",
     )
@@ -128,7 +128,7 @@ def extend(source: Path, name: str, overrides: Sequence[str], from_step: int | N
         folder.metrics.write_bytes(log)
         store.write(folder.checkpoint(step), checkpoint.state, first)
     os.environ[FOLDER_VARIABLE] = str(folder.path)
-    return _run(Run(recipe, schedule, folder, corpus, folder.load()), schedule)
+    return _run(Run(recipe, schedule, folder, data, folder.load()), schedule)
 
 
 def _origin(checkpoint: Checkpoint) -> str:
@@ -140,10 +140,10 @@ def _origin(checkpoint: Checkpoint) -> str:
     return str(by_hand.get("run", checkpoint.folder))
 
 
-def _require_same(checkpoint: Checkpoint, schedule: GrowthSchedule, corpus: Corpus, folder: RunFolder) -> None:
-    """Raises DataError or CheckpointError when ``checkpoint`` is not one of this corpus and this schedule."""
+def _require_same(checkpoint: Checkpoint, schedule: GrowthSchedule, data: RunData, folder: RunFolder) -> None:
+    """Raises DataError or CheckpointError when ``checkpoint`` is not one of these data and this schedule."""
     manifest, at = checkpoint.manifest, checkpoint.manifest.progress
-    corpus.require_same(manifest.corpus)
+    data.require_same(manifest.corpus)
     if schedule.model_at(at) != manifest.model:
         problem = f"does not describe the model and the stage {at.stage + 1} that {checkpoint.folder.name} holds"
         mend = "undo the changes to its model and its past stages; later stages may change"
@@ -196,25 +196,17 @@ def _run(run: Run, schedule: GrowthSchedule) -> int:
                     if record["kind"] == "ngram":
                         display(record)
             display.print(
-                f"run folder: [bold]{escape(str(run.folder.path))}[/bold]   corpus: {escape(run.corpus.name)}, "
-                f"{_amount(run.corpus)}"
+                f"run folder: [bold]{escape(str(run.folder.path))}[/bold]   corpus: {escape(run.data.name)}, "
+                f"{run.data.amount}"
             )
-            if run.corpus.screened is not None:
-                display.print(f"data.screen: {ScreenReport.from_json(run.corpus.screened).summary()}")
+            if run.data.corpus is not None and run.data.corpus.screened is not None:
+                display.print(f"data.screen: {ScreenReport.from_json(run.data.corpus.screened).summary()}")
             done = run.train()
         if run.rank == 0:
             _finish(run, display.console, began, done)
     finally:
         run.folder.unlock()
     return DONE if done else STOPPED
-
-
-def _amount(corpus: Corpus) -> str:
-    sizes = f"{quantity(corpus.train_bytes)} bytes to train on, {quantity(len(corpus.validation_text))} held out"
-    if corpus.tokenizer.name == BYTES:
-        return sizes
-    per_token = f"{corpus.bytes_per_token:.2f} bytes a token"
-    return f"{sizes}, as {quantity(corpus.train_tokens)} and {quantity(len(corpus.validation))} tokens ({per_token})"
 
 
 def _logger(run: Run, display: Display) -> AbstractContextManager[loggers.Listener | None]:

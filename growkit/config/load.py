@@ -113,6 +113,11 @@ def parse_data(overrides: Sequence[str]) -> DataConfig:
     return recipe.data
 
 
+def read_settings(value: Any, kind: type, key: str) -> Any:
+    """The mapping ``value`` as the dataclass ``kind``; ``key`` is where it stands. Raises ConfigError."""
+    return _section(value, kind, key)
+
+
 def read_mapping(text: str, name: str) -> dict[str, Any]:
     """A recipe's sections as plain values, not yet checked. Raises ConfigError."""
     try:

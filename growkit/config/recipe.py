@@ -13,6 +13,7 @@ from omegaconf import MISSING
 
 BYTES = "bytes"  # data.tokenizer where a token is a byte
 STDLIB = "stdlib"  # data.source where none is named
+SYNTHETIC = "synthetic/"  # how data.source begins where it names a task and not a text
 
 
 @dataclass
@@ -47,7 +48,8 @@ class SourceConfig:
 
 @dataclass
 class DataConfig:
-    source: str | None = None  # stdlib | a file | a folder | hf:NAME, a Hugging Face data set; default: stdlib
+    source: str | None = None  # stdlib | a file | a folder | hf:NAME, of Hugging Face | synthetic/TASK; default: stdlib
+    task: dict[str, Any] = field(default_factory=dict)  # settings of a synthetic task, which has none of what follows
     mixture: list[SourceConfig] = field(default_factory=list)  # instead of source: several, each with its weight
     pattern: str = "**/*"  # which files of a folder
     split: str = "train"  # of a Hugging Face data set
@@ -59,6 +61,9 @@ class DataConfig:
     validation_fraction: float = 0.05  # of the bytes, 0..0.5
     shuffle: bool = True  # blocks in a new random order each epoch
     block_tokens: int | None = None  # what is shuffled as one piece; default: the longest context of the stages
+    packing: str = (
+        "none"  # none: rows cut anywhere | documents: and attention ends with them | best_fit: whole documents
+    )
     screen: ScreenConfig = field(default_factory=ScreenConfig)  # which documents are left out
 
 

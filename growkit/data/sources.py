@@ -23,6 +23,7 @@ import xxhash
 
 from growkit.config.recipe import STDLIB, DataConfig
 from growkit.data.document import Document
+from growkit.data.synthetic.tasks import is_task
 from growkit.errors import DataError
 from growkit.registry import Registry
 
@@ -47,7 +48,10 @@ SOURCES: Registry[Callable[[DataConfig], Source]] = Registry("data source")
 
 
 def source_kind(source: str) -> str:
-    """stdlib | path | hub. Raises DataError for a path where nothing is."""
+    """stdlib | path | hub. Raises DataError for a path where nothing is, and for what is no text."""
+    if is_task(source):
+        mend = "name a file, a folder or hf:NAME"
+        raise DataError("not-text", "is a synthetic task, not a text", key="data.source", value=source, mend=mend)
     if source == STDLIB:
         return "stdlib"
     if source and os.path.exists(os.path.expanduser(source)):

@@ -9,6 +9,8 @@ from growkit.data.screen import check_screen
 from growkit.errors import ConfigError
 from growkit.schedule.lr import LR_BY
 
+PACKINGS = ("none", "documents", "best_fit")
+
 
 def check_sections(recipe: Recipe) -> None:
     """Raises ConfigError for a value that can be told to be wrong without the stages."""
@@ -58,6 +60,7 @@ def check_sections(recipe: Recipe) -> None:
     if not 0 < fraction <= 0.5:
         key = "data.validation_fraction"
         raise ConfigError("out-of-range", "must be above 0 and at most 0.5", key=key, value=fraction)
+    one_of(recipe.data.packing, PACKINGS, "data.packing")
     check_screen(recipe.data.screen)
     title = recipe.run.name
     if title is not None and (not title or title in (".", "..") or "/" in title or not title.isprintable()):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from growkit.config.recipe import BYTES, Recipe, StageConfig, StartConfig
+from growkit.config.recipe import BYTES, SYNTHETIC, DataConfig, Recipe, StageConfig, StartConfig
 from growkit.data.shape import StepShape
 from growkit.duration import Duration
 from growkit.errors import ConfigError
@@ -188,11 +188,7 @@ def growth_schedule(recipe: Recipe) -> GrowthSchedule:
     start = recipe.start or StartConfig()
     first: ModelConfig = recipe.model.expand() if recipe.start is None else from_json(start.model, key="start.model")
     model = first
-    if model.vocab_size < 256 and recipe.data.tokenizer == BYTES:  # another is asked when it is loaded
-        mend = "data.tokenizer is bytes: use 256 or more"
-        raise ConfigError(
-            "vocab-too-small", "cannot hold a byte", key="model.vocab_size", value=model.vocab_size, mend=mend
-        )
+    _check_vocabulary(recipe.data, model)
     if not recipe.stages:
         raise ConfigError("no-stages", "is empty", key="stages", mend="write at least one stage with name and duration")
     names = [stage.name for stage in recipe.stages]
@@ -204,11 +200,39 @@ def growth_schedule(recipe: Recipe) -> GrowthSchedule:
         stages.append(_stage(recipe, config, position, start, model, stages))
         model = stages[-1].model_at(stages[-1].steps)
     _find_parts(recipe, stages)
+    _check_lengths(recipe.data, stages)
     own, longest = recipe.data.block_tokens, max(stage.context_length for stage in stages)
     block = own if own is not None else longest
     save_every = _whole_steps(recipe.trainer.save_every, "trainer.save_every")
     at_least(block, 1, "data.block_tokens")
     return GrowthSchedule(tuple(stages), block, save_every, start, first)
+
+
+def _check_vocabulary(data: DataConfig, model: ModelConfig) -> None:
+    """Raises ConfigError when the data are a task that cannot be, or the model lacks some of their tokens. A tokenizer
+    other than bytes is asked when it is loaded."""
+    if (data.source or "").startswith(SYNTHETIC) or data.task:
+        from growkit.data.synthetic.tasks import task_of  # numpy, which a plan of text does without
+
+        task = task_of(data)
+        assert task is not None, "settings without a task are refused"
+        task.require_room(model.vocab_size)
+    elif model.vocab_size < 256 and data.tokenizer == BYTES:
+        mend = "data.tokenizer is bytes: use 256 or more"
+        raise ConfigError(
+            "vocab-too-small", "cannot hold a byte", key="model.vocab_size", value=model.vocab_size, mend=mend
+        )
+
+
+def _check_lengths(data: DataConfig, stages: Sequence[Stage]) -> None:
+    """Raises ConfigError for a stage whose sequences are too short for the task."""
+    if (data.source or "").startswith(SYNTHETIC):
+        from growkit.data.synthetic.tasks import task_of
+
+        task = task_of(data)
+        assert task is not None
+        for position, stage in enumerate(stages):
+            task.require_length(stage.context_length, f"stages.{position}.context_length")
 
 
 def _find_parts(recipe: Recipe, stages: Sequence[Stage]) -> None:

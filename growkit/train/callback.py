@@ -96,7 +96,7 @@ class AfterStep(L.Callback):
             self._log(trainer)
         if end or (stage.validate_every and module.stage_step % stage.validate_every == 0):
             self._outside(lambda: run.validate(module, end=end))
-        if end and run.recipe.monitor.sample_tokens:
+        if end and run.recipe.monitor.sample_tokens and run.data.corpus is not None:
             self._outside(lambda: run.sample(module))
         if saving:
             run.rng = torch.get_rng_state()
@@ -126,7 +126,7 @@ class AfterStep(L.Callback):
         run.record(
             "step",
             loss=loss,
-            bits_per_byte=bits(loss, run.corpus.bytes_per_token),
+            bits_per_byte=bits(loss, run.data.bytes_per_token),
             lr=module.lr,
             grad_norm=norm,
             grad_norms=norms,

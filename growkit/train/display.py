@@ -108,7 +108,11 @@ class Display:
         ngram = self._ngram
         beside = f" (a {ngram['order']}-gram: {ngram['bits_per_byte']:.3f})" if ngram else ""
         where = "end of stage " + escape(record["name"]) if record["end_of_stage"] else f"step {record['step']}"
-        self.print(f"validation at {where}: [bold]{record['bits_per_byte']:.3f}[/bold] bits per byte{beside}")
+        score = f"[bold]{record['bits_per_byte']:.3f}[/bold] bits per byte{beside}"
+        if "sequence_accuracy" in record:
+            shares = f"{record['sequence_accuracy']:.2%}[/bold] of the sequences right, {record['token_accuracy']:.2%}"
+            score = f"[bold]{shares} of the answers"
+        self.print(f"validation at {where}: {score}")
 
     def _show_sample(self, record: Record) -> None:
         self.console.rule("a sample")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from growkit.models.visible import visible_keys
 from growkit.planner.hardware import THIS_MACHINE, Hardware, this_machine
 from growkit.schedule.plan import GrowthSchedule, Stage
 from growkit.train.hardware import accelerator, measure_peak_flops, training_dtype
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 SECONDS = 1.0  # of micro-batches that are timed in each stage
 FEWEST, MOST = 3, 50  # of them
@@ -76,7 +80,7 @@ def step_seconds(recipe: Recipe, stage: Stage, device: str, dtype: torch.dtype) 
         model.compile(dynamic=False)
     shapes = {length: stage.pace.shape(length).rows // stage.pace.parts for length in stage.lengths.values}
 
-    def micro_batch(tokens: Tensor, mask: Tensor | None) -> None:
+    def micro_batch(tokens: Tensor, mask: Tensor | BlockMask | None) -> None:
         with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss = model(
                 tokens, tokens, mask=mask, z_loss=recipe.optim.z_loss, chunk_tokens=trainer.loss_chunk_tokens

@@ -15,12 +15,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from growkit.config.recipe import Recipe
-from growkit.data.corpus import Corpus
-from growkit.data.stream import Batches, TokenStream
+from growkit.data.stream import Batches
 from growkit.growth.state import TrainState
 from growkit.models.decoder import init_params
 from growkit.schedule.plan import GrowthSchedule, Stage
 from growkit.train import hardware
+from growkit.train.data import RunData
 from growkit.train.module import StageModule
 from growkit.train.trainer import fit, stage_trainer
 
@@ -70,20 +70,18 @@ class StageProfile:
 
 
 def profile_stage(
-    recipe: Recipe, schedule: GrowthSchedule, corpus: Corpus, stage: Stage, steps: int, trace: Path
+    recipe: Recipe, schedule: GrowthSchedule, data: RunData, stage: Stage, steps: int, trace: Path
 ) -> StageProfile:
-    """Trains ``stage``'s model, freshly drawn, for a few steps on ``corpus``; writes a Chrome trace to ``trace``."""
+    """Trains ``stage``'s model, freshly drawn, for a few steps on ``data``; writes a Chrome trace to ``trace``."""
     device, dtype = hardware.accelerator(recipe.trainer), hardware.training_dtype(recipe.trainer)
     peak = recipe.monitor.peak_flops_per_second or hardware.measure_peak_flops(device, dtype)
     generator = torch.Generator().manual_seed(recipe.run.seed)
     module = StageModule(TrainState(stage.model, init_params(stage.model, generator)), stage, recipe, 0)
-    stream = TokenStream(
-        corpus.train, block_tokens=schedule.block_tokens, seed=recipe.run.seed, shuffle=recipe.data.shuffle
-    )
+    source = data.source(recipe, schedule)
     clock = PhaseClock(stage.accumulate, WARM_UP, steps, device)
     trainer = stage_trainer(recipe, WARM_UP + steps + TRACED, stage.accumulate, [clock])
     whole = stage.pace.shape(stage.context_length, stage.shape(0).window)
-    fit(trainer, module, Batches(stream, stream.begin(), lambda _: whole, accumulate=stage.accumulate))
+    fit(trainer, module, Batches(source, source.begin(), lambda _: whole, accumulate=stage.accumulate))
     assert clock.profiler is not None
     clock.profiler.export_chrome_trace(str(trace))
     events = {e.key: e for e in clock.profiler.key_averages() if e.key not in (*PHASES, "ProfilerStep*")}

@@ -22,12 +22,11 @@ from growkit.checkpoint.run_folder import RunFolder
 from growkit.checkpoint.store import Checkpoint
 from growkit.config.load import to_yaml
 from growkit.config.recipe import Recipe
-from growkit.data.corpus import Corpus, load_corpus
-from growkit.data.stream import Batches, TokenStream, validation_windows, windows
-from growkit.data.tokenizer import load_tokenizer
+from growkit.data.corpus import Corpus
+from growkit.data.stream import Batches
 from growkit.eval.generate import sample_text
-from growkit.eval.ngram import bits, ngram_bits_per_byte
-from growkit.eval.validate import mean_loss, target_bytes, target_positions, target_sizes
+from growkit.eval.ngram import ngram_bits_per_byte
+from growkit.eval.validate import target_bytes, target_positions
 from growkit.growth.engine import GrowthReport, grow
 from growkit.growth.state import TrainState
 from growkit.models.config import unmasked
@@ -36,6 +35,7 @@ from growkit.schedule.plan import GrowthSchedule, Stage
 from growkit.schedule.progress import Progress
 from growkit.train import hardware
 from growkit.train.callback import AfterStep, StopRequest
+from growkit.train.data import RunData
 from growkit.train.module import StageModule, full_state
 from growkit.train.trainer import fit, stage_trainer
 from growkit.train.trial import fitting_micro_batch
@@ -54,10 +54,10 @@ class Run:
         recipe: Recipe,
         schedule: GrowthSchedule,
         folder: RunFolder,
-        corpus: Corpus,
+        data: RunData,
         checkpoint: Checkpoint | None = None,
     ) -> None:
-        self.recipe, self.schedule, self.folder, self.corpus = recipe, schedule, folder, corpus
+        self.recipe, self.schedule, self.folder, self.data = recipe, schedule, folder, data
         self.device = hardware.accelerator(recipe.trainer)
         self.dtype = hardware.training_dtype(recipe.trainer)
         self.world_size, self.rank = recipe.trainer.devices, hardware.process_rank()
@@ -65,12 +65,7 @@ class Run:
         self.stopping = False  # decided after every step, by all processes together
         self.started = time.monotonic()
         self._seconds_before = checkpoint.manifest.seconds if checkpoint is not None else 0.0
-        self.stream = TokenStream(
-            corpus.train,
-            block_tokens=schedule.block_tokens,
-            seed=recipe.run.seed,
-            shuffle=recipe.data.shuffle,
-        )
+        self.source = data.source(recipe, schedule)
         self.peak_flops = recipe.monitor.peak_flops_per_second or hardware.measure_peak_flops(self.device, self.dtype)
         self.lineage: list[dict[str, Any]] = []
         self.cuda_rng: Tensor | None = None
@@ -90,7 +85,7 @@ class Run:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         manifest = checkpoint.manifest
-        self.corpus.require_same(manifest.corpus)
+        self.data.require_same(manifest.corpus)
         self.state = checkpoint.state.materialized()
         self.progress = manifest.progress
         self.lineage = [dict(entry) for entry in manifest.lineage]
@@ -113,8 +108,13 @@ class Run:
         """Runs what is left of the schedule. True when it is done, False when it was asked to stop (and saved)."""
         self.stop.install()
         try:
-            if self.recipe.monitor.ngram_order and self.progress.step == self.schedule.start.step:
-                self._score_ngram()
+            corpus = self.data.corpus
+            if (
+                corpus is not None
+                and self.recipe.monitor.ngram_order
+                and self.progress.step == self.schedule.start.step
+            ):
+                self._score_ngram(corpus)
             while True:
                 stage = self.schedule.stage(self.progress.stage)
                 if self.progress.stage_step < stage.steps:
@@ -187,10 +187,7 @@ class Run:
     def _grow(self, stage: Stage) -> tuple[TrainState, GrowthReport]:
         digest = hashlib.sha256(f"growth/{self.recipe.run.seed}/{stage.index}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        count = max(stage.context_length, self.recipe.monitor.probe_tokens)
-        starts, _ = validation_windows(self.corpus.validation, stage.context_length, count)
-        tokens, targets = windows(self.corpus.validation, starts, stage.context_length)
-        probe = torch.cat((tokens, targets[:, -1:]), dim=1)
+        probe = self.data.probe(stage.context_length, self.recipe.monitor.probe_tokens)
         return grow(self.state, stage.model, stage.methods, generator, probe, stage=stage.index, dtype=self.dtype)
 
     def _record_growth(self, stage: Stage, report: GrowthReport) -> None:
@@ -206,8 +203,8 @@ class Run:
         after = AfterStep(self, module, last_step=stage.steps)
         trainer = stage_trainer(self.recipe, remaining, self.accumulate(stage), [after])
         batches = Batches(
-            self.stream,
-            self.progress.data or self.stream.begin(),
+            self.source,
+            self.progress.data or self.source.begin(),
             stage.shape,
             self.progress.stage_step,
             self.accumulate(stage),
@@ -220,34 +217,24 @@ class Run:
         module.release()
 
     def validate(self, module: StageModule, *, end: bool) -> None:
-        """Logs the validation loss in nats per token, and in bits per byte of the text behind the scored tokens."""
+        """Logs what the held-out data say of the model."""
         assert module.model is not None
         context, wanted = module.stage.context_length, self.recipe.monitor.validation_tokens
         autocast = torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        share = {"rank": self.rank, "world_size": self.world_size}
         with torch.compiler.set_stance("force_eager"):  # not compiled for every shape that only a validation has
-            total, count = mean_loss(
-                module.model,
-                self.corpus.validation,
-                context,
-                wanted,
-                autocast=autocast,
-                rank=self.rank,
-                world_size=self.world_size,
-            )
-        sums = torch.tensor([total, float(count)], dtype=torch.float64, device=module.device)
+            sums = self.data.score_sums(module.model, context, wanted, autocast=autocast, **share).to(module.device)
         sums = module.trainer.strategy.reduce(sums, reduce_op="sum") if self.world_size > 1 else sums
-        loss = float(sums[0] / sums[1])
-        scored = target_positions(self.corpus.validation, context, wanted)
-        score = bits(loss, float(target_sizes(self.corpus.validation_ends, scored).mean()))
+        scores = self.data.scores(sums, context, wanted)
         self.record(
             "validation",
-            loss=loss,
-            bits_per_byte=score,
+            **scores,
             context_length=context,
             end_of_stage=end,
             name=module.stage.name,
         )
         if end:
+            kept = {key: value if math.isfinite(value) else None for key, value in scores.items()}
             self.lineage.append(
                 {
                     "kind": "stage",
@@ -256,14 +243,14 @@ class Run:
                     "step": self.progress.step,
                     "tokens": self.progress.tokens,
                     "flops": self.progress.flops,
-                    "validation_loss": loss,
-                    "bits_per_byte": score if math.isfinite(score) else None,
+                    "validation_loss": kept.pop("loss"),
                 }
+                | kept
             )
 
     def sample(self, module: StageModule) -> None:
         """Logs what the model writes after the prompt; what dropout and the data draw is left as it is."""
-        assert module.model is not None
+        assert module.model is not None and self.data.corpus is not None
         monitor, model = self.recipe.monitor, module.model
         if self.recipe.trainer.strategy != "fsdp":  # not the compiled one, which would be compiled for every length
             params = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -272,14 +259,14 @@ class Run:
             model,
             monitor.sample_prompt,
             monitor.sample_tokens,
-            tokenizer=self.corpus.tokenizer,
+            tokenizer=self.data.corpus.tokenizer,
             seed=self.recipe.run.seed,
         )
         self.record("sample", name=module.stage.name, prompt=monitor.sample_prompt, text=text)
 
-    def _score_ngram(self) -> None:
+    def _score_ngram(self, corpus: Corpus) -> None:
         """Of bytes, whatever the tokenizer: on the same text, and on the bytes behind the tokens that are scored."""
-        order, corpus = self.recipe.monitor.ngram_order, self.corpus
+        order = self.recipe.monitor.ngram_order
         last = self.schedule.last
         wanted = self.recipe.monitor.validation_tokens
         targets = target_positions(corpus.validation, last.context_length, wanted)
@@ -298,7 +285,7 @@ class Run:
             lineage=tuple(self.lineage),
             rng=self._of_all(self.rng),
             cuda_rng=self._of_all(self.cuda_rng) if self.cuda_rng is not None else (),
-            corpus=self.corpus.record,
+            corpus=self.data.record,
             log_bytes=self.log.sync() if self.rank == 0 else 0,
             seconds=self.seconds,
             environment=hardware.environment(self.device, self.dtype, self.world_size),
@@ -319,13 +306,3 @@ class Run:
             states = [torch.empty_like(rng, device=self.device) for _ in range(self.world_size)]
             torch.distributed.all_gather(states, rng.to(self.device))
         return tuple(store.rng_to_hex(state.cpu()) for state in states)
-
-
-def prepare_corpus(recipe: Recipe, schedule: GrowthSchedule) -> Corpus:
-    """The corpus of a recipe, long enough for its longest context, in ids that its model has. Raises DataError and
-    ConfigError."""
-    tokenizer = load_tokenizer(recipe.data)
-    tokenizer.require_room(schedule.start_model.vocab_size)
-    corpus = load_corpus(recipe.data, tokenizer)
-    corpus.require(schedule.max_context_length)
-    return corpus

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_input.support import Arrange, Case, recipe, reseal, train, write
+from tests.bad_input.support import RUN, Arrange, Case, recipe, reseal, train, write
 
 
 def _folder(name: str) -> Arrange:
@@ -311,4 +311,27 @@ DATA_CASES = [
          reseal(corpus={"name": "corpus.txt", "sha256": "0", "tokenizer": "0" * 64})),
     Case("text of another tokenizer", "generate runs/run", "tokenizer-changed", "data.tokenizer", "'bytes'", "restore",
          reseal(corpus={"name": "corpus.txt", "sha256": "0", "tokenizer": "0" * 64})),
+]  # fmt: skip
+TASK_CASES = [
+    train("no such task", "data.source=synthetic/inducton", "unknown-choice", "'synthetic/inducton'",
+          "did you mean 'synthetic/induction'"),
+    train("unknown setting of a task", "data={source: synthetic/induction, task: {size: 3}}", "unknown-key",
+          "is not a key", "values", "data.task.size"),
+    train("a task of no values", "data={source: synthetic/induction, task: {values: 0}}", "too-small", "got 0",
+          "at least 1", "data.task.values"),
+    train("a needle beyond the hay", "data={source: synthetic/needle, task: {depth: 2}}", "out-of-range", "2.0",
+          "[0, 1]", "data.task.depth"),
+    train("settings of a text", "data.task={values: 3}", "not-a-task", "'values': 3", "synthetic/needle", "data.task"),
+    train("a task in a tokenizer's ids", "data={source: synthetic/needle, tokenizer: t.json}", "not-for-a-task",
+          "'t.json'", "'bytes'", "data.tokenizer"),
+    train("a task held out", "data={source: synthetic/needle, validation_fraction: 0.1}", "not-for-a-task", "0.1",
+          "0.05", "data.validation_fraction"),
+    train("a task beyond the vocabulary", "data={source: synthetic/needle, task: {fillers: 300}}", "vocab-too-small",
+          "got 256", "332 or more", "model.vocab_size"),
+    train("a context below the task", "data={source: synthetic/selective-copying, task: {memorise: 9}}",
+          "context-too-short", "got 16", "18 or more", "stages.0.context_length"),
+    Case("a task validated in too short a context", "validate recipe.yaml 'data={source: synthetic/selective-copying}'",
+         "context-too-short", "stages.0.context_length", "got 16", "32 or more"),
+    Case("growth measured on a task", f"grow {RUN} num_layers=2 -o grown --data synthetic/needle", "not-text",
+         "data.source", "'synthetic/needle'", "name a file"),
 ]  # fmt: skip

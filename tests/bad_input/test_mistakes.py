@@ -36,7 +36,7 @@ from tests.bad_input.of_commands import (
     PROFILE_CASES,
     REPORT_CASES,
 )
-from tests.bad_input.of_recipes import DATA_CASES, RECIPE_CASES
+from tests.bad_input.of_recipes import DATA_CASES, RECIPE_CASES, TASK_CASES
 from tests.bad_input.of_runs import CHECKPOINT_CASES, EXTEND_CASES, RUN_CASES
 from tests.bad_input.support import Case, assert_one_message, contents
 from tests.bad_input.test_damage import BUSY
@@ -48,6 +48,7 @@ DOCUMENT = PACKAGE.parent / "docs" / "errors.md"
 CASES = [
     *RECIPE_CASES,
     *DATA_CASES,
+    *TASK_CASES,
     *RUN_CASES,
     *CHECKPOINT_CASES,
     *EXTEND_CASES,
@@ -196,6 +197,7 @@ USAGE = [
     ("extend from a word", "extend runs/run recipe.yaml --from x", "--from"),
     ("no tokens to score", "eval runs/run --tokens 0", "--tokens"),
     ("a context of none", "eval runs/run --context 0", "--context"),
+    ("no sequences", "eval runs/run --sequences 0", "--sequences"),
     ("stages in words", "init new.yaml --stages three", "--stages"),
     ("profile no steps", "profile recipe.yaml --steps 0", "--steps"),
     ("the doctor and a patient", "doctor now", "now"),

@@ -33,7 +33,12 @@ METRICS = {
         "utilisation": "speed/utilisation",
         "memory_bytes": "speed/memory_bytes",
     },
-    "validation": {"loss": "validation/loss", "bits_per_byte": "validation/bits_per_byte"},
+    "validation": {
+        "loss": "validation/loss",
+        "bits_per_byte": "validation/bits_per_byte",
+        "token_accuracy": "validation/token_accuracy",
+        "sequence_accuracy": "validation/sequence_accuracy",
+    },
 }
 GROWTH_COLUMNS = (
     "stage",
