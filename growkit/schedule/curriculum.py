@@ -202,9 +202,11 @@ class Curriculum:
     def require(self, whole: int, pace: Pace, under: Lengths | None = None) -> Lengths:
         """``lengths``, all of which the stage reaches, each in its place."""
         made = self.lengths(whole, pace, under)
-        if isinstance(made, Rising) and len(made.values) < len(self.config.at):
+        if isinstance(made, Rising) and self.config.at and made.values != self._rungs():
             mend = "name places that are steps apart, in order"
-            raise ConfigError("not-rising", "names a step twice", key=f"{self.key}.at", value=self.config.at, mend=mend)
+            raise ConfigError(
+                "not-rising", "names a step twice, or goes back", key=f"{self.key}.at", value=self.config.at, mend=mend
+            )
         ends, name = whole, "over"
         if self.config.schedule == "discrete":
             assert isinstance(made, Rising)
