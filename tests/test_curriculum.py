@@ -171,6 +171,7 @@ CONTEXTS: dict[str, dict[str, Any]] = {
     "truncate": {"schedule": "linear", "start": 24, "over": "60%", "how": "truncate"},
     "reshape": {"schedule": "exponential", "start": 8, "over": "75%", "how": "reshape"},
     "discrete": {"schedule": "discrete", "start": 16, "at": {"30%": 40, "60%": 64}, "how": "truncate"},
+    "early": {"schedule": "discrete", "start": 16, "at": {"20%": 40, "40%": 64}},
     "buckets": {"schedule": "buckets", "start": 8, "odds": [8, 4, 2, 1]},
 }
 
@@ -367,4 +368,4 @@ def test_the_plan_draws_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_nearest_duration_of_nothing() -> None:
-    assert Pace(MODEL, 8, 64, 1).steps(Duration(0, "tokens"), lambda _: Rising((0, 2), (32, 64))) == 0
+    assert Pace(MODEL, 8, 64, 1).steps(Duration(0, "tokens"), Rising((0, 2), (32, 64))) == 0

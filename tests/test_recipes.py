@@ -24,7 +24,7 @@ GOLDEN: dict[str, list[float]] = {
 
 
 def test_all_recipes_are_here() -> None:
-    assert sorted(RECIPES) == ["first-text", "quickstart", "quickstart-static"]
+    assert sorted(RECIPES) == ["attention-window", "context-growth", "first-text", "quickstart", "quickstart-static"]
     assert RECIPES.keys() | EXTENSIONS == built_in().keys()
 
 
