@@ -25,7 +25,7 @@ GOLDEN: dict[str, list[float]] = {
 
 
 def test_all_recipes_are_here() -> None:
-    texts = ["first-text", "quickstart", "quickstart-static"]
+    texts = ["attention-window", "context-growth", "first-text", "quickstart", "quickstart-static"]
     assert sorted(RECIPES) == sorted([*texts, *synthetic_tasks.RECIPES])
     assert RECIPES.keys() | EXTENSIONS == built_in().keys()
 

@@ -117,7 +117,8 @@ def _stages(made: Plan) -> Table:
             escape(of.name),
             "\n".join(link.operator for link in of.links) or UNKNOWN,
             quantity(stage.num_params),
-            *(_extent(extent(of, name)) for name in ("context_length", "tokens")),
+            _extent(extent(of, "context_length")),
+            f"{'' if len(of.lengths.values) == 1 else '≤'}{_count(of.global_batch_tokens)}",
             _count(of.steps),
             *map(quantity, (of.tokens, stage.flops)),
         )

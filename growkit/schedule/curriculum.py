@@ -121,17 +121,18 @@ class Pace:
         """That the first ``steps`` steps take."""
         return sum(count * self.step_flops(length) for length, count in lengths.counts(steps))
 
-    def steps(self, duration: Duration, lengths: Callable[[int], Lengths], whole: int = 0) -> int:
-        """Steps that cover ``duration``, where ``lengths(n)`` are those of a span of n steps: the fewest for tokens,
-        the nearest for FLOPs and shares of ``whole``."""
-        if len((first := lengths(1)).values) == 1:
-            (length,) = first.values
+    def steps(self, duration: Duration, lengths: Lengths | Callable[[int], Lengths], whole: int = 0) -> int:
+        """Steps that cover ``duration``: the fewest for tokens, the nearest for FLOPs and shares of ``whole``.
+        ``lengths``: of the steps, or, if they depend on how many there are, those of a span of n."""
+        if isinstance(lengths, Rising) and len(lengths.values) == 1:
+            (length,) = lengths.values
             tokens, flops = self.shape(length).tokens, self.step_flops(length)
             return duration.steps(tokens_per_step=tokens, flops_per_step=flops, whole=whole)
+        of = lengths if callable(lengths) else lambda _: lengths
         if duration.unit == "tokens":
-            return fewest(lambda steps: self.tokens(lengths(steps), steps), duration.amount)
+            return fewest(lambda steps: self.tokens(of(steps), steps), duration.amount)
         if duration.unit == "flops":
-            return nearest(lambda steps: self.flops(lengths(steps), steps), duration.amount)
+            return nearest(lambda steps: self.flops(of(steps), steps), duration.amount)
         return duration.steps(tokens_per_step=1, flops_per_step=1.0, whole=whole)
 
     def last_steps(self, duration: Duration, lengths: Lengths, whole: int, by: str) -> int:
@@ -193,18 +194,19 @@ class Curriculum:
         if config.schedule == "discrete":
             so_far = {0: config.start}
             for text, value in config.at.items():
-                now = under or _rising(so_far)
                 place = Duration.parse(text, key=f"{self.key}.at", share=True)
-                so_far[pace.steps(place, lambda _, now=now: now, whole)] = value  # type: ignore[misc]
+                so_far[pace.steps(place, under or _rising(so_far), whole)] = value
             return _rising(so_far)
         return self._bucketed(self._span(whole, pace, under), rungs)
 
     def require(self, whole: int, pace: Pace, under: Lengths | None = None) -> Lengths:
         """``lengths``, all of which the stage reaches, each in its place."""
         made = self.lengths(whole, pace, under)
-        if isinstance(made, Rising) and len(made.values) < len(self.config.at):
+        if isinstance(made, Rising) and self.config.at and made.values != self._rungs():
             mend = "name places that are steps apart, in order"
-            raise ConfigError("not-rising", "names a step twice", key=f"{self.key}.at", value=self.config.at, mend=mend)
+            raise ConfigError(
+                "not-rising", "names a step twice, or goes back", key=f"{self.key}.at", value=self.config.at, mend=mend
+            )
         ends, name = whole, "over"
         if self.config.schedule == "discrete":
             assert isinstance(made, Rising)
@@ -220,7 +222,7 @@ class Curriculum:
 
     def _span(self, whole: int, pace: Pace, under: Lengths | None) -> int:
         over, rungs = Duration.parse(self.config.over or "50%", key=f"{self.key}.over", share=True), self._rungs()
-        return max(1, pace.steps(over, lambda steps: under or self._bucketed(steps, rungs), whole))
+        return max(1, pace.steps(over, under or (lambda steps: self._bucketed(steps, rungs)), whole))
 
     def raw(self, step: int, over: int) -> int:
         """The scheduled value before it is bucketed: d(t), with t = ``step`` of T = ``over`` steps. DeepSpeed's

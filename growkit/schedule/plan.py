@@ -277,7 +277,7 @@ def _stage(
     full = Rising((0,), (context,))
     flops = pace.step_flops(context)
     duration = Duration.parse(config.duration, key=f"{key}.duration")
-    steps = pace.steps(duration, lambda whole: grows.lengths(whole, pace) if grows else full)
+    steps = pace.steps(duration, (lambda whole: grows.lengths(whole, pace)) if grows else full)
     if steps * batch > MOST_TOKENS:
         mend = f"a step is {batch} tokens and {flops:.3g} FLOPs: ask for fewer"
         problem = "is more than can be counted"
@@ -291,7 +291,7 @@ def _stage(
     windows = opens.require(steps, pace, full) if opens else None
 
     def span(text: str, name: str) -> int:
-        return pace.steps(Duration.parse(text, key=f"{key}.{name}", share=True), lambda _: lengths, steps)
+        return pace.steps(Duration.parse(text, key=f"{key}.{name}", share=True), lengths, steps)
 
     def fall(text: str) -> int:
         return pace.last_steps(Duration.parse(text, key=f"{key}.decay", share=True), lengths, steps, optim.lr_by)

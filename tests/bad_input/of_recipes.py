@@ -130,6 +130,7 @@ RECIPE_CASES = [
     train("unknown accelerator", "trainer.accelerator=tpu", "unknown-choice", "'tpu'", "cuda"),
     train("unknown schedule", "stages.0.schedule=linear", "unknown-choice", "'linear'", "cosine"),
     train("one device, ddp", "trainer.strategy=ddp", "strategy-devices", "'ddp'", "single"),
+    train("a rate by hours", "optim.lr_by=hours", "unknown-choice", "'hours'", "tokens"),
     train("small vocabulary", "model.vocab_size=10", "vocab-too-small", "10", "256"),
     train("width not divisible", "model.embed_dim=15", "heads-do-not-divide", "15", "multiple of 2"),
     train("kv heads", "model.num_kv_heads=3", "kv-heads-do-not-divide", "3", "divisor of 2"),
