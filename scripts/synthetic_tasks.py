@@ -66,7 +66,7 @@ def one(name: str, folder: Path, threads: int) -> dict[str, Any]:
         "steps": stage.steps,
         "sequences_trained": log[-1]["tokens"] // stage.context_length,
         "seconds": round(log[-1]["seconds"]),
-        "curve": [[r["step"], r["sequence_accuracy"]] for r in log if r["kind"] == "validation"],
+        "curve": {r["step"]: round(r["sequence_accuracy"], 4) for r in log if r["kind"] == "validation"},
         "scores": [{key: score[key] for key in kept} for score in scores],
     }
 

@@ -58,10 +58,9 @@ def test_the_run_is_worth_comparing(whole: Path) -> None:
 
 
 def test_a_resume_is_exact(whole: Path) -> None:
-    """From inside the first stage, over a growth and a change of length, and from inside the last one."""
-    for step in (4, 16):
-        assert in_child("resume", whole, "--from", step, "--as", f"from-{step}") == 0
-        assert_same_run(whole.parent / f"from-{step}", whole)
+    """From inside the first stage, over two growths and a change of length."""
+    assert in_child("resume", whole, "--from", 4, "--as", "from-4") == 0
+    assert_same_run(whole.parent / "from-4", whole)
 
 
 @pytest.mark.parametrize("context", [12, 40])
