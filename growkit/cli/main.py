@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from growkit import __version__
+from growkit.cli.completion import hardware_names, override_keys, recipe_names
 from growkit.errors import ConfigError, GrowkitError
 
 app = typer.Typer(
@@ -40,30 +41,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 UsageError: Any = typer.BadParameter.__mro__[1]  # of everything wrong with a command line; typer exports only this heir
 
 
-def _recipe_names(incomplete: str) -> list[str]:
-    from growkit.cli.recipes import built_in
-
-    return [name for name in built_in() if name.startswith(incomplete)]  # files: the shell's own completion
-
-
-def _override_keys(incomplete: str) -> list[str]:
-    from growkit.config.load import keys
-
-    return [f"{key}=" for key in keys() if key.startswith(incomplete)]
-
-
-def _hardware_names(incomplete: str) -> list[str]:
-    from growkit.planner.hardware import HARDWARE, THIS_MACHINE
-
-    return [name for name in (THIS_MACHINE, *HARDWARE) if name.startswith(incomplete)]
-
-
 RecipeArgument = Annotated[
-    str, typer.Argument(help="A YAML file, or the name of a built-in recipe.", autocompletion=_recipe_names)
+    str, typer.Argument(help="A YAML file, or the name of a built-in recipe.", autocompletion=recipe_names)
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="key=value on top of the recipe.", show_default=False, autocompletion=_override_keys),
+    typer.Argument(help="key=value on top of the recipe.", show_default=False, autocompletion=override_keys),
 ]
 
 
@@ -109,7 +92,7 @@ def plan(
         str | None,
         typer.Option(
             help="h100-sxm, l4, this-machine, ... (default: the recipe's; an unknown name lists all).",
-            autocompletion=_hardware_names,
+            autocompletion=hardware_names,
         ),
     ] = None,
     measure: Annotated[bool, typer.Option("--measure", help="First time this machine on the recipe's stages.")] = False,
