@@ -17,7 +17,7 @@ from growkit.cli.recipes import built_in, find_recipe, read
 from growkit.config.load import load_recipe, parse_data
 from growkit.config.mixture import names_of
 from growkit.config.recipe import BYTES, DataConfig
-from growkit.data.bpe import train_bpe
+from growkit.data.bpe import require_trainable, train_bpe
 from growkit.data.corpus import Corpus, Part, load_corpus, load_part
 from growkit.data.tokenizer import load_tokenizer
 from growkit.duration import quantity
@@ -77,6 +77,7 @@ def _row(part: Part, seconds: float, *, made: bool) -> tuple[str, ...]:
 
 def train_tokenizer(source: str, overrides: Sequence[str], vocab_size: int, output: Path) -> None:
     """Trains on the side of the text that a run trains on: what is held out stays unseen."""
+    require_trainable(vocab_size, output)
     data = _data_of(source, overrides)
     data.tokenizer, data.end_token = BYTES, None
     with _progress() as progress:
@@ -105,4 +106,5 @@ def _training_documents(corpus: Corpus) -> Iterator[bytes]:
 
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)

@@ -16,15 +16,20 @@ END_OF_TEXT = "<|endoftext|>"  # stands between documents
 LEAST = 257  # ids: of every byte, and of the end
 
 
-def train_bpe(documents: Iterable[bytes], vocab_size: int, folder: Path) -> int:
-    """Writes a tokenizer of at most ``vocab_size`` ids, which ``AutoTokenizer`` loads, into ``folder``; returns how many
-    it has. Raises ConfigError."""
+def require_trainable(vocab_size: int, folder: Path) -> None:
+    """Raises ConfigError when no tokenizer of that size can be made in ``folder``."""
     require("tokenizers", extra="hf", key="growkit tokenizer train")
     if vocab_size < LEAST:
         mend = f"use {LEAST} or more: every byte has an id, and the end of a document"
         raise ConfigError("too-small", f"must be at least {LEAST}", key="--vocab-size", value=vocab_size, mend=mend)
     if folder.exists():
         raise ConfigError("file-exists", "is already there", key="--output", value=str(folder), mend="name another one")
+
+
+def train_bpe(documents: Iterable[bytes], vocab_size: int, folder: Path) -> int:
+    """Writes a tokenizer of at most ``vocab_size`` ids, which ``AutoTokenizer`` loads, into ``folder``, where none is
+    yet; returns how many it has. Raises ConfigError."""
+    require_trainable(vocab_size, folder)
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE())

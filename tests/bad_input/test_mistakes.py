@@ -37,6 +37,7 @@ from tests.bad_input.of_commands import (
     REPORT_CASES,
 )
 from tests.bad_input.of_curricula import CURRICULUM_CASES
+from tests.bad_input.of_data import PREPARE_CASES
 from tests.bad_input.of_recipes import DATA_CASES, RECIPE_CASES, TASK_CASES
 from tests.bad_input.of_runs import CHECKPOINT_CASES, EXTEND_CASES, RUN_CASES
 from tests.bad_input.support import Case, assert_one_message, contents
@@ -51,6 +52,7 @@ CASES = [
     *CURRICULUM_CASES,
     *DATA_CASES,
     *TASK_CASES,
+    *PREPARE_CASES,
     *RUN_CASES,
     *CHECKPOINT_CASES,
     *EXTEND_CASES,
@@ -207,6 +209,9 @@ USAGE = [
     ("the doctor in no folder", "doctor --folder", "--folder"),
     ("the doctor with a value", "doctor --json=yes", "--json"),
     ("the doctor misspelt", "docter", "docter"),
+    ("data to do nothing with", "data", "data"),
+    ("no threads to prepare with", "data prepare recipe.yaml --workers 0", "--workers"),
+    ("no size of a vocabulary", "tokenizer train corpus.txt -o mine", "--vocab-size"),
     ("no run to report on", "report", "runs"),
     ("no run to compare", "compare", "runs"),
     ("an axis there is not", "compare runs/run runs/run --by steps", "--by"),
