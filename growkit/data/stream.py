@@ -145,6 +145,13 @@ def require_pairs(tokens: NDArray[np.integer]) -> int:
     return len(tokens) - 1
 
 
+def padding(state: State) -> int | None:
+    """Positions that were padding so far, of all sources; None where no source pads its rows."""
+    parts = [padding(own) for own in state.get("sources", [])]
+    known = [count for count in (state.get("padding"), *parts) if count is not None]
+    return sum(known) if known else None
+
+
 @dataclass
 class Batches:
     """Endless micro-batches of optimizer steps from ``first_step`` on, ``accumulate`` a step, from ``state`` on.

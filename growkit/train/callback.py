@@ -13,7 +13,7 @@ import lightning as L
 import torch
 
 from growkit import faults
-from growkit.data.stream import Batch
+from growkit.data.stream import Batch, padding
 from growkit.errors import TrainingError
 from growkit.eval.ngram import bits
 from growkit.train import hardware
@@ -136,6 +136,7 @@ class AfterStep(L.Callback):
             utilisation=flops_rate / (run.peak_flops * run.world_size),
             memory_bytes=hardware.peak_memory_bytes(run.device),
             **module.stage.moving(module.stage_step - 1),
+            **({} if (padded := padding(run.progress.data)) is None else {"padding": padded}),
         )
         self._window_start, self._window_tokens, self._window_flops = time.perf_counter(), 0, 0.0
 

@@ -28,6 +28,7 @@ METRICS = {
         "step_tokens": "growth/step_tokens",
         "window": "growth/window",
         "cut_tokens": "growth/cut_tokens",
+        "padding": "data/padding",
         "tokens_per_second": "speed/tokens_per_second",
         "flops_per_second": "speed/flops_per_second",
         "utilisation": "speed/utilisation",
