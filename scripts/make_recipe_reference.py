@@ -95,6 +95,10 @@ UNITS = {
     "start.global_batch_tokens": "tokens",
     "stages.N.duration": "tokens, steps or flops",
     "stages.N.context_length": "tokens",
+    "stages.N.context.start": "tokens",
+    "stages.N.context.over": "tokens, steps, flops or %",
+    "stages.N.context.multiple": "tokens",
+    "stages.N.context.most_lengths": "lengths",
     "stages.N.global_batch_tokens": "tokens",
     "stages.N.micro_batch_size": "sequences",
     "stages.N.warmup": "tokens, steps, flops or %",
@@ -174,6 +178,14 @@ SECTIONS: tuple[tuple[str, str, ModuleType, str, str], ...] = (
         "A list, run in order. The first stage must give `context_length` and `global_batch_tokens`; a later one keeps "
         "both, and `lr`, from the stage before. What `grow` and `methods` take is in [operators](operators/README.md).",
     ),
+    (
+        "stages: context and window",
+        "stages.N.context",
+        recipe,
+        "CurriculumConfig",
+        "What they do: [grow the context](how-to/context-curricula.md). `stages.N.window` has these keys too.",
+    ),
+    ("stages: context", "stages.N.context", recipe, "ContextConfig", "The keys above, and:"),
 )
 
 
@@ -212,6 +224,8 @@ def _type(annotation: ast.expr) -> str:
     words = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}
     text = ast.unparse(annotation).removesuffix(" | None")
     kind = {"list[str]": "list of text", "dict[str, str]": "mapping of text"}
+    kind |= {"dict[str, int]": "mapping of whole numbers", "list[int]": "list of whole numbers"}
+    kind |= {"ContextConfig": "section", "CurriculumConfig": "section"}
     kind |= {"dict[str, float]": "mapping of numbers", "dict[str, Any]": "mapping"}
     return (words | kind)[text]
 

@@ -35,6 +35,8 @@ NOT_RUN = {"docs/logging.md": 1}
 PARSED_ONLY = {
     "data.source=hf:NAME": "needs the network",
     "logger.kind=wandb": "starts wandb; the tests of the logger do, against a stand-in server",
+    "context-growth": "grows from lengths above that of the small stages; tests/test_recipes.py runs it",
+    "attention-window": "the same",
     "--measure": "times the machine, and keeps the result in the reader's home",
     "sync": "needs an account of Weights & Biases",
     "convert": "needs the published weights; tests/test_hf_grow.py has some like them",

@@ -19,6 +19,8 @@ from tests.support import cli, corpus_file, records
 GOLDEN_TOLERANCE = 3e-3
 GOLDEN: dict[str, list[float]] = {
     "associative-recall": [2.9291],
+    "attention-window": [4.2104],
+    "context-growth": [4.1854, 3.2159],
     "first-text": [4.8747],
     "induction": [2.7942],
     "needle": [2.8477],
