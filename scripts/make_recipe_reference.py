@@ -139,6 +139,13 @@ SECTIONS: tuple[tuple[str, str, ModuleType, str, str], ...] = (
     ("model, preset transformer", "model", presets, "Transformer", "The keys above, and:"),
     ("data", "data", recipe, "DataConfig", ""),
     (
+        "data.mixture",
+        "data.mixture.N",
+        recipe,
+        "SourceConfig",
+        "A list of sources, in place of `data.source` and of the keys of the same names above.",
+    ),
+    (
         "data.screen",
         "data.screen",
         recipe,
@@ -223,7 +230,7 @@ def keys(module: ModuleType, owner: str, prefix: str) -> Iterator[Key]:
 def _type(annotation: ast.expr) -> str:
     words = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}
     text = ast.unparse(annotation).removesuffix(" | None")
-    kind = {"list[str]": "list of text", "dict[str, str]": "mapping of text"}
+    kind = {"list[str]": "list of text", "list[SourceConfig]": "list of sources", "dict[str, str]": "mapping of text"}
     kind |= {"dict[str, int]": "mapping of whole numbers", "list[int]": "list of whole numbers"}
     kind |= {"ContextConfig": "section", "CurriculumConfig": "section"}
     kind |= {"dict[str, float]": "mapping of numbers", "dict[str, Any]": "mapping"}

@@ -62,7 +62,7 @@ class DataConfig:
     shuffle: bool = True  # blocks in a new random order each epoch
     block_tokens: int | None = None  # what is shuffled as one piece; default: the longest context of the stages
     packing: str = (
-        "none"  # none: rows cut anywhere | documents: and attention ends with them | best_fit: whole documents
+        "none"  # none: rows cut anywhere | documents: attention ends with each | best_fit: of whole documents
     )
     screen: ScreenConfig = field(default_factory=ScreenConfig)  # which documents are left out
 
