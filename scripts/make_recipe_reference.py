@@ -129,7 +129,8 @@ SECTIONS: tuple[tuple[str, str, ModuleType, str, str], ...] = (
     ),
     ("model, preset tokenformer", "model", presets, "TokenFormer", "The keys above, and:"),
     ("model, preset transformer", "model", presets, "Transformer", "The keys above, and:"),
-    ("data", "data", recipe, "DataConfig", ""),
+    ("data", "data", recipe, "DataConfig", "What the sources are: [use your own data](how-to/own-data.md)."),
+    ("data.mixture", "data.mixture.N", recipe, "SourceConfig", "A list, in the place of `data.source`."),
     ("optim", "optim", recipe, "OptimConfig", "The optimizer is AdamW."),
     ("trainer", "trainer", recipe, "TrainerConfig", ""),
     ("monitor", "monitor", recipe, "MonitorConfig", ""),
@@ -199,7 +200,7 @@ def _type(annotation: ast.expr) -> str:
     words = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}
     text = ast.unparse(annotation).removesuffix(" | None")
     kind = {"list[str]": "list of text", "dict[str, str]": "mapping of text"}
-    kind |= {"dict[str, float]": "mapping of numbers", "dict[str, Any]": "mapping"}
+    kind |= {"dict[str, float]": "mapping of numbers", "dict[str, Any]": "mapping", "list[SourceConfig]": "list"}
     return (words | kind)[text]
 
 
