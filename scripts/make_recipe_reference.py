@@ -137,7 +137,7 @@ SECTIONS: tuple[tuple[str, str, ModuleType, str, str], ...] = (
     ),
     ("model, preset tokenformer", "model", presets, "TokenFormer", "The keys above, and:"),
     ("model, preset transformer", "model", presets, "Transformer", "The keys above, and:"),
-    ("data", "data", recipe, "DataConfig", ""),
+    ("data", "data", recipe, "DataConfig", "What the sources are: [use your own data](how-to/own-data.md)."),
     (
         "data.mixture",
         "data.mixture.N",
