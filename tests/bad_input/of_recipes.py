@@ -322,7 +322,7 @@ TASK_CASES = [
           "at least 1", "data.task.values"),
     train("a needle beyond the hay", "data={source: synthetic/needle, task: {depth: 2}}", "out-of-range", "2.0",
           "[0, 1]", "data.task.depth"),
-    train("settings of a task for a text", "data.task={values: 3}", "not-a-task", "'values': 3", "synthetic/needle", "data.task"),
+    train("a task's settings", "data.task={values: 3}", "not-a-task", "'values': 3", "synthetic/needle", "data.task"),
     train("a task in a tokenizer's ids", "data={source: synthetic/needle, tokenizer: t.json}", "not-for-a-task",
           "'t.json'", "'bytes'", "data.tokenizer"),
     train("a task held out", "data={source: synthetic/needle, validation_fraction: 0.1}", "not-for-a-task", "0.1",
