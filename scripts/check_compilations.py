@@ -14,7 +14,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from growkit.train import hardware  # noqa: E402
 
 STEP = 7  # of the checkpoint that the branch goes on from, within a length
 RECIPE: dict[str, Any] = {
-    "model": {"preset": "transformer", "embed_dim": 32, "num_layers": 2, "num_heads": 2},
+    "model": {"preset": "transformer", "embed_dim": 32, "num_layers": 1, "num_heads": 2},
     "trainer": {"compile": True, "precision": "fp32", "save_every": "1 steps", "keep_last": 40},
     "monitor": {"log_every": 1, "validation_tokens": 2048, "ngram_order": 0, "sample_tokens": 0, "progress": "off"},
     "stages": [
@@ -49,7 +48,7 @@ RECIPE: dict[str, Any] = {
         {
             "name": "mixed",
             "duration": "14 steps",
-            "context": {"schedule": "buckets", "start": 16, "odds": [4, 2, 1, 1]},
+            "context": {"schedule": "buckets", "start": 64, "odds": [2, 1]},
         },
     ],
 }
@@ -67,10 +66,8 @@ def main() -> None:
         run, data = {"folder": str(folder), "name": "whole", "threads": 1}, {"source": str(text)}
         recipe.write_text(yaml.safe_dump(RECIPE | {"run": run, "data": data}))
         _, schedule = read(str(recipe), [])
-        began = time.perf_counter()
         torch._dynamo.utils.counters.clear()
-        start(str(recipe), [])
-        seconds = time.perf_counter() - began
+        assert start(str(recipe), []) == 0
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         lengths = [len(stage.lengths.values) for stage in schedule.stages]
         assert graphs == sum(lengths), f"{graphs} graphs for {lengths} lengths"
@@ -81,7 +78,6 @@ def main() -> None:
         "lengths": lengths,
         "graphs": graphs,
         "steps": sum(stage.steps for stage in schedule.stages),
-        "seconds": round(seconds, 1),
         "resumed_from_step": STEP,
         "resumed_is_bitwise_the_same": same,
         "cores": os.cpu_count(),
