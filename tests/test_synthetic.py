@@ -294,6 +294,7 @@ class Oracle(nn.Module):
     def __init__(self, task: Task, wrong: int = 0) -> None:
         super().__init__()
         self.task, self.wrong, self.seen = task, wrong, 0
+        self.rows: set[tuple[int, ...]] = set()
         self.unused = nn.Parameter(torch.zeros(1))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -304,6 +305,7 @@ class Oracle(nn.Module):
             if self.seen < self.wrong:  # the last answer of the first sequences
                 logits[i, place] = logits[i, place].roll(1)
             self.seen += 1
+            self.rows.add(tuple(row))
         return logits
 
 
@@ -350,6 +352,8 @@ def test_shares_of_processes_add_up(world: int, monkeypatch: pytest.MonkeyPatch)
     ]
     assert torch.allclose(sum(shares), alone)
     assert len({model.seen for model in models}) == 1
+    whole = {tuple(row) for row in task.samples(EVALUATION_SEED, 0, count, 20).tokens.tolist()}
+    assert whole <= set().union(*(model.rows for model in models)), "a sequence is left out for another one"
 
 
 def test_wilsons_interval() -> None:
