@@ -189,7 +189,7 @@ EVAL_CASES = [
     Case("a text and tasks at once", "eval runs/run --tasks mine --data corpus.txt", "bad-command-line", "--data",
          "'corpus.txt'", "one after the other"),
     Case("sequences of a text", "eval runs/run --sequences 9", "bad-command-line", "--sequences", "got 9", "leave it"),
-    Case("settings of a text", "eval runs/run --setting a=3", "bad-command-line", "--setting", "a=3", "leave it out"),
+    Case("scoring a text with settings", "eval runs/run --setting a=3", "bad-command-line", "--setting", "a=3", "leave it out"),
     Case("a picture of a task", "eval runs/run --data synthetic/needle --png p.png", "bad-command-line", "--png",
          "'p.png'", "leave it out"),
     Case("tokens of a task", "eval runs/run --data synthetic/needle --tokens 9", "bad-command-line", "--tokens",
