@@ -37,7 +37,7 @@ _HUB_NAME = re.compile(r"(hf:)?[\w.-]+(/[\w.-]+)?")
 _STRAY = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, as surrogateescape has them
 _AT_ONCE = 1 << 22  # bytes of documents whose encodings, many times larger, are in memory together
 _AHEAD = 2  # groups that are encoded while one is taken: the library's threads wait for no one
-_LOOK = 1 << 18  # bytes of text that are decoded again, to see whether it comes back
+_LOOK = 1 << 16  # bytes of text that are decoded again, to see whether it comes back
 
 
 class Encoded(NamedTuple):
