@@ -413,7 +413,7 @@ def test_a_run_trains_on_what_is_kept_and_says_so(tmp_path: Path, monkeypatch: p
 def test_settings_are_known_and_checked_without_numpy() -> None:
     assert {"data.screen.min_bytes", "data.source", "optim.lr"} <= set(keys())
     code = (
-        "import sys\nfrom growkit.schedule.plan import check_screen\nfrom growkit.config.recipe import ScreenConfig\n"
+        "import sys\nfrom growkit.schedule.checks import check_screen\nfrom growkit.config.recipe import ScreenConfig\n"
         "check_screen(ScreenConfig(deduplicate='near', languages=['en']))\n"
         "assert not {'numpy', 'torch', 'datasketch', 'py3langid'} & set(sys.modules)\n"
     )
