@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from growkit.checkpoint import store
+from growkit.checkpoint import manifest, store
 from growkit.checkpoint.manifest import Manifest
 from growkit.cli import growing
 from growkit.growth.path import grown_config
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where there is room")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--growth", choices=GROWTHS, default="depth", help="depth: twice the layers, as identities")
-    parser.add_argument("--probe-tokens", type=int, default=128, help="of the certificate (default: growkit grow's)")
+    parser.add_argument("--probe-tokens", type=int, default=64, help="of the certificate (default: growkit grow's)")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/results/bench_growth.json")
     parser.add_argument("--child", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -161,7 +161,7 @@ def _grow_here(words: list[str]) -> dict[str, Any]:
 
         setattr(owner, name, run)
 
-    timed(growing, "open_any", "verify_source")
+    timed(manifest, "check_files", "check_of_the_source")
     timed(growing, "growth_report", "certificate")
     timed(store, "write_described", "grow_and_write")
     baseline = status("RssAnon")

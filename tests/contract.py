@@ -15,10 +15,11 @@ from torch.nn import functional as F
 
 from growkit.errors import ConfigError
 from growkit.growth.engine import Chain, grow, lazy_states
+from growkit.growth.logits import stream_logits
 from growkit.growth.operator import EXACT_FLOAT64, OPERATORS
 from growkit.growth.path import grown_config, path
 from growkit.growth.state import Moments, TrainState
-from growkit.growth.verify import TRAINING_TOLERANCE, stream_logits, with_new_tokens
+from growkit.growth.verify import TRAINING_TOLERANCE, with_new_tokens
 from growkit.models.config import ModelConfig
 from growkit.models.decoder import build
 from growkit.models.rope import YarnRope

@@ -61,7 +61,9 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path, name: str) -> None:
     read.save_pretrained(tmp_path / "two")
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "two")
     assert type(read) is GrowkitForCausalLM and read.growkit.config == model.config
-    assert torch.equal(read(probe(model.config)).logits, model(probe(model.config)))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(read.growkit.get_parameter(name), parameter), name
+    close(read(probe(model.config)).logits, model(probe(model.config)))  # mapped weights lie elsewhere, sums may round
     assert (read.get_output_embeddings() is None) == model.config.tied_head
     assert sum(p.numel() for p in read.parameters()) == model.config.num_params()
 

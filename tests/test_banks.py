@@ -14,10 +14,10 @@ from growkit.checkpoint import store
 from growkit.errors import ConfigError
 from growkit.growth.banks import first_banks, merge, merge_record
 from growkit.growth.engine import grow
+from growkit.growth.logits import stream_logits
 from growkit.growth.operator import EXACT_FLOAT64
 from growkit.growth.path import grown_config
 from growkit.growth.state import TrainState
-from growkit.growth.verify import stream_logits
 from growkit.models.config import PattentionMLP
 from tests.support import cli, model_config, probe, recipe_dict, records, trained_like, write_recipe
 

@@ -14,22 +14,25 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 from safetensors.torch import load_file
 
+from growkit.checkpoint import hashing, store
 from growkit.checkpoint import manifest as manifests
-from growkit.checkpoint import store
 from growkit.checkpoint.shard_writer import ENTRY_BYTES
 from growkit.cli import growing
 from growkit.errors import CheckpointError, ConfigError, PreservationError
-from growkit.growth import expand, gradients, verify
+from growkit.growth import expand, gradients, logits, verify
 from growkit.growth.engine import lazy_states
 from growkit.growth.gradients import PROBE_SIZE, PROBE_STEPS, probe_gradients
+from growkit.growth.logits import Pair, stream_logits
 from growkit.growth.operator import OPERATORS
 from growkit.growth.path import grown_config, path
 from growkit.growth.state import Moments, TrainState
 from growkit.models.config import ModelConfig
 from growkit.models.decoder import build
 from growkit.models.spec import param_specs
+from growkit.schedule.progress import Progress
 from scripts import bench_growth
 from tests import contract
 from tests.support import context, model_config, probe, trained_like
@@ -264,3 +267,65 @@ def test_memory_holds_a_few_tensors_never_a_state(tmp_path: Path) -> None:
     largest = max(4 * spec.numel for spec in param_specs(config).values())
     assert state >= 4 * MOST_TENSORS * largest
     assert peak <= MOST_TENSORS * largest, f"{peak / largest:.1f} largest tensors"
+
+
+# What depth does to a model, and what of the old layers then is computed once; other hidden units are other layers.
+SHARED = {"depth": ({"num_layers": 4}, 2), "mlp": ({"mlp_dim": 96}, 0)}
+
+
+@pytest.mark.parametrize("growth", SHARED)
+def test_layers_that_did_not_change_are_gone_through_once(growth: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields, shared = SHARED[growth]
+    before = trained_like(model_config("transformer"), dtype=torch.float64)
+    target = grown_config(before.config, fields, {})
+    links = path(before.config, target, {})
+    after = lazy_states(before, links, torch.Generator().manual_seed(0))[-1].materialized()
+    tokens = probe(before.config)[:, :-1]
+    wanted = [stream_logits(state.config, state.params, tokens, torch.float64) for state in (before, after)]
+    gone_through = []
+    through = logits._Pass.through
+
+    def counted(self: Any, spec: Any) -> None:
+        gone_through.append(spec.id)
+        through(self, spec)
+
+    monkeypatch.setattr(logits._Pass, "through", counted)
+    both = Pair(before, after).logits(tokens, torch.float64)
+    assert torch.equal(both[0], wanted[0]) and torch.equal(both[1], wanted[1])
+    assert len(gone_through) == len(before.config.layers) + len(after.config.layers) - shared
+    # One weight that is another one, in a layer of the same shape and name: it and all after it are the new model's.
+    name = "layers.0.mlp_norm.gain"
+    changed = TrainState(after.config, {**after.params, name: after.params[name] * 1.5})
+    both = Pair(before, changed).logits(tokens, torch.float64)
+    assert torch.equal(both[0], wanted[0])
+    assert torch.equal(both[1], stream_logits(changed.config, changed.params, tokens, torch.float64))
+    assert not torch.equal(both[1], wanted[1])
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, hashing.READ_BYTES, 2 * hashing.READ_BYTES + 77])
+def test_a_mapped_file_has_the_hash_of_its_bytes(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = (bytes(range(251)) * (size // 251 + 1))[:size]
+    (tmp_path / "file").write_bytes(content)
+    wanted = xxhash.xxh3_128(content).hexdigest()
+    assert hashing.file_hash(tmp_path / "file") == wanted
+    monkeypatch.setattr(hashing, "MADV_POPULATE_READ", 12345)  # as a kernel that has none answers
+    assert hashing.file_hash(tmp_path / "file") == wanted
+
+
+def test_damage_that_is_found_beside_a_growth_leaves_nothing(tmp_path: Path) -> None:
+    state = trained_like(model_config("transformer"), dtype=torch.float32)
+    store.write(tmp_path / "source", state, manifests.Manifest(state.config, Progress()))
+    moments = tmp_path / "source/moments-00001.safetensors"
+    content = bytearray(moments.read_bytes())
+    content[-1] ^= 1
+    moments.write_bytes(content)
+    with pytest.raises(CheckpointError, match="moments-00001"):
+        growing.grow_checkpoint(tmp_path / "source", ["num_layers=4"], tmp_path / "grown", 0, 16)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    # A weight that is no number fails the certificate; what is said is that the file is damaged.
+    params = tmp_path / "source/params-00001.safetensors"
+    content = bytearray(params.read_bytes())
+    content[-4:] = b"\xff\xff\xff\xff"
+    params.write_bytes(content)
+    with pytest.raises(CheckpointError, match="params-00001"):
+        growing.grow_checkpoint(tmp_path / "source", ["num_layers=4"], tmp_path / "grown", 0, 16)

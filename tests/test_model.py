@@ -188,7 +188,8 @@ def test_no_token_sees_a_later_one(config: ModelConfig) -> None:
         changed = tokens.clone()
         changed[:, at] = (changed[:, at] + 1) % config.vocab_size
         after = model(changed).detach()
-        assert torch.equal(after[:, :at], before[:, :at]), "an earlier logit changed"
+        # Not bitwise: how many tokens an expert gets decides in which order a product adds.
+        assert relative(after[:, :at], before[:, :at]) <= ROUNDING, "an earlier logit changed"
         assert (after[:, at:] != before[:, at:]).any(-1).all(), "a later logit did not"
 
 

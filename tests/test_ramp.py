@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from growkit.errors import ConfigError
-from growkit.growth.verify import stream_logits
+from growkit.growth.logits import stream_logits
 from growkit.models.config import DenseMLP, ModelConfig, Pattention, PattentionMLP, from_json, to_json, unmasked
 from growkit.models.decoder import build
 from growkit.models.ramp import Ramp

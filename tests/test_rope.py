@@ -11,9 +11,9 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from growkit.growth.engine import lazy_states
+from growkit.growth.logits import stream_logits
 from growkit.growth.operator import EXACT_FLOAT64
 from growkit.growth.path import grown_config, path
-from growkit.growth.verify import stream_logits
 from growkit.models.config import ModelConfig, from_json, to_json
 from growkit.models.decoder import Cache, build
 from growkit.models.layers import rope_table

@@ -10,9 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from growkit import __version__
+from growkit.checkpoint.hashing import file_hash
 from growkit.errors import CheckpointError, ConfigError
 from growkit.models.config import ModelConfig, from_json, to_json
 from growkit.schedule.progress import Progress
@@ -20,7 +19,6 @@ from growkit.schedule.progress import Progress
 FORMAT = 3
 NAME = "manifest.json"
 HASHERS = 2  # files that are hashed, and flushed, at once
-READ_BYTES = 1 << 22
 
 
 def _data_state(body: dict[str, Any]) -> dict[str, Any]:
@@ -119,12 +117,18 @@ def read(folder: Path, *, verify: bool = True) -> Manifest:
         raise CheckpointError("unreadable", f"cannot be read ({error})", key=str(path), mend=mend) from error
     manifest = decode(data, path)
     if verify:
-        with ThreadPoolExecutor(HASHERS) as hashers:
-            sound = hashers.map(lambda item: _sound(folder / item[0], item[1]), manifest.files.items())
-            for name, matches in zip(manifest.files, sound, strict=True):
-                if not matches:
-                    raise _damaged(folder / name, "does not match the hash in the manifest")
+        check_files(folder, manifest)
     return manifest
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Compares every file with its hash, those of parameters first. Raises CheckpointError naming the file."""
+    files = sorted(manifest.files.items(), key=lambda item: (not item[0].startswith("params"), item[0]))
+    with ThreadPoolExecutor(HASHERS) as hashers:
+        sound = hashers.map(lambda item: _sound(folder / item[0], item[1]), files)
+        for (name, _), matches in zip(files, sound, strict=True):
+            if not matches:
+                raise _damaged(folder / name, "does not match the hash in the manifest")
 
 
 def _sound(file: Path, entry: Mapping[str, Any]) -> bool:
@@ -139,15 +143,6 @@ def _sound(file: Path, entry: Mapping[str, Any]) -> bool:
         raise _damaged(file, "is missing") from error
     except OSError as error:
         raise _damaged(file, f"cannot be read ({error})") from error
-
-
-def file_hash(path: Path) -> str:
-    """XXH3, 128 bits: it notices damage as a cryptographic hash would, and is faster than any disk."""
-    digest = xxhash.xxh3_128()
-    with open(path, "rb", buffering=0) as file:
-        while block := file.read(READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _damaged(path: Path, problem: str) -> CheckpointError:

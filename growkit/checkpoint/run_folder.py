@@ -166,8 +166,9 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / step_name(step)
 
-    def load(self, step: int | None = None) -> store.Checkpoint:
-        """The checkpoint of ``step``, or the latest. A damaged one is refused, and the one before it offered."""
+    def load(self, step: int | None = None, *, verify: bool = True) -> store.Checkpoint:
+        """The checkpoint of ``step``, or the latest. A damaged one is refused, and the one before it offered.
+        ``verify``: whether its files are compared with their hashes."""
         steps = self.steps()
         if not steps:
             mend = f"start it again with `growkit resume {self.path}`"
@@ -180,7 +181,7 @@ class RunFolder:
         from growkit.checkpoint import store  # torch, which a reader of the log does without
 
         try:
-            return store.read(self.checkpoint(step))
+            return store.read(self.checkpoint(step), verify=verify)
         except CheckpointError as error:
             if error.code not in ("damaged", "not-a-checkpoint", "unreadable"):
                 raise

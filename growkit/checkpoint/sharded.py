@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from growkit import faults
 from growkit.checkpoint import store
-from growkit.checkpoint.manifest import Manifest, file_hash
+from growkit.checkpoint.hashing import file_hash
+from growkit.checkpoint.manifest import Manifest
 from growkit.growth.state import TrainState
 
 GROUPS = ("params", "moments")

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from growkit import faults
 from growkit.checkpoint import manifest as manifests
+from growkit.checkpoint.hashing import file_hash
 from growkit.checkpoint.manifest import Manifest
 from growkit.checkpoint.run_folder import LOG
 from growkit.checkpoint.shard_writer import ShardWriter
@@ -147,6 +149,20 @@ def read(folder: Path, *, verify: bool = True) -> Checkpoint:
     return Checkpoint(folder, manifest, TrainState(manifest.model, ordered, moments, dict(manifest.born)))
 
 
+@contextmanager
+def checked_beside(checkpoint: Checkpoint) -> Iterator[Callable[[], None]]:
+    """Context: the files of a checkpoint that was read without it are compared with their hashes, beside what is done
+    with them. Gives a function that waits for the end of that. Raises CheckpointError for a damaged file, in the place
+    of whatever error it led to."""
+    with ThreadPoolExecutor(1) as checker:
+        checked = checker.submit(manifests.check_files, checkpoint.folder, checkpoint.manifest)
+        try:
+            yield checked.result
+        except Exception:
+            checked.result()
+            raise
+
+
 def write_group(
     folder: Path,
     group: str,
@@ -192,7 +208,7 @@ def write_group(
 def _flushed_hash(path: Path, again: bool) -> str:
     """Of a file that is on the disk then; unless it is read ``again``, its pages make room for what is."""
     fsync(path)
-    digest = manifests.file_hash(path)
+    digest = file_hash(path)
     if not again:
         forget(path)
     return digest

@@ -32,15 +32,16 @@ console = Console(highlight=False)
 MIN_TEMPERATURE = 1e-3  # below it, logits over temperature leave the range of float32
 
 
-def open_any(folder: Path, step: int | None = None) -> Checkpoint:
-    """A checkpoint or Hugging Face folder, or the latest checkpoint (or that of ``step``) of a run folder. Raises
-    CheckpointError, and ConfigError for a Hugging Face model growkit does not know."""
+def open_any(folder: Path, step: int | None = None, *, verify: bool = True) -> Checkpoint:
+    """A checkpoint or Hugging Face folder, or the latest checkpoint (or that of ``step``) of a run folder. ``verify``:
+    whether files are compared with their hashes, where there are any. Raises CheckpointError, and ConfigError for a
+    Hugging Face model growkit does not know."""
     if (folder / MARK).is_file():
-        return RunFolder.open(folder).load(step)
+        return RunFolder.open(folder).load(step, verify=verify)
     if step is not None:
         mend = "name a run folder, or leave --from out"
         raise ConfigError("no-such-step", "is for a run, and this is not one", key="--from", value=step, mend=mend)
-    return read_folder(folder) if is_model_folder(folder) else store.read(folder)
+    return read_folder(folder) if is_model_folder(folder) else store.read(folder, verify=verify)
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:

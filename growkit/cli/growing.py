@@ -54,7 +54,7 @@ def grow_checkpoint(
     only. A Hugging Face folder becomes another one, its tensors in ``dtype`` or as they were, unless ``as_growkit``."""
     refuse_existing(output, "--output")
     _keep_freed_blocks()
-    checkpoint = open_any(source)
+    checkpoint = open_any(source, verify=False)  # it is, beside the growth
     folder = checkpoint if isinstance(checkpoint, ModelFolder) and not as_growkit else None
     if dtype is not None and folder is None:
         problem = "is for Hugging Face folders: growkit's own checkpoints are float32"
@@ -99,6 +99,7 @@ def grow_checkpoint(
 
     def describe(written: TrainState) -> tuple[Manifest, bytes]:
         event.update(growth_report(grown, probe, grown=written).record())
+        wait_until_checked()
         log = log_before(checkpoint.folder, checkpoint.manifest) + encoded(event | place)
         manifest = dataclasses.replace(
             checkpoint.manifest,
@@ -109,7 +110,8 @@ def grow_checkpoint(
         )
         return manifest, log
 
-    store.write_described(output, grown[-1], describe)
+    with store.checked_beside(checkpoint) as wait_until_checked:
+        store.write_described(output, grown[-1], describe)
     _show_grown(event, output)
 
 

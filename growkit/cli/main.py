@@ -208,7 +208,7 @@ def grow(
     data: Annotated[
         str | None, typer.Option(help="Text to measure on: a file, folder or hf:NAME (default: random tokens).")
     ] = None,
-    probe_tokens: Annotated[int, typer.Option(min=2, help="Tokens the certificate is measured on.")] = 128,
+    probe_tokens: Annotated[int, typer.Option(min=2, help="Tokens the certificate is measured on.")] = 64,
     kind: Annotated[
         Literal["growkit"] | None, typer.Option("--as", help="A growkit checkpoint, whatever the source is.")
     ] = None,
@@ -235,7 +235,7 @@ def merge(
     data: Annotated[
         str | None, typer.Option(help="Text to measure on: a file, folder or hf:NAME (default: random tokens).")
     ] = None,
-    probe_tokens: Annotated[int, typer.Option(min=2, help="Tokens the certificates are measured on.")] = 128,
+    probe_tokens: Annotated[int, typer.Option(min=2, help="Tokens the certificates are measured on.")] = 64,
 ) -> None:
     """Lay the banks that two models grew side by side in one."""
     from growkit.cli.growing import merge_checkpoints

@@ -10,19 +10,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from growkit.errors import PreservationError
-from growkit.growth.gradients import PROBE_STEPS, empty_layer, empty_norm, fill, probe_gradients
+from growkit.growth.gradients import PROBE_STEPS, probe_gradients
+from growkit.growth.logits import Pair, stream_logits
 from growkit.growth.operator import Exactness
 from growkit.growth.state import TrainState
-from growkit.models.config import ModelConfig
-from growkit.models.layers import rope_table
-from growkit.models.ramp import stream_mask
 
 # Relative Δlogits of an exact step, measured in the dtype of training: the same function in another order of sums.
 # 1e-4 is about 1000 float32 roundings of 6e-8; 5e-2 is some ten bf16 roundings of 4e-3.
 TRAINING_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2}
-HEAD_BYTES = 64 << 20  # of the head's weights as they are read; converted and multiplied that much at a time
 READ_NEW = 4  # one token in so many of the probe is a new one, where the vocabulary grew
-GRADIENT_TOKENS = 64  # of the probe, for the gradients: whether there are any does not take all of it
+GRADIENT_TOKENS = 32  # of the probe, for the gradients: whether there are any does not take all of it
 LIVE_BY = 2  # the step by which what one operator adds has a gradient
 # Gradients of equal rows differ by the order in which a matrix product adds, some 1e-8 to 1e-6 of them; those of rows
 # that a little noise tells apart, by 1e-4 or more.
@@ -80,13 +77,9 @@ def certify(
     tokens, targets = probe[:, :-1], probe[:, 1:]
     sizes = before.config.vocab_size, after.config.vocab_size
     exact = all(claim.kind == "exact" for claim in claims)
-    if wide is None:
-        wide_before = stream_logits(before.config, before.params, tokens, torch.float64)
-        wide_after = stream_logits(after.config, after.params, tokens, torch.float64)
-    else:
-        wide_before, wide_after = wide
-    run_before = stream_logits(before.config, before.params, tokens, dtype)
-    run_after = stream_logits(after.config, after.params, tokens, dtype)
+    pair = Pair(before, after)
+    wide_before, wide_after = pair.logits(tokens, torch.float64) if wide is None else wide
+    run_before, run_after = pair.logits(tokens, dtype)
     read = with_new_tokens(probe, *sizes)
     norms, alive, locked = _new_gradients(after, read, new)
     certificate = Certificate(
@@ -146,30 +139,6 @@ def _not_preserved(reason: str, measured: float, tolerance: float, where: str) -
         key="grow",
         mend="the state before the growth is kept; please report this with the recipe",
     )
-
-
-@torch.no_grad()
-def stream_logits(config: ModelConfig, params: Mapping[str, Tensor], tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    """Logits (rows, context, vocab) computed in ``dtype`` (bf16: float32 weights under autocast), with the weights of
-    one layer at a time in memory."""
-    work = torch.float32 if dtype == torch.bfloat16 else dtype
-    with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        x = F.embedding(tokens, params["embedding.weight"]).to(work)
-        if (mask := stream_mask(config)) is not None:
-            x = mask(x)
-        positions = torch.arange(tokens.shape[1], device=x.device)
-        for spec in config.layers:
-            layer = fill(empty_layer(spec, config), params, f"layers.{spec.id}.", work)
-            x, _ = layer(x, rope_table(spec.mixer, positions, x.dtype))
-            del layer  # before the next one is there
-        h = fill(empty_norm(config), params, "final_norm.", work)(x)
-        head = params["embedding.weight" if config.tied_head else "head.weight"]
-        logits = h.new_empty(*tokens.shape, config.vocab_size, dtype=torch.promote_types(work, torch.float32))
-        start = 0
-        for rows in torch.split(head, max(1, HEAD_BYTES // head[0].nbytes)):
-            logits[..., start : start + len(rows)] = F.linear(h, rows.to(work))
-            start += len(rows)
-        return logits.mul_(config.logit_scale)
 
 
 def _new_gradients(

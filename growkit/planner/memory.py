@@ -19,7 +19,7 @@ from growkit.schedule.plan import GrowthSchedule, Stage
 MOMENTS = 2 * FLOAT  # bytes of AdamW's two moments of one entry
 FLOAT64 = 8
 VALIDATION_ROWS = 32  # windows of a validation's forward pass: eval/validate.py, ROWS
-GRADIENT_TOKENS = 64  # of the probe, for the gradients of a certificate: growth/verify.py
+GRADIENT_TOKENS = 32  # of the probe, for the gradients of a certificate: growth/verify.py
 HELD_BYTES = 64 << 20  # signs that a certificate holds in memory: growth/gradients.py, HELD_BYTES
 
 

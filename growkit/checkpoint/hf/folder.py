@@ -21,8 +21,8 @@ from growkit.checkpoint.hf.adapter import Adapter, LaidOut, Rule
 from growkit.checkpoint.hf.settings import CONFIG, read_config
 from growkit.checkpoint.store import Checkpoint, Ordered, StoredTensors, fsync, write_group, writing
 from growkit.errors import CheckpointError, ConfigError
+from growkit.growth.logits import stream_logits
 from growkit.growth.state import TrainState
-from growkit.growth.verify import stream_logits
 from growkit.models.config import ModelConfig
 from growkit.models.spec import param_specs
 

@@ -1,0 +1,100 @@
+"""Logits of models that are never whole in memory: the weights of one layer at a time are read, converted, used."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from growkit.growth.gradients import empty_layer, empty_norm, fill
+from growkit.growth.state import TrainState
+from growkit.models.config import LayerSpec, ModelConfig
+from growkit.models.layers import rope_table
+from growkit.models.ramp import stream_mask
+
+HEAD_BYTES = 64 << 20  # of the head's weights as they are read; converted and multiplied that much at a time
+
+
+@torch.no_grad()
+def stream_logits(config: ModelConfig, params: Mapping[str, Tensor], tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """Logits (rows, context, vocab) of ``tokens`` (rows, context), computed in ``dtype`` (bf16: float32 weights under
+    autocast)."""
+    with _autocast(tokens, dtype):
+        pass_ = _Pass(config, params, tokens, dtype)
+        for spec in config.layers:
+            pass_.through(spec)
+        return pass_.logits()
+
+
+class Pair:
+    """Two models of which one may have been grown from the other, to be compared. What two layers with the same weights
+    make of the same input is computed once: the same operations on the same bits give the same bits. After an identity
+    insert that is every old layer."""
+
+    def __init__(self, before: TrainState, after: TrainState) -> None:
+        self.before, self.after = before, after
+        self._alike: dict[int, bool] = {}
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``stream_logits`` of both."""
+        with _autocast(tokens, dtype):
+            old, new = (_Pass(state.config, state.params, tokens, dtype) for state in (self.before, self.after))
+            left = list(self.before.config.layers)
+            for spec in self.after.config.layers:
+                if spec in left:
+                    while left[0] != spec:  # the layers before it, that the new model has not, or changed
+                        old.through(left.pop(0))
+                    same = torch.equal(old.x, new.x) and self._same(spec)
+                    old.through(left.pop(0))
+                    if same:
+                        new.x = old.x
+                        continue
+                new.through(spec)
+            for spec in left:
+                old.through(spec)
+            return old.logits(), new.logits()
+
+    def _same(self, spec: LayerSpec) -> bool:
+        """Whether ``spec`` is the same layer in both, weights included, which are read once for it."""
+        if spec.id not in self._alike:
+            configs = (dataclasses.replace(state.config, layers=()) for state in (self.before, self.after))
+            prefix = f"layers.{spec.id}."
+            names = [name for name in self.before.params if name.startswith(prefix)]
+            old, new = self.before.params, self.after.params
+            self._alike[spec.id] = next(configs) == next(configs) and all(torch.equal(old[n], new[n]) for n in names)
+        return self._alike[spec.id]
+
+
+def _autocast(tokens: Tensor, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+class _Pass:
+    """A forward pass; ``x`` (rows, context, embed): the residual stream so far."""
+
+    def __init__(self, config: ModelConfig, params: Mapping[str, Tensor], tokens: Tensor, dtype: torch.dtype) -> None:
+        self.config, self.params = config, params
+        self.work = torch.float32 if dtype == torch.bfloat16 else dtype
+        x = F.embedding(tokens, params["embedding.weight"]).to(self.work)
+        mask = stream_mask(config)
+        self.x = x if mask is None else mask(x)
+        self.positions = torch.arange(tokens.shape[1], device=x.device)
+
+    def through(self, spec: LayerSpec) -> None:
+        layer = fill(empty_layer(spec, self.config), self.params, f"layers.{spec.id}.", self.work)
+        self.x, _ = layer(self.x, rope_table(spec.mixer, self.positions, self.x.dtype))
+
+    def logits(self) -> Tensor:
+        config, x = self.config, self.x
+        h = fill(empty_norm(config), self.params, "final_norm.", self.work)(x)
+        head = self.params["embedding.weight" if config.tied_head else "head.weight"]
+        logits = h.new_empty(*x.shape[:-1], config.vocab_size, dtype=torch.promote_types(self.work, torch.float32))
+        start = 0
+        for rows in torch.split(head, max(1, HEAD_BYTES // head[0].nbytes)):
+            logits[..., start : start + len(rows)] = F.linear(h, rows.to(self.work))
+            start += len(rows)
+        return logits.mul_(config.logit_scale)
