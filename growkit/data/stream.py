@@ -50,7 +50,8 @@ class Batch(NamedTuple):
     """A micro-batch: ``tokens``, ``targets``, ``segments`` as of Rows. ``window``: as of StepShape. ``unscored``:
     whether any target is. ``weight``: what its mean loss is multiplied by, so that every scored token of the step
     counts the same. ``state``: of the source *after* this batch, over all processes; it travels with the batch because
-    a trainer may fetch ahead."""
+    a trainer may fetch ahead. ``part``, ``parts``: where rows are to be chosen, which of the step's micro-batches this
+    is and how many there are; then the rows are all the candidates of the step, the same in each."""
 
     tokens: Tensor
     targets: Tensor
@@ -59,6 +60,8 @@ class Batch(NamedTuple):
     unscored: bool
     weight: float
     state: State
+    part: int = 0
+    parts: int = 1
 
     @property
     def cursor(self) -> int:
@@ -156,7 +159,7 @@ def padding(state: State) -> int | None:
 class Batches:
     """Endless micro-batches of optimizer steps from ``first_step`` on, ``accumulate`` a step, from ``state`` on.
     ``shape``: of each step. Process ``rank`` of ``world_size`` takes its rows of each. The rows of a step are the same
-    ones whatever the last three numbers are."""
+    ones whatever those three numbers are. ``candidates``: rows that are read for each that a step has."""
 
     source: DataSource
     state: State
@@ -165,11 +168,14 @@ class Batches:
     accumulate: int = 1
     rank: int = 0
     world_size: int = 1
+    candidates: int = 1
 
     def __iter__(self) -> Iterator[Batch]:
         step, state = self.first_step, self.state
         while True:
-            batches = self._step(self.shape(step), state)
+            batches = self._step(self.shape(step).times(self.candidates), state)
+            if self.candidates > 1:
+                batches = _together(batches)
             state = batches[-1].state
             yield from batches
             step += 1
@@ -205,6 +211,19 @@ class Batches:
             )
             for rows, state in taken
         ]
+
+
+def _together(batches: list[Batch]) -> list[Batch]:
+    """Each with the rows of all of a step, none of which is padded."""
+    assert all(batch.weight == 1 for batch in batches)
+    segments = [batch.segments for batch in batches if batch.segments is not None]
+    whole = batches[-1]._replace(
+        tokens=torch.cat([batch.tokens for batch in batches]),
+        targets=torch.cat([batch.targets for batch in batches]),
+        segments=torch.cat(segments) if segments else None,
+        parts=len(batches),
+    )
+    return [whole._replace(part=part) for part in range(len(batches))]
 
 
 def _scored(rows: Rows) -> int:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from growkit.checkpoint.reference import Reference, load_reference
 from growkit.config.recipe import BYTES, Recipe
 from growkit.data.corpus import Corpus, Part, load_corpus
 from growkit.data.mixture import Mixture
@@ -28,7 +29,8 @@ from growkit.schedule.plan import GrowthSchedule
 class RunData(Protocol):
     """``name``: of the source. ``amount``: how much there is, for the reader. ``sha256``: of what is trained on.
     ``record``: what a checkpoint says of it. ``bytes_per_token``: of what is trained on, on average. ``corpus``: the
-    text that an n-gram counts and a sample goes on from; None where there is none."""
+    text that an n-gram counts and a sample goes on from; None where there is none. ``reference``: the model that
+    ``data.select`` compares with; None where there is none."""
 
     @property
     def name(self) -> str: ...
@@ -42,6 +44,8 @@ class RunData(Protocol):
     def bytes_per_token(self) -> float: ...
     @property
     def corpus(self) -> Corpus | None: ...
+    @property
+    def reference(self) -> Reference | None: ...
 
     def require_same(self, record: Mapping[str, Any]) -> None:
         """Raises DataError when this is not what a run was trained on, as its ``record`` says."""
@@ -67,6 +71,7 @@ class RunData(Protocol):
 @dataclass(frozen=True)
 class TextData:
     corpus: Corpus
+    reference: Reference | None = None
 
     @property
     def name(self) -> str:
@@ -90,7 +95,7 @@ class TextData:
 
     @property
     def record(self) -> dict[str, Any]:
-        return self.corpus.record
+        return self.corpus.record | ({} if self.reference is None else {"reference": self.reference.digest})
 
     @property
     def bytes_per_token(self) -> float:
@@ -98,6 +103,8 @@ class TextData:
 
     def require_same(self, record: Mapping[str, Any]) -> None:
         self.corpus.require_same(record)
+        if self.reference is not None:
+            self.reference.require_same(record.get("reference", self.reference.digest))
 
     def source(self, recipe: Recipe, schedule: GrowthSchedule) -> DataSource:
         sources = [_rows_of(part, recipe, schedule) for part in self.corpus.parts]
@@ -137,6 +144,7 @@ class TaskData:
     task: Task
     bytes_per_token: float = 1.0
     corpus: None = None
+    reference: None = None
 
     @property
     def name(self) -> str:
@@ -188,7 +196,7 @@ class TaskData:
 
 def prepare_data(recipe: Recipe, schedule: GrowthSchedule) -> RunData:
     """What ``recipe`` trains on: long enough for its longest context, in ids that its model has. Raises DataError and
-    ConfigError."""
+    ConfigError, and CheckpointError for a reference that is damaged."""
     task = task_of(recipe.data)
     if task is not None:  # whose lengths and vocabulary the schedule has checked
         return TaskData(task)
@@ -196,4 +204,4 @@ def prepare_data(recipe: Recipe, schedule: GrowthSchedule) -> RunData:
     tokenizer.require_room(schedule.start_model.vocab_size)
     corpus = load_corpus(recipe.data, tokenizer)
     corpus.require(schedule.max_context_length)
-    return TextData(corpus)
+    return TextData(corpus, load_reference(recipe.data.select, corpus, recipe.trainer.backend))

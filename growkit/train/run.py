@@ -168,7 +168,7 @@ class Run:
             if grown.config != stage.model:
                 grown, report = self._grow(stage)
             if self.world_size == 1:  # several processes would have to agree on a size
-                size = fitting_micro_batch(grown, stage, self.recipe, self.device, self.dtype)
+                size = fitting_micro_batch(grown, stage, self.recipe, self.device, self.dtype, self.data.reference)
                 if size != stage.micro_batch_size:
                     log.warning("memory is short: micro-batches of %d instead of %d", size, stage.micro_batch_size)
                     self.progress = dataclasses.replace(self.progress, micro_batch_size=size)
@@ -199,7 +199,7 @@ class Run:
 
     def _fit(self, stage: Stage) -> None:
         remaining = stage.steps - self.progress.stage_step
-        module = StageModule(self.state, stage, self.recipe, self.progress.stage_step)
+        module = StageModule(self.state, stage, self.recipe, self.progress.stage_step, self.data.reference)
         after = AfterStep(self, module, last_step=stage.steps)
         trainer = stage_trainer(self.recipe, remaining, self.accumulate(stage), [after])
         batches = Batches(
@@ -210,6 +210,7 @@ class Run:
             self.accumulate(stage),
             rank=self.rank,
             world_size=self.world_size,
+            candidates=stage.candidates,
         )
         fit(trainer, module, batches)
         self.stop.install()
