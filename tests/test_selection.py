@@ -215,7 +215,8 @@ def test_stopped_and_resumed(kind: str, reference: Path, tmp_path: Path) -> None
 
 
 def test_rho_1_leaves_noise_alone(reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a text of which half the lines are bytes that tell nothing, the reference having seen the other half alone."""
+    """Of a text of which half the lines are bytes that tell nothing, the reference having seen the other half alone:
+    hardly a token of noise is kept where there are others."""
     draw = random.Random(0)
     lines = [
         f"{number} {TEXT}".encode() if number % 2 else bytes(draw.randrange(128, 256) for _ in range(100)) + b"\n"
@@ -223,14 +224,15 @@ def test_rho_1_leaves_noise_alone(reference: Path, tmp_path: Path, monkeypatch: 
     ]
     corpus = tmp_path / "noisy.txt"
     corpus.write_bytes(b"".join(lines))
-    kept: list[tuple[float, float]] = []
+    kept: list[tuple[float, float, float]] = []  # shares of noise: in what is read, in what is kept, the least possible
     loss = Selector._rho_1
 
     def watched(self: Selector, model: DecoderLM, batch: Batch) -> Any:
         def top(values: Tensor, among: Tensor | None, share: float) -> Tensor:
             where = top_share(values, among, share)
             noise = (batch.targets >= 128).float()
-            kept.append((float(noise.mean()), float(noise[where].mean())))
+            shares = float(noise.mean()), float(noise[where].mean())
+            kept.append((*shares, max(0.0, shares[0] - (1 - share)) / share))
             return where
 
         monkeypatch.setattr(selection, "top_share", top)
@@ -240,13 +242,13 @@ def test_rho_1_leaves_noise_alone(reference: Path, tmp_path: Path, monkeypatch: 
     path = small(tmp_path, kind="rho_1", keep=0.4, reference=str(reference))
     code, _, err = cli("train", path, f"data.source={corpus}", "stages.0.duration=20 steps", "model.dropout=0")
     assert code == 0, err
-    read_, trained = (sum(column) / len(kept) for column in zip(*kept, strict=True))
-    assert read_ > 0.4 and trained < 0.05, (read_, trained)
+    found, trained, least = (sum(column) / len(kept) for column in zip(*kept, strict=True))
+    assert found > 0.4 and trained < least + 0.05, (found, trained, least)
 
 
 def test_a_reference_from_hugging_face_is_the_same(reference: Path, tmp_path: Path) -> None:
     exported = tmp_path / "exported"
-    assert cli("export", reference, "--output", exported)[0] == 0
+    assert cli("export", reference, exported)[0] == 0
     path = small(tmp_path, kind="rho_1", keep=0.5, reference=str(reference))
     for name, of in (("own", reference), ("theirs", exported)):
         code, _, err = cli("train", path, f"run.name={name}", f"data.select.reference={of}")
@@ -276,8 +278,8 @@ def test_rows_of_documents_with_padding(reference: Path, tmp_path: Path) -> None
 def test_two_processes(strategy: str, reference: Path, tmp_path: Path) -> None:
     """Rho-1 chooses in a micro-batch, so two processes choose what one does; of RHO-LOSS each has its own rows."""
     path = small(tmp_path, kind="rho_1", keep=0.5, reference=str(reference))
-    two = (f"trainer.strategy={strategy}", "trainer.devices=2", "model.dropout=0", "stages.0.micro_batch_size=2")
-    alone = ("model.dropout=0", "stages.0.micro_batch_size=2")
+    alone = ("model.dropout=0", "stages.0.micro_batch_size=2", "stages.1.micro_batch_size=2")
+    two = (f"trainer.strategy={strategy}", "trainer.devices=2", *alone)
     rho_loss = f"data.select={{kind: rho_loss, candidates: 3, reference: {reference}}}"
     runs = tmp_path / "runs"
     assert in_child("train", path, *alone, "run.name=alone") == 0

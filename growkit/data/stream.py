@@ -26,12 +26,15 @@ State = Mapping[str, Any]
 class Rows(NamedTuple):
     """``tokens``, ``targets``: int64 (rows, context); targets may be UNSCORED. ``segments``: which document of its row
     a token is of, int32 (rows, context); None: attention is not bounded by documents. ``scored``: targets that are
-    predicted, in all rows that were taken, those of other processes included."""
+    predicted, in all rows that were taken, those of other processes included. Where rows are drawn by their losses:
+    ``blocks``, which of the text each is of, int64 (rows,), and ``weights``, how much each counts, float32 (rows,)."""
 
     tokens: Tensor
     targets: Tensor
     segments: Tensor | None
     scored: int
+    blocks: Tensor | None = None
+    weights: Tensor | None = None
 
 
 class DataSource(Protocol):
@@ -51,7 +54,8 @@ class Batch(NamedTuple):
     whether any target is. ``weight``: what its mean loss is multiplied by, so that every scored token of the step
     counts the same. ``state``: of the source *after* this batch, over all processes; it travels with the batch because
     a trainer may fetch ahead. ``part``, ``parts``: where rows are to be chosen, which of the step's micro-batches this
-    is and how many there are; then the rows are all the candidates of the step, the same in each."""
+    is and how many there are; then the rows are all the candidates of the step, the same in each. ``blocks``,
+    ``row_weights``: as of Rows."""
 
     tokens: Tensor
     targets: Tensor
@@ -62,6 +66,8 @@ class Batch(NamedTuple):
     state: State
     part: int = 0
     parts: int = 1
+    blocks: Tensor | None = None
+    row_weights: Tensor | None = None
 
     @property
     def cursor(self) -> int:
@@ -119,9 +125,13 @@ class TokenStream:
         cursor, count = state["cursor"], rows * context_length
         first, last, _ = mine.indices(rows)
         at = self.positions(cursor + first * context_length, (last - first) * context_length)
-        at = at.reshape(last - first, context_length)
+        rows_here = self.rows_at(at.reshape(last - first, context_length))
+        return rows_here._replace(scored=count), {"cursor": cursor + count}
+
+    def rows_at(self, at: NDArray[np.int64]) -> Rows:
+        """The rows at the positions ``at`` (rows, context) of the corpus."""
         segments = None if self._ends is None else torch.from_numpy(self._segments(at, self._ends))
-        return Rows(*self._at(at), segments, count), {"cursor": cursor + count}
+        return Rows(*self._at(at), segments, at.size)
 
     def _segments(self, at: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int32]:
         """``at`` (rows, context): positions in the corpus. ``ends``: of the end tokens."""
@@ -159,7 +169,8 @@ def padding(state: State) -> int | None:
 class Batches:
     """Endless micro-batches of optimizer steps from ``first_step`` on, ``accumulate`` a step, from ``state`` on.
     ``shape``: of each step. Process ``rank`` of ``world_size`` takes its rows of each. The rows of a step are the same
-    ones whatever those three numbers are. ``candidates``: rows that are read for each that a step has."""
+    ones whatever those three numbers are. ``candidates``: rows that are read for each that a step has.
+    ``before``: called with the number of a step before its rows are taken, which may be a step before it is trained."""
 
     source: DataSource
     state: State
@@ -169,10 +180,13 @@ class Batches:
     rank: int = 0
     world_size: int = 1
     candidates: int = 1
+    before: Callable[[int], None] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         step, state = self.first_step, self.state
         while True:
+            if self.before is not None:
+                self.before(step)
             batches = self._step(self.shape(step).times(self.candidates), state)
             if self.candidates > 1:
                 batches = _together(batches)
@@ -208,6 +222,8 @@ class Batches:
                 unscored=bool((rows.targets == UNSCORED).any()),
                 weight=_scored(rows) / even,
                 state=state,
+                blocks=rows.blocks,
+                row_weights=rows.weights,
             )
             for rows, state in taken
         ]

@@ -140,7 +140,7 @@ class DecoderLM(nn.Module):
         """tokens (B, T) → logits (B, T, V); with ``targets`` (B, T), the losses instead, logits made in chunks. In
         training the total has the mixtures' balance losses in it, added up over the layers. ``mask``: as of ``hidden``.
         ``unscored``: some targets are UNSCORED, and losses are means over the others. ``each``: they are of each
-        target, (B, T)."""
+        target, (B · T,)."""
         h, balances = self._hidden(tokens, cache, mask=mask)
         if targets is None:
             return self.logits(h)
@@ -149,7 +149,7 @@ class DecoderLM(nn.Module):
         balance = torch.stack(balances).sum() if balances else None
         if each:
             of_each = each_cross_entropy(*flat, logit_scale=scale, z_loss=z_loss, chunk_tokens=chunk_tokens)
-            return EachLoss(of_each.total.view_as(targets), of_each.cross_entropy.view_as(targets), balance)
+            return of_each._replace(balance=balance)
         loss = chunked_cross_entropy(
             *flat, logit_scale=scale, z_loss=z_loss, chunk_tokens=chunk_tokens, unscored=unscored
         )

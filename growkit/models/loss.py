@@ -23,8 +23,8 @@ class TokenLoss(NamedTuple):
 
 
 class EachLoss(NamedTuple):
-    """Of each target, 0 where it is UNSCORED. ``total``: what is minimised. ``cross_entropy``: nats, without z-loss.
-    ``balance``: of the mixtures of experts, over all tokens; None where there is none."""
+    """Of each target, (N,), 0 where it is UNSCORED. ``total``: what is minimised. ``cross_entropy``: nats, without the
+    z-loss. ``balance``: of the mixtures of experts, over all tokens; None where there is none."""
 
     total: Tensor
     cross_entropy: Tensor

@@ -88,7 +88,8 @@ class AfterStep(L.Callback):
         )
         self._losses.append((run.progress.step, torch.stack(module.losses).mean()))
         module.losses = []
-        self._selected = {} if module.selector is None else module.selector.step_done()
+        if module.selector is not None:
+            self._selected = run.learn(module) if run.table is not None else module.selector.step_done()
         end = module.stage_step == self.last_step
         run.stopping = run.asked_to_stop()
         if run.world_size > 1:  # a signal may reach one process only; all must save and stop at the same step

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from growkit.checkpoint.reference import Reference, load_reference
 from growkit.config.recipe import BYTES, Recipe
 from growkit.data.corpus import Corpus, Part, load_corpus
+from growkit.data.importance import drawn_blocks, require_block
 from growkit.data.mixture import Mixture
 from growkit.data.packing import Packed
 from growkit.data.stream import DataSource, TokenStream, validation_windows, windows
@@ -24,6 +25,7 @@ from growkit.eval.ngram import bits
 from growkit.eval.synthetic import TaskScore, task_sums
 from growkit.eval.validate import mean_loss, target_positions, target_sizes
 from growkit.schedule.plan import GrowthSchedule
+from growkit.schedule.selection import selection_of
 
 
 class RunData(Protocol):
@@ -108,6 +110,12 @@ class TextData:
 
     def source(self, recipe: Recipe, schedule: GrowthSchedule) -> DataSource:
         sources = [_rows_of(part, recipe, schedule) for part in self.corpus.parts]
+        selection = selection_of(recipe)
+        if selection is not None and selection.kind == "importance":
+            (stream,) = sources
+            assert isinstance(stream, TokenStream), "what else there is has been refused"
+            how = {"smoothing": selection.smoothing, "temperature": selection.temperature}
+            return drawn_blocks(stream, unbiased=selection.unbiased, **how)
         return sources[0] if len(sources) == 1 else Mixture(sources, [part.weight for part in self.corpus.parts])
 
     def probe(self, context_length: int, tokens: int) -> Tensor:
@@ -204,4 +212,6 @@ def prepare_data(recipe: Recipe, schedule: GrowthSchedule) -> RunData:
     tokenizer.require_room(schedule.start_model.vocab_size)
     corpus = load_corpus(recipe.data, tokenizer)
     corpus.require(schedule.max_context_length)
+    if recipe.data.select is not None and recipe.data.select.kind == "importance":
+        require_block(corpus.name, corpus.train_tokens, schedule.block_tokens)
     return TextData(corpus, load_reference(recipe.data.select, corpus, recipe.trainer.backend))

@@ -81,8 +81,11 @@ def profile_stage(
     clock = PhaseClock(stage.accumulate, WARM_UP, steps, device)
     trainer = stage_trainer(recipe, WARM_UP + steps + TRACED, stage.accumulate, [clock])
     whole = stage.pace.shape(stage.context_length, stage.shape(0).window)
-    counts = {"accumulate": stage.accumulate, "candidates": stage.candidates}
-    fit(trainer, module, Batches(source, source.begin(), lambda _: whole, **counts))
+    fit(
+        trainer,
+        module,
+        Batches(source, source.begin(), lambda _: whole, accumulate=stage.accumulate, candidates=stage.candidates),
+    )
     assert clock.profiler is not None
     clock.profiler.export_chrome_trace(str(trace))
     events = {e.key: e for e in clock.profiler.key_averages() if e.key not in (*PHASES, "ProfilerStep*")}

@@ -1,4 +1,5 @@
-"""What a step trains on of what it has read: tokens (Rho-1) or rows (RHO-LOSS), by the loss of a reference model.
+"""What a step trains on of what it has read: tokens (Rho-1) or rows (RHO-LOSS), by the loss of a reference model; or
+all of it, each row with its weight (importance sampling).
 
 Legend: B rows, T tokens, N all targets of them.
 """
@@ -28,17 +29,24 @@ class Selector:
         self.selection, self.chunk_tokens, self.z_loss = selection, chunk_tokens, z_loss
         self.reference = None if reference is None else reference.model
         self.notes: list[dict[str, Tensor]] = []
+        self._rows: list[Tensor] = []
         self._chosen = torch.empty(0)  # of the step's candidates, which rows
         self._note: dict[str, Tensor] = {}  # on how they were chosen
 
     def loss(self, model: nn.Module, batch: Batch) -> TokenLoss:
         """Of what is trained on of ``batch``."""
-        return self._rho_1(model, batch) if self.selection.kind == "rho_1" else self._rho_loss(model, batch)
+        kinds = {"rho_1": self._rho_1, "rho_loss": self._rho_loss, "importance": self._weighted}
+        return kinds[self.selection.kind](model, batch)
 
     def step_done(self) -> dict[str, Tensor]:
         """What there is to say of the step, as means over this process's micro-batches; the next one begins."""
         notes, self.notes = self.notes, []
         return {name: torch.stack([note[name] for note in notes]).mean() for name in notes[0]}
+
+    def rows_done(self) -> Tensor:
+        """Of the rows of the step: block, loss and weight, float64 (micro-batches, rows, 3); the next one begins."""
+        rows, self._rows = self._rows, []
+        return torch.stack(rows)
 
     def _rho_1(self, model: nn.Module, batch: Batch) -> TokenLoss:
         """The mean over the tokens of largest excess loss, L_θ − L_ref (Lin et al. 2024, arXiv 2404.07965, equations
@@ -75,6 +83,15 @@ class Selector:
         )
         return loss
 
+    def _weighted(self, model: nn.Module, batch: Batch) -> TokenLoss:
+        """The mean over rows of weight × the row's mean (data/importance.py). The balance of experts has no weight."""
+        assert batch.blocks is not None and batch.row_weights is not None
+        each = self._each(model, batch)
+        losses, weights = each.cross_entropy.mean(1), batch.row_weights
+        self._rows.append(torch.stack([of.detach().double() for of in (batch.blocks, losses, weights)], dim=-1))
+        total = (weights * each.total.mean(1)).mean()
+        return TokenLoss(total if each.balance is None else total + each.balance, (weights * losses).mean())
+
     def _choose(self, model: nn.Module, batch: Batch, rows: int) -> None:
         """Scores ``rows`` at a time, as many as a training pass has, without dropout."""
         reducible = []
@@ -104,8 +121,9 @@ class Selector:
         mask = visible_keys(batch.tokens, batch.segments, batch.window)
         each: EachLoss = model(
             batch.tokens, batch.targets, mask=mask, each=True, z_loss=self.z_loss, chunk_tokens=self.chunk_tokens
-        )
-        return each
+        )  # flat: FSDP warns of a module that returns a view
+        total, cross_entropy = (of.view_as(batch.targets) for of in (each.total, each.cross_entropy))
+        return EachLoss(total, cross_entropy, each.balance)
 
 
 def _rows(batch: Batch, places: Tensor) -> Batch:

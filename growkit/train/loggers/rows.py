@@ -33,6 +33,8 @@ METRICS = {
         "kept": "data/kept",
         "excess": "data/excess",
         "excess_read": "data/excess_read",
+        "effective_rows": "data/effective_rows",
+        "seen_blocks": "data/seen_blocks",
         "tokens_per_second": "speed/tokens_per_second",
         "flops_per_second": "speed/flops_per_second",
         "utilisation": "speed/utilisation",
