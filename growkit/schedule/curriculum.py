@@ -107,12 +107,15 @@ class Pace:
             rows = self.rows * self.length // (length * self.parts) * self.parts
         return StepShape(rows, length, window, self.length if self.how == "truncate" else None)
 
+    def training_flops(self, length: int) -> float:
+        """Of a step, without choosing what to train on."""
+        return self.model.flops_per_token(length) * self.shape(length).tokens
+
     def step_flops(self, length: int) -> float:
-        """Of training, and of choosing what on."""
         if length not in self._flops:
             tokens = self.shape(length).tokens
             choosing = 0.0 if self.selection is None else self.selection.flops(self.model, length, tokens)
-            self._flops[length] = self.model.flops_per_token(length) * tokens + choosing
+            self._flops[length] = self.training_flops(length) + choosing
         return self._flops[length]
 
     def tokens(self, lengths: Lengths, steps: int) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from growkit.checkpoint import manifest as manifests
 from tests.bad_input.support import LAST, RUN, Arrange, Case, flip, reseal, train
 from tests.support import cli
 
