@@ -7,7 +7,4 @@ from growkit.cli.recipes import built_in
 EXTENSIONS = {"second-text": "first-text"}  # what goes on with a run of which recipe
 # What needs a reference: a run of which recipe.
 CHOOSING = {"rho-1": "quickstart-static", "rho-loss": "quickstart-static"}
-    "rho-1": "quickstart-static",
-    "rho-loss": "quickstart-static",
-}  # what needs a reference: a run of which recipe
 RECIPES = {name: path for name, path in built_in().items() if name not in EXTENSIONS | CHOOSING}
