@@ -28,7 +28,7 @@ def fitting_micro_batch(
     with torch.random.fork_rng():
         while True:
             try:
-                _try(state, stage, recipe, device, dtype, size, reference)
+                _try(state, stage, recipe, device, dtype, reference, size)
                 return size
             except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU allocator raises a bare one
                 if not _out_of_memory(error):
@@ -50,8 +50,8 @@ def _try(
     recipe: Recipe,
     device: str,
     dtype: torch.dtype,
-    rows: int,
     reference: Reference | None,
+    rows: int,
 ) -> None:
     trainer = recipe.trainer
     params = {name: tensor.to(device) for name, tensor in state.params.items()}
