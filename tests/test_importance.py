@@ -203,11 +203,12 @@ def test_stopped_and_resumed(tmp_path: Path) -> None:
     assert 0.5 < steps[-1]["effective_rows"] < 1 and steps[-1]["seen_blocks"] > 0.2
 
 
-def test_two_processes_draw_what_one_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_draw_what_one_does(strategy: str, tmp_path: Path) -> None:
     path, runs = small(tmp_path), tmp_path / "runs"
     options = ("model.dropout=0", "stages.0.micro_batch_size=2", "stages.1.micro_batch_size=2")
     assert in_child("train", path, *options, "run.name=alone") == 0
-    two = ("trainer.strategy=ddp", "trainer.devices=2", "run.name=both")
+    two = (f"trainer.strategy={strategy}", "trainer.devices=2", "run.name=both")
     assert two_processes("train", path, *options, *two, run=runs / "both") == [0, 0]
     for a, b in zip(records(runs / "alone", "step"), records(runs / "both", "step"), strict=True):
         for name in ("loss", "effective_rows", "seen_blocks"):

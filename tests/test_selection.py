@@ -292,6 +292,26 @@ def test_two_processes(strategy: str, reference: Path, tmp_path: Path) -> None:
     assert step["excess"] > step["excess_read"] and step["passed_over_tokens"] == 2 * 6 * 128
 
 
+def test_a_profile_and_a_plan_have_the_choosing_in_them(
+    reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))  # where the measured speed is kept
+    for kind, settings in KINDS.items():
+        path = small(tmp_path, reference=str(reference), **settings)
+        trace = tmp_path / f"{kind}.json"
+        code, out, err = cli("profile", path, "--stage", 1, "--steps", 2, "-o", trace)
+        assert code == 0 and "forward" in out, err
+        code, out, err = cli("plan", path, "--measure")
+        assert code == 0 and "% of the FLOPs go into choosing" in out, err
+        assert ("passed over" in out) == (kind == "rho_loss")
+        _, schedule = read(str(path), [])
+        pace = schedule.stages[0].pace
+        base = RunFolder.open(reference).load().manifest.model.forward_flops_per_token(16)
+        forward = schedule.stages[0].model.forward_flops_per_token(16)
+        extra = base if kind == "rho_1" else 3 * (forward + base)
+        assert pace.step_flops(16) - pace.training_flops(16) == pytest.approx(128 * extra)
+
+
 def test_a_run_goes_on_with_its_own_reference_alone(reference: Path, tmp_path: Path) -> None:
     copy = tmp_path / "reference"
     shutil.copytree(reference, copy)

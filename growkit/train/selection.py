@@ -103,7 +103,6 @@ class Selector:
                 excess = self._each(model, part).cross_entropy - self._of_reference(part)
                 reducible.append(excess.mean(1))
         model.train(training)
-        torch.clear_autocast_cache()  # its casts of weights, made without gradients, would serve the training pass
         scores = torch.cat(reducible)
         self._chosen = best_rows(scores, rows * batch.parts)
         excess = scores[self._chosen].mean()
