@@ -54,6 +54,9 @@ UNITS = {
     "data.screen.max_bytes": "bytes",
     "data.screen.near_threshold": "share",
     "data.screen.permutations": "permutations",
+    "data.select.keep": "share",
+    "data.select.candidates": "rows",
+    "data.select.smoothing": "share",
     "model.vocab_size": "entries",
     "model.embed_dim": "dimensions",
     "model.num_layers": "layers",
@@ -152,6 +155,13 @@ SECTIONS: tuple[tuple[str, str, ModuleType, str, str], ...] = (
         "ScreenConfig",
         "Which documents are left out: [screen your data](how-to/screen-data.md).",
     ),
+    (
+        "data.select",
+        "data.select",
+        recipe,
+        "SelectConfig",
+        "What a step trains on, by losses: [train on what is worth learning](how-to/hard-samples.md).",
+    ),
     ("optim", "optim", recipe, "OptimConfig", "The optimizer is AdamW."),
     ("trainer", "trainer", recipe, "TrainerConfig", ""),
     ("monitor", "monitor", recipe, "MonitorConfig", ""),
@@ -232,7 +242,7 @@ def _type(annotation: ast.expr) -> str:
     text = ast.unparse(annotation).removesuffix(" | None")
     kind = {"list[str]": "list of text", "list[SourceConfig]": "list of sources", "dict[str, str]": "mapping of text"}
     kind |= {"dict[str, int]": "mapping of whole numbers", "list[int]": "list of whole numbers"}
-    kind |= {"ContextConfig": "section", "CurriculumConfig": "section"}
+    kind |= {"ContextConfig": "section", "CurriculumConfig": "section", "SelectConfig": "section"}
     kind |= {"dict[str, float]": "mapping of numbers", "dict[str, Any]": "mapping"}
     return (words | kind)[text]
 

@@ -14,6 +14,7 @@ import yaml
 import growkit
 from growkit.config.load import parse_recipe
 from growkit.config.recipe import StageConfig
+from growkit.models.config import to_json
 from growkit.models.presets import PRESETS
 from growkit.schedule.plan import GrowthSchedule, growth_schedule
 
@@ -84,4 +85,7 @@ def schedule_of(block: Block) -> GrowthSchedule:
         stages = [FIRST, *stages]
     raw = {"model": {"preset": "tokenformer", "num_layers": 2}} | raw | {"stages": stages}
     overrides = [word for word in block.info.split() if word.startswith("model.")]
-    return growth_schedule(parse_recipe(yaml.safe_dump(raw), overrides, PRESETS, name=str(block)))
+    recipe = parse_recipe(yaml.safe_dump(raw), overrides, PRESETS, name=str(block))
+    if recipe.data.select is not None and recipe.data.select.reference is not None:  # it is not there: like the model
+        recipe.data.select.reference_model = to_json(recipe.model.expand())
+    return growth_schedule(recipe)

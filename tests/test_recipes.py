@@ -11,7 +11,7 @@ from growkit.cli.recipes import built_in, read
 from growkit.config.load import apply_override
 from growkit.models.decoder import DecoderLM
 from scripts import synthetic_tasks
-from tests.recipes import EXTENSIONS, RECIPES
+from tests.recipes import CHOOSING, EXTENSIONS, RECIPES
 from tests.support import cli, corpus_file, records
 
 # Losses of shortened runs on a fixed text, float32, to tell a silent change of the numerics. Other CPUs add in another
@@ -22,6 +22,7 @@ GOLDEN: dict[str, list[float]] = {
     "attention-window": [4.2104],
     "context-growth": [4.1854, 3.2159],
     "first-text": [4.8747],
+    "importance": [4.1655],
     "induction": [2.7942],
     "needle": [2.9237],
     "quickstart": [3.2696, 2.0730, 1.4500],
@@ -29,11 +30,13 @@ GOLDEN: dict[str, list[float]] = {
     "selective-copying": [2.1226],
 }
 
+GOLDEN_CHOSEN = {"rho-1": [4.3587], "rho-loss": [4.2388]}
+
 
 def test_all_recipes_are_here() -> None:
-    texts = ["attention-window", "context-growth", "first-text", "quickstart", "quickstart-static"]
+    texts = ["attention-window", "context-growth", "first-text", "importance", "quickstart", "quickstart-static"]
     assert sorted(RECIPES) == sorted([*texts, *synthetic_tasks.RECIPES])
-    assert RECIPES.keys() | EXTENSIONS == built_in().keys()
+    assert RECIPES.keys() | EXTENSIONS.keys() | CHOOSING.keys() == built_in().keys()
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -82,6 +85,24 @@ def test_an_extension_goes_on_with_its_run(name: str, tmp_path: Path) -> None:
     assert code == 0, err
     (growth,) = records(tmp_path / "second", "growth")
     assert growth["certificate"]["exact"]
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_a_reference_chooses(name: str, tmp_path: Path) -> None:
+    """The reference is a run of the recipe that is said to make one; where it is missing, the recipe says so."""
+    assert "[reference-missing]" in cli("validate", name, f"data.select.reference={tmp_path / 'no'}")[2]
+    options = [f"data.source={corpus_file(tmp_path)}", f"run.folder={tmp_path}", "stages.0.duration=5 steps"]
+    quiet = ["monitor.progress=off", "monitor.validation_tokens=256", "monitor.ngram_order=0", "run.threads=1"]
+    exact = ["trainer.precision=fp32", "monitor.log_every=5"]
+    code, _, err = cli("train", CHOOSING[name], *options, *quiet, *exact, "run.name=reference")
+    assert code == 0, err
+    reference = f"data.select.reference={tmp_path / 'reference'}"
+    code, out, err = cli("plan", name, reference)
+    assert code == 0 and "choosing what to train on" in out, err
+    code, _, err = cli("train", name, *options, *quiet, *exact, reference, "run.name=chosen")
+    assert code == 0, err
+    losses = [record["loss"] for record in records(tmp_path / "chosen", "step")]
+    assert losses == pytest.approx(GOLDEN_CHOSEN[name], abs=GOLDEN_TOLERANCE)
 
 
 def test_the_quickstart_is_what_it_says() -> None:

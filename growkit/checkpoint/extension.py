@@ -90,4 +90,5 @@ def _order(text: str) -> tuple[Any, ...] | None:
 def _order_of(recipe: Recipe) -> tuple[Any, ...]:
     """What the order of the tokens depends on, besides the text itself."""
     data = recipe.data
-    return recipe.run.seed, data.shuffle, data.block_tokens, data.packing, data.mixture
+    drawn = data.select is not None and data.select.kind == "importance"
+    return recipe.run.seed, data.shuffle, data.block_tokens, data.packing, data.mixture, drawn

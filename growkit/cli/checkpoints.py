@@ -10,10 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from growkit.checkpoint import store
-from growkit.checkpoint.hf.folder import ModelFolder, read_folder
-from growkit.checkpoint.hf.source import is_model_folder
-from growkit.checkpoint.run_folder import MARK, RunFolder
+from growkit.checkpoint.hf.folder import ModelFolder
+from growkit.checkpoint.opening import open_any as open_any
 from growkit.checkpoint.store import Checkpoint
 from growkit.config.load import parse_recipe
 from growkit.config.recipe import BYTES, DataConfig
@@ -30,18 +28,6 @@ from growkit.train.display import growth_table
 
 console = Console(highlight=False)
 MIN_TEMPERATURE = 1e-3  # below it, logits over temperature leave the range of float32
-
-
-def open_any(folder: Path, step: int | None = None, *, verify: bool = True) -> Checkpoint:
-    """A checkpoint or Hugging Face folder, or the latest checkpoint (or that of ``step``) of a run folder. ``verify``:
-    whether files are compared with their hashes, where there are any. Raises CheckpointError, and ConfigError for a
-    Hugging Face model growkit does not know."""
-    if (folder / MARK).is_file():
-        return RunFolder.open(folder).load(step, verify=verify)
-    if step is not None:
-        mend = "name a run folder, or leave --from out"
-        raise ConfigError("no-such-step", "is for a run, and this is not one", key="--from", value=step, mend=mend)
-    return read_folder(folder) if is_model_folder(folder) else store.read(folder, verify=verify)
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:

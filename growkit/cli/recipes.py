@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from growkit.checkpoint.extension import extended_recipe
+from growkit.checkpoint.reference import described
 from growkit.checkpoint.run_folder import manifest_of
 from growkit.config.load import load_recipe, read_text
 from growkit.config.mixture import sources_of
@@ -60,6 +61,7 @@ def read(name: str, overrides: Sequence[str], extends: Path | None = None) -> tu
         recipe = load_recipe(path, overrides, PRESETS)
     else:
         recipe = extended_recipe(manifest_of(extends), str(extends), read_text(path), overrides, name=str(path))
+    recipe = described(recipe)
     schedule = growth_schedule(recipe)
     return settled(recipe, schedule), schedule
 

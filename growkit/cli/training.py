@@ -17,6 +17,7 @@ from rich.markup import escape
 from growkit.checkpoint import store
 from growkit.checkpoint.extension import extended_recipe, first_progress, same_tokenizer
 from growkit.checkpoint.metrics_log import read_log
+from growkit.checkpoint.reference import described
 from growkit.checkpoint.run_folder import RunFolder, log_before, run_of
 from growkit.checkpoint.store import Checkpoint
 from growkit.cli import recipes
@@ -104,7 +105,7 @@ def extend(source: Path, name: str, overrides: Sequence[str], from_step: int | N
         return go_on(joined.path, None, None)
     checkpoint = open_any(source, from_step)
     manifest, path = checkpoint.manifest, recipes.find_recipe(name)
-    recipe = extended_recipe(manifest, str(checkpoint.folder), read_text(path), overrides, name=str(path))
+    recipe = described(extended_recipe(manifest, str(checkpoint.folder), read_text(path), overrides, name=str(path)))
     schedule = growth_schedule(recipe)
     recipe = settled(recipe, schedule)
     _set_threads(recipe)

@@ -47,6 +47,20 @@ class SourceConfig:
 
 
 @dataclass
+class SelectConfig:
+    """What a step trains on of the data, by their losses. A setting is of one kind alone."""
+
+    kind: str = MISSING  # rho_1: tokens | rho_loss: rows | importance: blocks, drawn by the last loss of each
+    reference: str | None = None  # a run, a checkpoint or a Hugging Face folder; of rho_1 and rho_loss
+    reference_model: dict[str, Any] = field(default_factory=dict)  # its configuration; growkit writes it
+    keep: float | None = None  # share of the tokens that are trained on, above 0, at most 1; default: 0.6; of rho_1
+    candidates: int | None = None  # rows that are read for each that is trained on, 2 or more; default: 4; of rho_loss
+    smoothing: float | None = None  # share of the draws that is uniform, above 0, at most 1; default: 0.2; importance
+    temperature: float | None = None  # draws go by loss^(1/temperature), above 0; default: 1; of importance
+    unbiased: bool | None = None  # weigh each row by 1/(N p); default: true; of importance
+
+
+@dataclass
 class DataConfig:
     source: str | None = None  # stdlib | a file | a folder | hf:NAME, of Hugging Face | synthetic/TASK; default: stdlib
     task: dict[str, Any] = field(default_factory=dict)  # settings of a synthetic task, which has none of what follows
@@ -63,6 +77,7 @@ class DataConfig:
     block_tokens: int | None = None  # what is shuffled as one piece; default: the longest context of the stages
     packing: str = "none"  # none: rows cut anywhere | documents: attention ends with each | best_fit: whole ones
     screen: ScreenConfig = field(default_factory=ScreenConfig)  # which documents are left out
+    select: SelectConfig | None = None  # what a step trains on, by losses; default: all that it reads
 
 
 @dataclass

@@ -47,6 +47,7 @@ NOT_CONTENT = frozenset(
         "shuffle",
         "block_tokens",
         "screen",
+        "select",
     }
 )
 

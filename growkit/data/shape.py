@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,10 @@ class StepShape:
     window: int | None = None
     drawn_length: int | None = None
     pieces: int = 1
+
+    def times(self, count: int) -> StepShape:
+        """With ``count`` times the rows."""
+        return self if count == 1 else replace(self, rows=self.rows * count)
 
     @property
     def tokens(self) -> int:

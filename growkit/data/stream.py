@@ -26,12 +26,15 @@ State = Mapping[str, Any]
 class Rows(NamedTuple):
     """``tokens``, ``targets``: int64 (rows, context); targets may be UNSCORED. ``segments``: which document of its row
     a token is of, int32 (rows, context); None: attention is not bounded by documents. ``scored``: targets that are
-    predicted, in all rows that were taken, those of other processes included."""
+    predicted, in all rows that were taken, those of other processes included. Where rows are drawn by their losses:
+    ``blocks``, which of the text each is of, int64 (rows,), and ``weights``, how much each counts, float32 (rows,)."""
 
     tokens: Tensor
     targets: Tensor
     segments: Tensor | None
     scored: int
+    blocks: Tensor | None = None
+    weights: Tensor | None = None
 
 
 class DataSource(Protocol):
@@ -50,7 +53,9 @@ class Batch(NamedTuple):
     """A micro-batch: ``tokens``, ``targets``, ``segments`` as of Rows. ``window``: as of StepShape. ``unscored``:
     whether any target is. ``weight``: what its mean loss is multiplied by, so that every scored token of the step
     counts the same. ``state``: of the source *after* this batch, over all processes; it travels with the batch because
-    a trainer may fetch ahead."""
+    a trainer may fetch ahead. ``part``, ``parts``: where rows are to be chosen, which of the step's micro-batches this
+    is and how many there are; then the rows are all the candidates of the step, the same in each. ``blocks``,
+    ``row_weights``: as of Rows."""
 
     tokens: Tensor
     targets: Tensor
@@ -59,6 +64,10 @@ class Batch(NamedTuple):
     unscored: bool
     weight: float
     state: State
+    part: int = 0
+    parts: int = 1
+    blocks: Tensor | None = None
+    row_weights: Tensor | None = None
 
     @property
     def cursor(self) -> int:
@@ -116,9 +125,13 @@ class TokenStream:
         cursor, count = state["cursor"], rows * context_length
         first, last, _ = mine.indices(rows)
         at = self.positions(cursor + first * context_length, (last - first) * context_length)
-        at = at.reshape(last - first, context_length)
+        rows_here = self.rows_at(at.reshape(last - first, context_length))
+        return rows_here._replace(scored=count), {"cursor": cursor + count}
+
+    def rows_at(self, at: NDArray[np.int64]) -> Rows:
+        """The rows at the positions ``at`` (rows, context) of the corpus."""
         segments = None if self._ends is None else torch.from_numpy(self._segments(at, self._ends))
-        return Rows(*self._at(at), segments, count), {"cursor": cursor + count}
+        return Rows(*self._at(at), segments, at.size)
 
     def _segments(self, at: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int32]:
         """``at`` (rows, context): positions in the corpus. ``ends``: of the end tokens."""
@@ -156,7 +169,8 @@ def padding(state: State) -> int | None:
 class Batches:
     """Endless micro-batches of optimizer steps from ``first_step`` on, ``accumulate`` a step, from ``state`` on.
     ``shape``: of each step. Process ``rank`` of ``world_size`` takes its rows of each. The rows of a step are the same
-    ones whatever the last three numbers are."""
+    ones whatever those three numbers are. ``candidates``: rows that are read for each that a step has.
+    ``before``: called with the number of a step before its rows are taken, which may be a step before it is trained."""
 
     source: DataSource
     state: State
@@ -165,11 +179,17 @@ class Batches:
     accumulate: int = 1
     rank: int = 0
     world_size: int = 1
+    candidates: int = 1
+    before: Callable[[int], None] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         step, state = self.first_step, self.state
         while True:
-            batches = self._step(self.shape(step), state)
+            if self.before is not None:
+                self.before(step)
+            batches = self._step(self.shape(step).times(self.candidates), state)
+            if self.candidates > 1:
+                batches = _together(batches)
             state = batches[-1].state
             yield from batches
             step += 1
@@ -202,9 +222,24 @@ class Batches:
                 unscored=bool((rows.targets == UNSCORED).any()),
                 weight=_scored(rows) / even,
                 state=state,
+                blocks=rows.blocks,
+                row_weights=rows.weights,
             )
             for rows, state in taken
         ]
+
+
+def _together(batches: list[Batch]) -> list[Batch]:
+    """Each with the rows of all of a step, none of which is padded."""
+    assert all(batch.weight == 1 for batch in batches)
+    segments = [batch.segments for batch in batches if batch.segments is not None]
+    whole = batches[-1]._replace(
+        tokens=torch.cat([batch.tokens for batch in batches]),
+        targets=torch.cat([batch.targets for batch in batches]),
+        segments=torch.cat(segments) if segments else None,
+        parts=len(batches),
+    )
+    return [whole._replace(part=part) for part in range(len(batches))]
 
 
 def _scored(rows: Rows) -> int:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from growkit.models.config import ModelConfig
 from growkit.models.layers import Layer, LayerCache, rope_table
-from growkit.models.loss import TokenLoss, chunked_cross_entropy
+from growkit.models.loss import EachLoss, TokenLoss, chunked_cross_entropy, each_cross_entropy
 from growkit.models.norm import Normalize
 from growkit.models.ramp import Ramp, stream_mask
 from growkit.models.spec import ParamSpec, param_specs
@@ -133,25 +133,27 @@ class DecoderLM(nn.Module):
         cache: Cache | None = None,
         mask: Tensor | BlockMask | None = None,
         unscored: bool = False,
+        each: bool = False,
         z_loss: float = 0.0,
         chunk_tokens: int = 0,
-    ) -> Tensor | TokenLoss:
+    ) -> Tensor | TokenLoss | EachLoss:
         """tokens (B, T) → logits (B, T, V); with ``targets`` (B, T), the losses instead, logits made in chunks. In
         training the total has the mixtures' balance losses in it, added up over the layers. ``mask``: as of ``hidden``.
-        ``unscored``: some targets are UNSCORED, and losses are means over the others."""
+        ``unscored``: some targets are UNSCORED, and losses are means over the others. ``each``: they are of each
+        target, (B · T,)."""
         h, balances = self._hidden(tokens, cache, mask=mask)
         if targets is None:
             return self.logits(h)
+        flat = (h.flatten(0, 1), self.head_weight, targets.flatten())
+        scale = self.config.logit_scale
+        balance = torch.stack(balances).sum() if balances else None
+        if each:
+            of_each = each_cross_entropy(*flat, logit_scale=scale, z_loss=z_loss, chunk_tokens=chunk_tokens)
+            return of_each._replace(balance=balance)
         loss = chunked_cross_entropy(
-            h.flatten(0, 1),
-            self.head_weight,
-            targets.flatten(),
-            logit_scale=self.config.logit_scale,
-            z_loss=z_loss,
-            chunk_tokens=chunk_tokens,
-            unscored=unscored,
+            *flat, logit_scale=scale, z_loss=z_loss, chunk_tokens=chunk_tokens, unscored=unscored
         )
-        return loss._replace(total=loss.total + torch.stack(balances).sum()) if balances else loss
+        return loss if balance is None else loss._replace(total=loss.total + balance)
 
 
 def init_tensor(spec: ParamSpec, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:

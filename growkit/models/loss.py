@@ -22,6 +22,30 @@ class TokenLoss(NamedTuple):
     cross_entropy: Tensor
 
 
+class EachLoss(NamedTuple):
+    """Of each target, (N,), 0 where it is UNSCORED. ``total``: what is minimised. ``cross_entropy``: nats, without the
+    z-loss. ``balance``: of the mixtures of experts, over all tokens; None where there is none."""
+
+    total: Tensor
+    cross_entropy: Tensor
+    balance: Tensor | None = None
+
+
+def each_cross_entropy(
+    h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, *, logit_scale: float, z_loss: float, chunk_tokens: int
+) -> EachLoss:
+    """CE + z_loss · log² Z of each target, (N,); chunks as of ``chunked_cross_entropy``."""
+    if chunk_tokens <= 0 or chunk_tokens >= targets_N.numel():
+        ce, z = _each(h_ND, head_VD, targets_N, logit_scale, z_loss > 0)
+    else:
+        parts = [
+            checkpoint(_each, h, head_VD, t, logit_scale, z_loss > 0, use_reentrant=False)
+            for h, t in zip(torch.split(h_ND, chunk_tokens), torch.split(targets_N, chunk_tokens), strict=True)
+        ]
+        ce, z = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    return EachLoss(ce + z_loss * z if z_loss else ce, ce)
+
+
 def chunked_cross_entropy(
     h_ND: Tensor,
     head_VD: Tensor,
@@ -51,11 +75,20 @@ def chunked_cross_entropy(
 
 
 def _sums(h: Tensor, head: Tensor, targets: Tensor, logit_scale: float, with_z: bool) -> tuple[Tensor, Tensor]:
-    logits = F.linear(h, head)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if logit_scale != 1:
-        logits = logits * logit_scale
+    logits = _logits(h, head, logit_scale)
     ce = F.cross_entropy(logits, targets, ignore_index=UNSCORED, reduction="sum")
     if not with_z:
         return ce, ce.new_zeros(())
     return ce, logits.logsumexp(-1).square().mul(targets != UNSCORED).sum()
+
+
+def _each(h: Tensor, head: Tensor, targets: Tensor, logit_scale: float, with_z: bool) -> tuple[Tensor, Tensor]:
+    logits = _logits(h, head, logit_scale)
+    ce = F.cross_entropy(logits, targets, ignore_index=UNSCORED, reduction="none")
+    return ce, logits.logsumexp(-1).square().mul(targets != UNSCORED) if with_z else torch.zeros_like(ce)
+
+
+def _logits(h: Tensor, head: Tensor, logit_scale: float) -> Tensor:
+    logits = F.linear(h, head)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if logit_scale == 1 else logits * logit_scale

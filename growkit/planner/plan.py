@@ -214,6 +214,15 @@ def _ratio(count: float, of: float | None) -> float | None:
     return count / of if of else None
 
 
+def _choosing(stage: Stage) -> float:
+    """FLOPs of a stage's steps besides training."""
+    pace = stage.pace
+    return sum(
+        count * (pace.step_flops(length) - pace.training_flops(length))
+        for length, count in stage.lengths.counts(stage.steps)
+    )
+
+
 def _notes(recipe: Recipe, schedule: GrowthSchedule, hardware: Hardware | None) -> tuple[str, ...]:
     notes = []
     assumed = hardware is not None and hardware.cuda and hardware.name != THIS_MACHINE
@@ -227,6 +236,11 @@ def _notes(recipe: Recipe, schedule: GrowthSchedule, hardware: Hardware | None) 
         notes.append("a window is a mask: it saves no FLOPs and no memory, which are those of attention to everything")
     if cut := sum(stage.cut_after(stage.steps) for stage in schedule.stages):
         notes.append(f"{quantity(cut)} tokens are read and cut off, besides those that are trained on")
+    if passed := sum(stage.passed_over_after(stage.steps) for stage in schedule.stages):
+        notes.append(f"{quantity(passed)} tokens are read and passed over, besides those that are trained on")
+    if choosing := sum(_choosing(stage) for stage in schedule.stages):
+        notes.append(f"{choosing / schedule.flops:.0%} of the FLOPs go into choosing what to train on")
+        notes.append("memory leaves out the reference model, which is held whole, in float32, on every device")
     if recipe.trainer.devices > 1:
         notes.append("memory with several devices is an estimate that no test holds to a measurement")
     return tuple(notes)

@@ -15,6 +15,7 @@ from growkit.duration import Duration
 from growkit.errors import ConfigError
 from growkit.models.config import ModelConfig
 from growkit.schedule.checks import at_least, one_of
+from growkit.schedule.selection import Selection
 
 # schedule: the keys that mean something to it alone
 SCHEDULES: Mapping[str, tuple[str, ...]] = {
@@ -81,7 +82,8 @@ def _dealt(values: tuple[int, ...], odds: tuple[int, ...], seed: str) -> tuple[i
 @dataclass(frozen=True)
 class Pace:
     """What the steps of a stage come to, by their length. ``rows``: of a step at full ``length``; ``parts``: the
-    micro-batches that it is cut into, over all processes. ``how``, ``constant``: as of ContextConfig."""
+    micro-batches that it is cut into, over all processes. ``how``, ``constant``: as of ContextConfig. ``selection``:
+    what is chosen of what is read; None: all of it."""
 
     model: ModelConfig
     rows: int
@@ -89,6 +91,7 @@ class Pace:
     parts: int
     how: str = "rechunk"
     constant: str = "tokens"
+    selection: Selection | None = None
     _flops: dict[int, float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def shape(self, length: int, window: int | None = None) -> StepShape:
@@ -104,9 +107,15 @@ class Pace:
             rows = self.rows * self.length // (length * self.parts) * self.parts
         return StepShape(rows, length, window, self.length if self.how == "truncate" else None)
 
+    def training_flops(self, length: int) -> float:
+        """Of a step, without choosing what to train on."""
+        return self.model.flops_per_token(length) * self.shape(length).tokens
+
     def step_flops(self, length: int) -> float:
         if length not in self._flops:
-            self._flops[length] = self.model.flops_per_token(length) * self.shape(length).tokens
+            tokens = self.shape(length).tokens
+            choosing = 0.0 if self.selection is None else self.selection.flops(self.model, length, tokens)
+            self._flops[length] = self.training_flops(length) + choosing
         return self._flops[length]
 
     def tokens(self, lengths: Lengths, steps: int) -> int:

@@ -19,9 +19,10 @@ from growkit.models.config import ModelConfig, from_json, is_masked
 from growkit.models.spec import param_specs
 from growkit.optim.groups import OLD_ENTRIES, check_selector, frozen_names, is_part, require_some
 from growkit.schedule.checks import at_least, check_sections
-from growkit.schedule.curriculum import Lengths, Pace, Rising, curricula
+from growkit.schedule.curriculum import CONSTANT, HOW, Lengths, Pace, Rising, curricula
 from growkit.schedule.lr import LRSchedule
 from growkit.schedule.progress import Progress
+from growkit.schedule.selection import Selection, check_block, check_stage, selection_of
 
 MOST_TOKENS = 2**62  # of a stage: positions in the data are 64-bit integers
 SCHEDULES = ("wsd", "cosine", "constant")
@@ -69,9 +70,19 @@ class Stage:
         """That the first ``stage_steps`` steps train on."""
         return self.pace.tokens(self.lengths, stage_steps)
 
+    @property
+    def candidates(self) -> int:
+        """Rows that are read for each that is trained on."""
+        return 1 if self.pace.selection is None else self.pace.selection.candidates
+
     def cut_after(self, stage_steps: int) -> int:
-        """Tokens that the first ``stage_steps`` steps read and do not train on."""
-        return self.pace.drawn_tokens(self.lengths, stage_steps) - self.tokens_after(stage_steps)
+        """Tokens of rows that the first ``stage_steps`` steps read and cut off."""
+        cut = self.pace.drawn_tokens(self.lengths, stage_steps) - self.tokens_after(stage_steps)
+        return self.candidates * cut
+
+    def passed_over_after(self, stage_steps: int) -> int:
+        """Tokens of candidates that the first ``stage_steps`` steps read and do not train on."""
+        return (self.candidates - 1) * self.tokens_after(stage_steps)
 
     def rate(self, stage_step: int) -> float:
         """The learning rate of the optimizer step number ``stage_step``, from 0."""
@@ -118,7 +129,8 @@ class Stage:
         return self.pace.step_flops(self.lengths.at(stage_step))
 
     def moving(self, stage_step: int) -> dict[str, float]:
-        """What changes from step to step, for a log: the ramp, the context, the window, the tokens cut off so far."""
+        """What changes from step to step, for a log: the ramp, the context, the window, the tokens cut off and passed
+        over so far."""
         shape, found = self.shape(stage_step), dict[str, float]()
         if self.ramp_steps:
             found["ramp"] = self.ramp_at(stage_step)
@@ -128,6 +140,8 @@ class Stage:
             found["window"] = shape.window
         if cut := self.cut_after(stage_step + 1):
             found["cut_tokens"] = cut
+        if passed := self.passed_over_after(stage_step + 1):
+            found["passed_over_tokens"] = passed
         return found
 
     def ramp_at(self, stage_step: int) -> float:
@@ -189,6 +203,7 @@ def growth_schedule(recipe: Recipe) -> GrowthSchedule:
     first: ModelConfig = recipe.model.expand() if recipe.start is None else from_json(start.model, key="start.model")
     model = first
     _check_vocabulary(recipe.data, model)
+    selection = selection_of(recipe)
     if not recipe.stages:
         raise ConfigError("no-stages", "is empty", key="stages", mend="write at least one stage with name and duration")
     names = [stage.name for stage in recipe.stages]
@@ -197,7 +212,7 @@ def growth_schedule(recipe: Recipe) -> GrowthSchedule:
         raise ConfigError("duplicate-name", "two stages have the same name", key="stages", value=names, mend=mend)
     stages: list[Stage] = []
     for position, config in enumerate(recipe.stages):
-        stages.append(_stage(recipe, config, position, start, model, stages))
+        stages.append(_stage(recipe, config, position, start, model, stages, selection))
         model = stages[-1].model_at(stages[-1].steps)
     _find_parts(recipe, stages)
     _check_lengths(recipe.data, stages)
@@ -205,6 +220,8 @@ def growth_schedule(recipe: Recipe) -> GrowthSchedule:
     block = own if own is not None else longest
     save_every = _whole_steps(recipe.trainer.save_every, "trainer.save_every")
     at_least(block, 1, "data.block_tokens")
+    if selection is not None:
+        check_block(selection, block, longest)
     return GrowthSchedule(tuple(stages), block, save_every, start, first)
 
 
@@ -249,6 +266,7 @@ def _stage(
     start: StartConfig,
     model: ModelConfig,
     before: Sequence[Stage],
+    selection: Selection | None,
 ) -> Stage:
     key, index, optim = f"stages.{position}", start.stage + position, recipe.optim
     last = before[-1] if before else None
@@ -273,7 +291,8 @@ def _stage(
         problem = f"× {world} devices does not divide the {rows} sequences of a step"
         raise ConfigError("batch-not-whole", problem, key=f"{key}.micro_batch_size", value=micro, mend=mend)
     grows, opens = curricula(config, key, context, f"{recipe.run.seed}/{index}")
-    pace = Pace(target, rows, context, rows // micro, *((grows.how, grows.constant) if grows else ()))
+    how, constant = (grows.how, grows.constant) if grows else (HOW[0], CONSTANT[0])
+    pace = Pace(target, rows, context, rows // micro, how, constant, selection)
     full = Rising((0,), (context,))
     flops = pace.step_flops(context)
     duration = Duration.parse(config.duration, key=f"{key}.duration")
@@ -288,6 +307,8 @@ def _stage(
             "empty-stage", "is less than one step", key=f"{key}.duration", value=config.duration, mend=mend
         )
     lengths = grows.require(steps, pace) if grows else full
+    if selection is not None:
+        check_stage(selection, key, target, context, how, len(lengths.values), recipe.trainer.compile)
     windows = opens.require(steps, pace, full) if opens else None
 
     def span(text: str, name: str) -> int:

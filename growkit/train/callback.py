@@ -55,6 +55,7 @@ class AfterStep(L.Callback):
         self.run, self.module, self.last_step = run, module, last_step
         self._window_start, self._window_tokens, self._window_flops = 0.0, 0, 0.0
         self._losses: list[tuple[int, torch.Tensor]] = []  # of every step since the last log
+        self._selected: dict[str, torch.Tensor] = {}  # what there is to say of what the last step trained on
 
     def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
         self.run.stop.install()
@@ -87,6 +88,8 @@ class AfterStep(L.Callback):
         )
         self._losses.append((run.progress.step, torch.stack(module.losses).mean()))
         module.losses = []
+        if module.selector is not None:
+            self._selected = run.learn(module) if run.table is not None else module.selector.step_done()
         end = module.stage_step == self.last_step
         run.stopping = run.asked_to_stop()
         if run.world_size > 1:  # a signal may reach one process only; all must save and stop at the same step
@@ -136,6 +139,7 @@ class AfterStep(L.Callback):
             utilisation=flops_rate / (run.peak_flops * run.world_size),
             memory_bytes=hardware.peak_memory_bytes(run.device),
             **module.stage.moving(module.stage_step - 1),
+            **{name: float(trainer.strategy.reduce(said, reduce_op="mean")) for name, said in self._selected.items()},
             **({} if (padded := padding(run.progress.data)) is None else {"padding": padded}),
         )
         self._window_start, self._window_tokens, self._window_flops = time.perf_counter(), 0, 0.0

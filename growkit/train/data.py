@@ -9,8 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from growkit.checkpoint.reference import Reference, load_reference
 from growkit.config.recipe import BYTES, Recipe
 from growkit.data.corpus import Corpus, Part, load_corpus
+from growkit.data.importance import drawn_blocks, require_block
 from growkit.data.mixture import Mixture
 from growkit.data.packing import Packed
 from growkit.data.stream import DataSource, TokenStream, validation_windows, windows
@@ -23,12 +25,14 @@ from growkit.eval.ngram import bits
 from growkit.eval.synthetic import TaskScore, task_sums
 from growkit.eval.validate import mean_loss, target_positions, target_sizes
 from growkit.schedule.plan import GrowthSchedule
+from growkit.schedule.selection import selection_of
 
 
 class RunData(Protocol):
     """``name``: of the source. ``amount``: how much there is, for the reader. ``sha256``: of what is trained on.
     ``record``: what a checkpoint says of it. ``bytes_per_token``: of what is trained on, on average. ``corpus``: the
-    text that an n-gram counts and a sample goes on from; None where there is none."""
+    text that an n-gram counts and a sample goes on from; None where there is none. ``reference``: the model that
+    ``data.select`` compares with; None where there is none."""
 
     @property
     def name(self) -> str: ...
@@ -42,6 +46,8 @@ class RunData(Protocol):
     def bytes_per_token(self) -> float: ...
     @property
     def corpus(self) -> Corpus | None: ...
+    @property
+    def reference(self) -> Reference | None: ...
 
     def require_same(self, record: Mapping[str, Any]) -> None:
         """Raises DataError when this is not what a run was trained on, as its ``record`` says."""
@@ -67,6 +73,7 @@ class RunData(Protocol):
 @dataclass(frozen=True)
 class TextData:
     corpus: Corpus
+    reference: Reference | None = None
 
     @property
     def name(self) -> str:
@@ -90,7 +97,7 @@ class TextData:
 
     @property
     def record(self) -> dict[str, Any]:
-        return self.corpus.record
+        return self.corpus.record | ({} if self.reference is None else {"reference": self.reference.digest})
 
     @property
     def bytes_per_token(self) -> float:
@@ -98,9 +105,17 @@ class TextData:
 
     def require_same(self, record: Mapping[str, Any]) -> None:
         self.corpus.require_same(record)
+        if self.reference is not None:
+            self.reference.require_same(record.get("reference", self.reference.digest))
 
     def source(self, recipe: Recipe, schedule: GrowthSchedule) -> DataSource:
         sources = [_rows_of(part, recipe, schedule) for part in self.corpus.parts]
+        selection = selection_of(recipe)
+        if selection is not None and selection.kind == "importance":
+            (stream,) = sources
+            assert isinstance(stream, TokenStream), "what else there is has been refused"
+            how = {"smoothing": selection.smoothing, "temperature": selection.temperature}
+            return drawn_blocks(stream, unbiased=selection.unbiased, **how)
         return sources[0] if len(sources) == 1 else Mixture(sources, [part.weight for part in self.corpus.parts])
 
     def probe(self, context_length: int, tokens: int) -> Tensor:
@@ -137,6 +152,7 @@ class TaskData:
     task: Task
     bytes_per_token: float = 1.0
     corpus: None = None
+    reference: None = None
 
     @property
     def name(self) -> str:
@@ -188,7 +204,7 @@ class TaskData:
 
 def prepare_data(recipe: Recipe, schedule: GrowthSchedule) -> RunData:
     """What ``recipe`` trains on: long enough for its longest context, in ids that its model has. Raises DataError and
-    ConfigError."""
+    ConfigError, and CheckpointError for a reference that is damaged."""
     task = task_of(recipe.data)
     if task is not None:  # whose lengths and vocabulary the schedule has checked
         return TaskData(task)
@@ -196,4 +212,6 @@ def prepare_data(recipe: Recipe, schedule: GrowthSchedule) -> RunData:
     tokenizer.require_room(schedule.start_model.vocab_size)
     corpus = load_corpus(recipe.data, tokenizer)
     corpus.require(schedule.max_context_length)
-    return TextData(corpus)
+    if recipe.data.select is not None and recipe.data.select.kind == "importance":
+        require_block(corpus.name, corpus.train_tokens, schedule.block_tokens)
+    return TextData(corpus, load_reference(recipe.data.select, corpus, recipe.trainer.backend))

@@ -65,7 +65,8 @@ def measure(
 
 def step_seconds(recipe: Recipe, stage: Stage, device: str, dtype: torch.dtype) -> float:
     """Wall clock of one optimizer step of ``stage``: medians of a micro-batch, as often as a step has them, and of
-    AdamW's update, on a fresh model and random tokens. Where lengths differ: the mean over the stage's steps."""
+    AdamW's update, on a fresh model and random tokens. Where lengths differ: the mean over the stage's steps. Choosing
+    what to train on is not timed: its FLOPs are taken to go as fast as training's."""
     trainer = recipe.trainer
     params = init_params(stage.model, torch.Generator().manual_seed(recipe.run.seed))
     model = build(
@@ -97,7 +98,8 @@ def step_seconds(recipe: Recipe, stage: Stage, device: str, dtype: torch.dtype) 
         work = partial(micro_batch, tokens, visible_keys(tokens, None, stage.shape(0).window))
         work()  # warms caches and the allocator
         update()
-        seconds += count / stage.steps * stage.accumulate * _median_seconds(work, device)
+        choosing = stage.pace.step_flops(length) / stage.pace.training_flops(length)
+        seconds += count / stage.steps * stage.accumulate * choosing * _median_seconds(work, device)
     return seconds + _median_seconds(update, device)
 
 

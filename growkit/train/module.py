@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from growkit.checkpoint.reference import Reference
 from growkit.config.recipe import Recipe
 from growkit.data.stream import Batch
 from growkit.growth.engine import added_entries
@@ -23,12 +24,15 @@ from growkit.optim.groups import param_groups
 from growkit.optim.hold import HeldEntries
 from growkit.schedule.lr import warmup_factor
 from growkit.schedule.plan import Stage
+from growkit.train.selection import Selector
 
 
 class StageModule(L.LightningModule):
     """Trains ``state`` through ``stage``; ``configure_model`` builds it, under the strategy's device mesh if any."""
 
-    def __init__(self, state: TrainState, stage: Stage, recipe: Recipe, first_step: int) -> None:
+    def __init__(
+        self, state: TrainState, stage: Stage, recipe: Recipe, first_step: int, reference: Reference | None = None
+    ) -> None:
         super().__init__()
         self.start, self.stage, self.recipe, self.stage_step = state, stage, recipe, first_step
         self.model: DecoderLM | None = None
@@ -36,6 +40,10 @@ class StageModule(L.LightningModule):
         self._norms: dict[str, Tensor] = {}  # of each parameter's gradient at the last step, before clipping
         self._held: HeldEntries | None = None
         self.lr = 0.0
+        self.selector: Selector | None = None
+        if (selection := stage.pace.selection) is not None:
+            chunk, z_loss = recipe.trainer.loss_chunk_tokens, recipe.optim.z_loss
+            self.selector = Selector(selection, reference, chunk_tokens=chunk, z_loss=z_loss)
 
     def configure_model(self) -> None:
         if self.model is not None:
@@ -64,14 +72,17 @@ class StageModule(L.LightningModule):
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         assert self.model is not None
-        loss = self.model(
-            batch.tokens,
-            batch.targets,
-            mask=visible_keys(batch.tokens, batch.segments, batch.window),
-            unscored=batch.unscored,
-            z_loss=self.recipe.optim.z_loss,
-            chunk_tokens=self.recipe.trainer.loss_chunk_tokens,
-        )
+        if self.selector is not None:
+            loss = self.selector.loss(self.model, batch)
+        else:
+            loss = self.model(
+                batch.tokens,
+                batch.targets,
+                mask=visible_keys(batch.tokens, batch.segments, batch.window),
+                unscored=batch.unscored,
+                z_loss=self.recipe.optim.z_loss,
+                chunk_tokens=self.recipe.trainer.loss_chunk_tokens,
+            )
         self.losses.append(loss.cross_entropy.detach() * batch.weight)
         return loss.total * batch.weight
 

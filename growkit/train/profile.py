@@ -76,12 +76,16 @@ def profile_stage(
     device, dtype = hardware.accelerator(recipe.trainer), hardware.training_dtype(recipe.trainer)
     peak = recipe.monitor.peak_flops_per_second or hardware.measure_peak_flops(device, dtype)
     generator = torch.Generator().manual_seed(recipe.run.seed)
-    module = StageModule(TrainState(stage.model, init_params(stage.model, generator)), stage, recipe, 0)
+    module = StageModule(TrainState(stage.model, init_params(stage.model, generator)), stage, recipe, 0, data.reference)
     source = data.source(recipe, schedule)
     clock = PhaseClock(stage.accumulate, WARM_UP, steps, device)
     trainer = stage_trainer(recipe, WARM_UP + steps + TRACED, stage.accumulate, [clock])
     whole = stage.pace.shape(stage.context_length, stage.shape(0).window)
-    fit(trainer, module, Batches(source, source.begin(), lambda _: whole, accumulate=stage.accumulate))
+    fit(
+        trainer,
+        module,
+        Batches(source, source.begin(), lambda _: whole, accumulate=stage.accumulate, candidates=stage.candidates),
+    )
     assert clock.profiler is not None
     clock.profiler.export_chrome_trace(str(trace))
     events = {e.key: e for e in clock.profiler.key_averages() if e.key not in (*PHASES, "ProfilerStep*")}

@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from growkit.checkpoint.store import Checkpoint
 from growkit.config.load import to_yaml
 from growkit.config.recipe import Recipe
 from growkit.data.corpus import Corpus
+from growkit.data.importance import DrawnBlocks
 from growkit.data.stream import Batches
 from growkit.eval.generate import sample_text
 from growkit.eval.ngram import ngram_bits_per_byte
@@ -80,6 +82,11 @@ class Run:
             self._restore(checkpoint)
             rewind = checkpoint.manifest.log_bytes
         self.first_step = self.progress.step
+        self.table = self.source.table if isinstance(self.source, DrawnBlocks) else None
+        if self.table is not None:
+            stored = dict(self.progress.data)
+            self.table.begin(self.progress.step, stored.pop("table", None))
+            self.progress = dataclasses.replace(self.progress, data=stored)
         first = self.rank == 0  # the one process that writes the log
         self.log = MetricsLog(folder.metrics if first else Path(os.devnull), rewind_to=rewind if first else None)
 
@@ -168,7 +175,7 @@ class Run:
             if grown.config != stage.model:
                 grown, report = self._grow(stage)
             if self.world_size == 1:  # several processes would have to agree on a size
-                size = fitting_micro_batch(grown, stage, self.recipe, self.device, self.dtype)
+                size = fitting_micro_batch(grown, stage, self.recipe, self.device, self.dtype, self.data.reference)
                 if size != stage.micro_batch_size:
                     log.warning("memory is short: micro-batches of %d instead of %d", size, stage.micro_batch_size)
                     self.progress = dataclasses.replace(self.progress, micro_batch_size=size)
@@ -199,7 +206,7 @@ class Run:
 
     def _fit(self, stage: Stage) -> None:
         remaining = stage.steps - self.progress.stage_step
-        module = StageModule(self.state, stage, self.recipe, self.progress.stage_step)
+        module = StageModule(self.state, stage, self.recipe, self.progress.stage_step, self.data.reference)
         after = AfterStep(self, module, last_step=stage.steps)
         trainer = stage_trainer(self.recipe, remaining, self.accumulate(stage), [after])
         batches = Batches(
@@ -210,11 +217,36 @@ class Run:
             self.accumulate(stage),
             rank=self.rank,
             world_size=self.world_size,
+            candidates=stage.candidates,
+            before=self._before_draws(),
         )
         fit(trainer, module, batches)
         self.stop.install()
         self.state = full_state(module.current_state())
         module.release()
+
+    def _before_draws(self) -> Callable[[int], None] | None:
+        """Tells the table of losses which step of the run the rows of a stage's step are for."""
+        table, begun = self.table, self.progress.step - self.progress.stage_step
+        return None if table is None else lambda stage_step: table.settle(begun + stage_step)
+
+    def learn(self, module: StageModule) -> dict[str, Tensor]:
+        """Puts the losses of the step just done, of all processes, into the table; returns what there is to say of
+        it."""
+        assert self.table is not None and module.selector is not None
+        blocks, losses, weights = self._rows_of_all(module.selector.rows_done()).unbind(-1)
+        self.table.learn(self.progress.step - 1, blocks.long().numpy(), losses.float().numpy())
+        size = weights.sum().square() / (len(weights) * weights.square().sum())
+        said = {"effective_rows": size, "seen_blocks": torch.tensor(self.table.seen)}
+        return {name: value.to(module.device) for name, value in said.items()}
+
+    def _rows_of_all(self, mine: Tensor) -> Tensor:
+        """What every process has of its rows (micro-batches, rows, values), in the order in which they were drawn."""
+        shares = [mine]
+        if self.world_size > 1:
+            shares = [torch.empty_like(mine) for _ in range(self.world_size)]
+            torch.distributed.all_gather(shares, mine)
+        return torch.stack(shares, dim=1).flatten(0, 2).cpu()
 
     def validate(self, module: StageModule, *, end: bool) -> None:
         """Logs what the held-out data say of the model."""
@@ -278,9 +310,10 @@ class Run:
         """Writes the checkpoint of the current step, and drops those no longer kept."""
         at = self.progress
         folder = self.folder.checkpoint(at.step)
+        data = at.data if self.table is None else {**at.data, "table": self.table.state_at(at.step)}
         manifest = Manifest(
             model=state.config,
-            progress=at,
+            progress=dataclasses.replace(at, data=data),
             recipe=to_yaml(self.recipe),
             lineage=tuple(self.lineage),
             rng=self._of_all(self.rng),
