@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -180,12 +180,18 @@ class RunFolder:
             raise CheckpointError("no-such-step", "has no checkpoint", key="--from", value=step, mend=mend)
         from growkit.checkpoint import store  # torch, which a reader of the log does without
 
-        try:
+        with self.offering_the_one_before(step):
             return store.read(self.checkpoint(step), verify=verify)
+
+    @contextmanager
+    def offering_the_one_before(self, step: int) -> Iterator[None]:
+        """Context: whatever finds the checkpoint of ``step`` damaged says which one to go on from."""
+        try:
+            yield
         except CheckpointError as error:
             if error.code not in ("damaged", "not-a-checkpoint", "unreadable"):
                 raise
-            earlier = [s for s in steps if s < step]
+            earlier = [s for s in self.steps() if s < step]
             mend = (
                 f"go on from the one before: `growkit resume {self.path} --from {earlier[-1]}`"
                 if earlier
@@ -244,6 +250,14 @@ def run_of(checkpoint: Path) -> RunFolder | None:
     """The run that a checkpoint folder lies in, if it does."""
     run = checkpoint.parent.parent
     return RunFolder(run) if (run / MARK).is_file() else None
+
+
+def check_files(checkpoint: store.Checkpoint) -> None:
+    """Compares the checkpoint's files with their hashes. Raises CheckpointError naming the file, and the checkpoint
+    before it where there is one."""
+    run, manifest = run_of(checkpoint.folder), checkpoint.manifest
+    with run.offering_the_one_before(manifest.progress.step) if run is not None else nullcontext():
+        manifests.check_files(checkpoint.folder, manifest)
 
 
 def manifest_of(path: Path) -> manifests.Manifest:

@@ -25,7 +25,7 @@ from growkit import faults
 from growkit.checkpoint import manifest as manifests
 from growkit.checkpoint.hashing import file_hash
 from growkit.checkpoint.manifest import Manifest
-from growkit.checkpoint.run_folder import LOG
+from growkit.checkpoint.run_folder import LOG, check_files
 from growkit.checkpoint.shard_writer import ShardWriter
 from growkit.errors import CheckpointError, cannot_write
 from growkit.growth.state import Moments, TrainState
@@ -155,7 +155,7 @@ def checked_beside(checkpoint: Checkpoint) -> Iterator[Callable[[], None]]:
     with them. Gives a function that waits for the end of that. Raises CheckpointError for a damaged file, in the place
     of whatever error it led to."""
     with ThreadPoolExecutor(1) as checker:
-        checked = checker.submit(manifests.check_files, checkpoint.folder, checkpoint.manifest)
+        checked = checker.submit(check_files, checkpoint)
         try:
             yield checked.result
         except Exception:
