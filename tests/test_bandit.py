@@ -83,7 +83,7 @@ def test_rewards_are_scaled_by_quantiles(known: list[float]) -> None:
     rewards = [scaled_reward(known, gain) for gain in known]
     assert all(-1 <= reward <= 1 for reward in rewards)
     assert [r for _, r in sorted(zip(known, rewards))] == sorted(rewards)
-    assert scaled_reward([*known, math.nan], math.nan) == -1
+    assert scaled_reward([*known, None], None) == -1
 
 
 def test_old_gains_are_forgotten() -> None:

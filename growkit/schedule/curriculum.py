@@ -81,7 +81,8 @@ def _dealt(values: tuple[int, ...], odds: tuple[int, ...], seed: str) -> tuple[i
 @dataclass(frozen=True)
 class Pace:
     """What the steps of a stage come to, by their length. ``rows``: of a step at full ``length``; ``parts``: the
-    micro-batches that it is cut into, over all processes. ``how``, ``constant``: as of ContextConfig."""
+    micro-batches that it is cut into, over all processes. ``how``, ``constant``: as of ContextConfig. ``again``: the
+    share of a step's tokens that the model reads once more, forward only."""
 
     model: ModelConfig
     rows: int
@@ -89,6 +90,7 @@ class Pace:
     parts: int
     how: str = "rechunk"
     constant: str = "tokens"
+    again: float = 0.0
     _flops: dict[int, float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def shape(self, length: int, window: int | None = None) -> StepShape:
@@ -106,7 +108,8 @@ class Pace:
 
     def step_flops(self, length: int) -> float:
         if length not in self._flops:
-            self._flops[length] = self.model.flops_per_token(length) * self.shape(length).tokens
+            again = self.again * self.model.forward_flops_per_token(length)
+            self._flops[length] = (self.model.flops_per_token(length) + again) * self.shape(length).tokens
         return self._flops[length]
 
     def tokens(self, lengths: Lengths, steps: int) -> int:

@@ -29,6 +29,7 @@ METRICS = {
         "window": "growth/window",
         "cut_tokens": "growth/cut_tokens",
         "padding": "data/padding",
+        "prediction_gain": "curriculum/prediction_gain",
         "tokens_per_second": "speed/tokens_per_second",
         "flops_per_second": "speed/flops_per_second",
         "utilisation": "speed/utilisation",
@@ -97,6 +98,9 @@ class Rows:
         values |= {metric: record.get(name) for name, metric in METRICS.get(kind, {}).items()}
         if kind == "step":
             values |= {f"gradients/norm/{part}": norm for part, norm in (record.get("grad_norms") or {}).items()}
+            likely = record.get("arm_probabilities") or {}
+            values |= {f"curriculum/probability/{arm}": probability for arm, probability in likely.items()}
+            values |= {"curriculum/arm": list(likely).index(record["arm"])} if likely else {}
         elif kind == "growth":
             values["growth/mark"] = 1.0
             self.growths.append(growth_line(record))
