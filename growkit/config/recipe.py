@@ -41,7 +41,7 @@ class ScreenConfig:
 class SourceConfig:
     source: str = MISSING  # stdlib | a file | a folder | hf:NAME, a Hugging Face data set
     weight: float = 1.0  # share of the training tokens, relative to the other sources', above 0
-    pattern: str = "**/*"  # which files of a folder
+    pattern: str = "**/*"  # which files of a folder, or of stdlib
     split: str = "train"  # of a Hugging Face data set
     text_field: str = "text"  # column of rows: of JSON lines, Parquet, Arrow, a Hugging Face data set
 
@@ -61,7 +61,7 @@ class DataConfig:
     task: dict[str, Any] = field(default_factory=dict)  # settings of a synthetic task, which has none of what follows
     mixture: list[SourceConfig] = field(default_factory=list)  # instead of source: several, each with its weight
     bandit: BanditConfig | None = None  # chooses each step's source, or its length
-    pattern: str = "**/*"  # which files of a folder
+    pattern: str = "**/*"  # which files of a folder, or of stdlib
     split: str = "train"  # of a Hugging Face data set
     text_field: str = "text"  # column of rows: of JSON lines, Parquet, Arrow, a Hugging Face data set
     streaming: bool = False  # read a Hugging Face data set row by row, without a copy of it on this disk

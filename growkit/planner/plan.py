@@ -246,7 +246,7 @@ def _choices(schedule: GrowthSchedule) -> list[str]:
         flops = sum(stage.total_flops for stage in stages)
         trained = sum(dataclasses.replace(stage.pace, again=0.0).flops(stage.lengths, stage.steps) for stage in stages)
         line = (
-            f"data.bandit chooses the {arms.over[:-1]} of each step among {', '.join(arms.names)}; the forward passes "
+            f"data.bandit chooses the {arms.over[:-1]} of each step among {' | '.join(arms.names)}; the forward passes "
             f"that tell what a step taught are {1 - trained / flops:.1%} of the FLOPs of {_named(stages)}"
         )
         if arms.over == "lengths":
