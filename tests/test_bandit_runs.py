@@ -24,7 +24,7 @@ from growkit.data.stream import Batch, Batches, TokenStream
 from growkit.models.decoder import DecoderLM, build
 from growkit.models.loss import TokenLoss
 from growkit.schedule.progress import Progress
-from growkit.train import trial
+from growkit.train import measure, trial
 from growkit.train.choices import Choices
 from growkit.train.data import prepare_data
 from growkit.train.gain import PredictionGain
@@ -37,6 +37,7 @@ ROUNDING = 2e-6  # of a difference of two losses of some nats, float32
 QUIET = {"ngram_order": 0, "sample_tokens": 0, "validation_tokens": 64}
 SHAPE = {"context_length": 16, "global_batch_tokens": 64, "micro_batch_size": 2}
 BUCKETS = {"schedule": "buckets", "start": 4, "multiple": 4, "odds": [1, 1, 1]}
+LONGER = {"schedule": "buckets", "start": 32, "odds": [1, 1]}
 
 
 def sources(folder: Path) -> dict[str, Any]:
@@ -341,3 +342,20 @@ def test_the_plan_names_arms_and_what_they_cost(over: str, whole: dict[str, tupl
     assert f"chooses the {over[:-1]} of each step among" in flat
     assert "are 14.3% of the FLOPs of first, then" in flat  # 32 forward passes beside 3 · 64
     assert ("as if each were chosen as often" in flat) == (over == "lengths")
+
+
+def test_a_measured_step_has_the_second_look_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every pass and the update at a second each: two micro-batches, the look at one of them, the update."""
+    monkeypatch.setattr(measure, "_median_seconds", lambda work, _: (work(), 1.0)[1])
+    made, schedule = read(str(recipe(tmp_path, "lengths")), [])
+    seconds = measure.step_seconds(made, schedule.stages[0], "cpu", torch.float32)
+    assert seconds == pytest.approx(2 + 1 + 1)
+
+
+def test_a_task_has_lengths_to_choose_from(tmp_path: Path) -> None:
+    task = ["data={source: synthetic/induction, bandit: {over: lengths}}", "model.vocab_size=64", "model.dropout=0"]
+    path = recipe(tmp_path, "lengths", [{"name": "a", "duration": "6 steps"} | SHAPE | {"context": LONGER}])
+    code, _, err = cli("train", path, *task, "stages.0.context_length=64", "stages.0.global_batch_tokens=256")
+    assert code == 0, err
+    progress = RunFolder.open(tmp_path / "runs" / "run").load().manifest.progress
+    assert progress.cursor == progress.tokens == 6 * 256 and progress.data["bandit"]["rewards"] == 4
