@@ -50,6 +50,7 @@ LINES = {
 UNITS = {
     "data.validation_fraction": "share",
     "data.block_tokens": "tokens",
+    "data.bandit.exploration": "share",
     "data.screen.min_bytes": "bytes",
     "data.screen.max_bytes": "bytes",
     "data.screen.near_threshold": "share",
@@ -147,6 +148,13 @@ SECTIONS: tuple[tuple[str, str, ModuleType, str, str], ...] = (
         recipe,
         "SourceConfig",
         "A list of sources, in place of `data.source` and of the keys of the same names above.",
+    ),
+    (
+        "data.bandit",
+        "data.bandit",
+        recipe,
+        "BanditConfig",
+        "An automated curriculum: [let a bandit choose](how-to/bandit.md).",
     ),
     (
         "data.screen",

@@ -83,7 +83,7 @@ def test_rewards_are_scaled_by_quantiles(known: list[float]) -> None:
     rewards = [scaled_reward(known, gain) for gain in known]
     assert all(-1 <= reward <= 1 for reward in rewards)
     assert [r for _, r in sorted(zip(known, rewards))] == sorted(rewards)
-    assert scaled_reward([*known, math.nan], math.nan) == -1
+    assert scaled_reward([*known, None], None) == -1
 
 
 def test_old_gains_are_forgotten() -> None:
@@ -91,3 +91,11 @@ def test_old_gains_are_forgotten() -> None:
     for step in range(GAINS_KEPT + 10):
         state = bandit.learned(state, step, 0, float(step))
     assert len(bandit.settled(state, step + LAG)["gains"]) == GAINS_KEPT
+
+
+def test_a_loss_that_is_no_number_teaches_nothing_and_can_be_stored() -> None:
+    bandit, state = Exp3S(2, learning_rate=0.5), Exp3S(2).begin()
+    for step, gain in enumerate((1.0, 0.0, math.nan, math.inf)):
+        state = json.loads(json.dumps(bandit.learned(state, step, step % 2, gain), allow_nan=False))
+    before, after = (bandit.probabilities(bandit.settled(state, step)) for step in (3, 4))
+    assert after[0] < before[0] and all(map(math.isfinite, after))

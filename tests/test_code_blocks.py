@@ -112,7 +112,7 @@ def shrunk(words: list[str]) -> list[str]:
         recipe = words[TRAINING[words[0]]]
         count = len(yaml.safe_load(find_recipe(recipe).read_text())["stages"])
         stages = [f"stages.{number}.{value}" for number in range(count) for value in SMALL_STAGE]
-        own = "source" in yaml.safe_load(find_recipe(recipe).read_text()).get("data", {})
+        own = {"source", "mixture"} & yaml.safe_load(find_recipe(recipe).read_text()).get("data", {}).keys()
         given = own or words[0] == "extend" or any(word.startswith("data.source=") for word in words)
         source = [] if given else ["data.source=my.txt"]
         return [*words, *source, *SMALL, *stages]

@@ -227,7 +227,7 @@ def test_without_a_curriculum_nothing_moved(tmp_path: Path) -> None:
     assert (stage.steps, stage.tokens) == (40, 40 * 512)
     assert stage.total_flops == 40 * stage.flops_per_step == 40 * stage.model.flops_per_token(64) * 512
     assert stage.shape(7) == StepShape(8, 64)
-    assert stage.moving(7) == {}
+    assert stage.moving(7, 64) == {}
 
 
 # Learning rates by tokens.

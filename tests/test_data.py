@@ -261,6 +261,8 @@ def test_the_standard_library_without_tests_and_tables(tmp_path: Path, monkeypat
     found = {document.text.decode(): document.group for document in standard_library(DataConfig())}
     groups = {"os.py": "os", "unittest/case.py": "unittest", "contest/a.py": "contest"}
     assert found == groups | {"json/decoder.py": "json", "json/encoder.py": "json"}
+    some = {document.text.decode() for document in standard_library(DataConfig(pattern="json/*"))}
+    assert some == {"json/decoder.py", "json/encoder.py"}
 
 
 def test_the_standard_library_is_real_text() -> None:

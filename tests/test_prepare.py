@@ -444,7 +444,7 @@ def test_sources_of_one_name_have_names_of_their_own() -> None:
     overrides = ["data.mixture=[{source: a, pattern: '*.py'}, {source: a, pattern: '*.md'}, {source: b}]"]
     from growkit.config.mixture import names_of
 
-    assert names_of(parse_data(overrides)) == ["a (*.py, train, text)", "a (*.md, train, text)", "b"]
+    assert names_of(parse_data(overrides)) == ["a (*.py)", "a (*.md)", "b"]
 
 
 # Commands.

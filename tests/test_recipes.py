@@ -20,6 +20,7 @@ GOLDEN_TOLERANCE = 3e-3
 GOLDEN: dict[str, list[float]] = {
     "associative-recall": [2.9291],
     "attention-window": [4.2104],
+    "bandit-mixture": [4.2850],
     "context-growth": [4.1854, 3.2159],
     "first-text": [4.8747],
     "importance": [4.1655],
@@ -34,7 +35,8 @@ GOLDEN_CHOSEN = {"rho-1": [4.3587], "rho-loss": [4.2388]}
 
 
 def test_all_recipes_are_here() -> None:
-    texts = ["attention-window", "context-growth", "first-text", "importance", "quickstart", "quickstart-static"]
+    texts = ["attention-window", "bandit-mixture", "context-growth", "first-text", "importance", "quickstart"]
+    texts.append("quickstart-static")
     assert sorted(RECIPES) == sorted([*texts, *synthetic_tasks.RECIPES])
     assert RECIPES.keys() | EXTENSIONS.keys() | CHOOSING.keys() == built_in().keys()
 
@@ -53,11 +55,16 @@ def test_recipe_builds_every_stage(name: str) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_golden_losses(name: str, tmp_path: Path) -> None:
-    _, schedule = read(name, [])
+    recipe, schedule = read(name, [])
     short = [
         f"stages.{i}.{key}" for i in range(len(schedule.stages)) for key in ("duration=5 steps", "new_warmup=0 steps")
     ]
     text = [] if name in synthetic_tasks.RECIPES else [f"data.source={corpus_file(tmp_path)}"]
+    if recipe.data.mixture:
+        (tmp_path / "other").mkdir()
+        text = [
+            f"data.mixture=[{{source: {corpus_file(tmp_path)}}}, {{source: {corpus_file(tmp_path / 'other', 30)}}}]"
+        ]
     options = [
         *text,
         f"run.folder={tmp_path}",

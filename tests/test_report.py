@@ -102,6 +102,15 @@ def test_a_long_curve_keeps_its_shape_and_its_spikes() -> None:
     assert not len(kept(np.array([]), 2000)) and not len(kept(np.full(9, math.nan), 2000))
 
 
+def test_arms_of_a_bandit_have_a_curve_each() -> None:
+    """In a stage that has them."""
+    likely = {"arm": "b", "prediction_gain": 0.5, "arm_probabilities": {"a <b>": 0.25, "b": 0.75}}
+    history = History.of("run", [step(1), step(2, **likely), step(3)])
+    assert np.array_equal(history.steps["arm_probability.a <b>"], [math.nan, 0.25, math.nan], equal_nan=True)
+    told = curves(history)["curves"]
+    assert told["arm_probability.b"]["value"] == [0.75] and told["prediction_gain"]["value"] == [0.5]
+
+
 def test_smoothing_is_a_mean_over_the_last_values() -> None:
     values = np.random.default_rng(0).normal(size=50)
     values[7] = math.nan

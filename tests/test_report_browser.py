@@ -49,6 +49,20 @@ def several(tmp_path_factory: pytest.TempPathFactory, run: Path) -> Path:
     return file
 
 
+def test_the_arms_of_a_bandit_are_drawn(page: Page, tmp_path: Path) -> None:
+    likely = [{"prediction_gain": 0.1, "arm_probabilities": {"<b>a": 1 - n / 10, "x/y": n / 10}} for n in range(1, 9)]
+    folder = made(tmp_path / "run", [step(n, **one) for n, one in enumerate(likely, 1)])
+    write_report(read_runs([folder]), tmp_path / "report.html")
+    page.errors()
+    page.open(tmp_path / "report.html")
+    drawn = (
+        "const chart = document.querySelector('[aria-label=\"How likely the bandit chose\"]');"
+        "return chart.data.map(line => [line.name, Math.round(line.y[0])])"
+    )
+    assert page.run(drawn) == [["&lt;b&gt;a", 90], ["x/y", 10]]
+    assert not page.errors()
+
+
 def test_it_draws_every_chart_without_a_word_on_the_console(page: Page, run: Path) -> None:
     page.errors()
     page.open(run / "report.html")

@@ -81,7 +81,7 @@ def _show(made: Plan, schedule: GrowthSchedule) -> None:
     for line in schedule_lines(schedule, min(console.width, 100)):
         console.print(line, markup=False, no_wrap=True)
     console.print()
-    for line in (*_totals(made), *_misfits(made), *made.notes):
+    for line in (*_totals(made), *_misfits(made), *map(escape, made.notes)):
         console.print(line, soft_wrap=True)
 
 

@@ -31,6 +31,7 @@ from growkit.models.presets import PRESETS
 from growkit.report.curve import draw_curves
 from growkit.report.page import write_report
 from growkit.report.run_summary import RunSummary
+from growkit.schedule.arms import same_arms
 from growkit.schedule.plan import GrowthSchedule, growth_schedule, settled
 from growkit.train import hardware, loggers
 from growkit.train.data import RunData, prepare_data
@@ -145,6 +146,10 @@ def _require_same(checkpoint: Checkpoint, schedule: GrowthSchedule, data: RunDat
     """Raises DataError or CheckpointError when ``checkpoint`` is not one of these data and this schedule."""
     manifest, at = checkpoint.manifest, checkpoint.manifest.progress
     data.require_same(manifest.corpus)
+    if at.stage_step and not same_arms(schedule.stage(at.stage).arms, at.data):
+        problem = f"does not say what chose the steps that led to {checkpoint.folder.name}"
+        mend = "undo the changes to data.bandit and to what it chooses among; a new run may have others"
+        raise CheckpointError("recipe-changed", problem, key=str(folder.recipe), mend=mend)
     if schedule.model_at(at) != manifest.model:
         problem = f"does not describe the model and the stage {at.stage + 1} that {checkpoint.folder.name} holds"
         mend = "undo the changes to its model and its past stages; later stages may change"

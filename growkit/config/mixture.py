@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import asdict
 
 from growkit.config.recipe import STDLIB, DataConfig, SourceConfig
@@ -24,14 +23,16 @@ def source_key(data: DataConfig, index: int) -> str:
 
 def names_of(data: DataConfig) -> list[str]:
     """A name for each source, no two alike: as the recipe has it, with what tells it from others of that name."""
-    sources = sources_of(data)
-    often = Counter(source.source for source in sources)
-    return [
-        source.source
-        if often[source.source] == 1
-        else f"{source.source} ({source.pattern}, {source.split}, {source.text_field})"
-        for source in sources
-    ]
+    sources, found = sources_of(data), []
+    for source in sources:
+        others = [other for other in sources if other.source == source.source]
+        apart = [
+            getattr(source, key)
+            for key in ("pattern", "split", "text_field")
+            if len({getattr(other, key) for other in others}) > 1
+        ]
+        found.append(f"{source.source} ({', '.join(apart)})" if apart else source.source)
+    return found
 
 
 def require_sources(data: DataConfig) -> None:

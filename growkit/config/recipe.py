@@ -41,7 +41,7 @@ class ScreenConfig:
 class SourceConfig:
     source: str = MISSING  # stdlib | a file | a folder | hf:NAME, a Hugging Face data set
     weight: float = 1.0  # share of the training tokens, relative to the other sources', above 0
-    pattern: str = "**/*"  # which files of a folder
+    pattern: str = "**/*"  # which files of a folder, or of stdlib
     split: str = "train"  # of a Hugging Face data set
     text_field: str = "text"  # column of rows: of JSON lines, Parquet, Arrow, a Hugging Face data set
 
@@ -61,11 +61,21 @@ class SelectConfig:
 
 
 @dataclass
+class BanditConfig:
+    """Which source or length each step trains on, chosen by what training on it has taught so far."""
+
+    over: str = MISSING  # sources, of data.mixture | lengths, of every stage whose context has the schedule buckets
+    learning_rate: float = 0.01  # η of Exp3.S: how fast choices follow what was learned, above 0
+    exploration: float = 0.05  # ε of Exp3.S: share of choices that are left to chance, above 0, at most 1
+
+
+@dataclass
 class DataConfig:
     source: str | None = None  # stdlib | a file | a folder | hf:NAME, of Hugging Face | synthetic/TASK; default: stdlib
     task: dict[str, Any] = field(default_factory=dict)  # settings of a synthetic task, which has none of what follows
     mixture: list[SourceConfig] = field(default_factory=list)  # instead of source: several, each with its weight
-    pattern: str = "**/*"  # which files of a folder
+    bandit: BanditConfig | None = None  # chooses each step's source, or its length
+    pattern: str = "**/*"  # which files of a folder, or of stdlib
     split: str = "train"  # of a Hugging Face data set
     text_field: str = "text"  # column of rows: of JSON lines, Parquet, Arrow, a Hugging Face data set
     streaming: bool = False  # read a Hugging Face data set row by row, without a copy of it on this disk

@@ -37,6 +37,7 @@ NOT_CONTENT = frozenset(
     {
         "source",
         "mixture",
+        "bandit",
         "pattern",
         "split",
         "text_field",

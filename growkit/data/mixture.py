@@ -19,7 +19,8 @@ class Mixture:
     behind or ahead of its share (Tijdeman 1980, "The chairman assignment problem": of those that are owed a row, the
     one that would be behind the soonest). Each source goes on where its own last row ended.
 
-    State: ``cursor``, tokens of all; ``rows`` of each source so far; ``sources``, their own states.
+    State: ``cursor``, tokens of all; ``rows`` of each source that were given out by weight so far; ``sources``, their
+    own states.
     """
 
     def __init__(self, sources: Sequence[DataSource], weights: Sequence[float]) -> None:
@@ -49,6 +50,10 @@ class Mixture:
         cursor = sum(int(after["cursor"]) for after in states)
         return together, {"cursor": cursor, "rows": counts.tolist(), "sources": states}
 
+    def alone(self, number: int) -> DataSource:
+        """Rows of the source ``number`` only, as long as it is asked: by no weight, which they do not count for."""
+        return _Alone(self, number)
+
     def _turns(self, before: Sequence[int], rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Whose each of the next ``rows`` is, and the rows of each source after them."""
         counts, of = np.array(before, dtype=np.int64), np.zeros(rows, dtype=np.int64)
@@ -60,6 +65,24 @@ class Mixture:
             of[row] = soonest.argmin()
             counts[of[row]] += 1
         return of, counts
+
+
+class _Alone:
+    """One source of ``mixture``; the states of the others stay where they are."""
+
+    def __init__(self, mixture: Mixture, number: int) -> None:
+        self.mixture, self.number = mixture, number
+
+    def begin(self) -> State:
+        return self.mixture.begin()
+
+    def take(self, state: State, rows: int, context_length: int, mine: slice) -> tuple[Rows, State]:
+        states = list(state["sources"])
+        found, states[self.number] = self.mixture.sources[self.number].take(
+            states[self.number], rows, context_length, mine
+        )
+        cursor = sum(int(own["cursor"]) for own in states)
+        return found, {"cursor": cursor, "rows": state["rows"], "sources": states}
 
 
 def _joined(parts: Sequence[Tensor], order: NDArray[np.int64]) -> Tensor:

@@ -9,13 +9,15 @@ from dataclasses import dataclass, replace
 class StepShape:
     """What one optimizer step trains on, over all processes. ``window``: the last keys that a query sees, its own
     among them; None: all. ``drawn_length``: of the rows that are read and then cut, each into ``pieces`` of
-    ``context_length``, what is left over dropped; None: rows are read as they are trained on."""
+    ``context_length``, what is left over dropped; None: rows are read as they are trained on. ``source``: which of a
+    mixture's all rows are of; None: each source has its share."""
 
     rows: int
     context_length: int
     window: int | None = None
     drawn_length: int | None = None
     pieces: int = 1
+    source: int | None = None
 
     def times(self, count: int) -> StepShape:
         """With ``count`` times the rows."""

@@ -110,15 +110,16 @@ class Files:
 
 
 @SOURCES.register("stdlib")
-def standard_library(_: DataConfig) -> Files:
+def standard_library(data: DataConfig) -> Files:
     """The Python standard library's own source text on this machine: real, offline, about 11 MB."""
     root = Path(sysconfig.get_paths()["stdlib"])
+    wanted = None if data.pattern == DataConfig.pattern else set(_matching(root, data.pattern))
     found = []
     for folder, names, files in os.walk(root):
         names[:] = sorted(set(names) - STDLIB_LEFT_OUT)
         for file in sorted(files):
             path = Path(folder, file)
-            if file.endswith(".py"):
+            if file.endswith(".py") and (wanted is None or path in wanted):
                 found.append(File(path, path.relative_to(root).parts[0].removesuffix(".py")))
     return Files(found, "")
 
@@ -130,18 +131,22 @@ def file_or_folder(data: DataConfig) -> Files:
     root = Path(data.source).expanduser()
     if root.is_file():
         return Files([File(root, "")], data.text_field)
-    try:
-        paths = sorted(root.glob(data.pattern))
-    except (ValueError, NotImplementedError) as error:
-        mend = "use a relative pattern such as '**/*' or '*.txt'"
-        problem = f"is not a pattern of file names ({error})"
-        raise DataError("bad-pattern", problem, key="data.pattern", value=data.pattern, mend=mend) from error
     found = []
-    for path in paths:
+    for path in _matching(root, data.pattern):
         relative = path.relative_to(root)
         if path.is_file() and not any(part.startswith(".") for part in relative.parts):
             found.append(File(path, str(relative)))
     return Files(found, data.text_field)
+
+
+def _matching(root: Path, pattern: str) -> list[Path]:
+    """What in the folder ``root`` has a name that fits. Raises DataError."""
+    try:
+        return sorted(root.glob(pattern))
+    except (ValueError, NotImplementedError) as error:
+        mend = "use a relative pattern such as '**/*' or '*.txt'"
+        problem = f"is not a pattern of file names ({error})"
+        raise DataError("bad-pattern", problem, key="data.pattern", value=pattern, mend=mend) from error
 
 
 @SOURCES.register("hub")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -49,13 +49,22 @@ class DataSource(Protocol):
         ...
 
 
+@runtime_checkable
+class Several(DataSource, Protocol):
+    """A source made of others."""
+
+    def alone(self, number: int) -> DataSource:
+        """Rows of one of them only; states are those of all."""
+        ...
+
+
 class Batch(NamedTuple):
     """A micro-batch: ``tokens``, ``targets``, ``segments`` as of Rows. ``window``: as of StepShape. ``unscored``:
     whether any target is. ``weight``: what its mean loss is multiplied by, so that every scored token of the step
     counts the same. ``state``: of the source *after* this batch, over all processes; it travels with the batch because
     a trainer may fetch ahead. ``part``, ``parts``: where rows are to be chosen, which of the step's micro-batches this
     is and how many there are; then the rows are all the candidates of the step, the same in each. ``blocks``,
-    ``row_weights``: as of Rows."""
+    ``row_weights``: as of Rows. ``source``: as of StepShape."""
 
     tokens: Tensor
     targets: Tensor
@@ -68,6 +77,7 @@ class Batch(NamedTuple):
     parts: int = 1
     blocks: Tensor | None = None
     row_weights: Tensor | None = None
+    source: int | None = None
 
     @property
     def cursor(self) -> int:
@@ -168,9 +178,10 @@ def padding(state: State) -> int | None:
 @dataclass
 class Batches:
     """Endless micro-batches of optimizer steps from ``first_step`` on, ``accumulate`` a step, from ``state`` on.
-    ``shape``: of each step. Process ``rank`` of ``world_size`` takes its rows of each. The rows of a step are the same
-    ones whatever those three numbers are. ``candidates``: rows that are read for each that a step has.
-    ``before``: called with the number of a step before its rows are taken, which may be a step before it is trained."""
+    ``shape``: of each step, asked once for each in turn, no sooner than its first row is wanted. Process ``rank`` of
+    ``world_size`` takes its rows of each. The rows of a step are the same ones whatever those two numbers and
+    ``accumulate`` are. ``candidates``: rows that are read for each that a step has. ``before``: called with the number
+    of a step before its rows are taken, which may be a step before it is trained."""
 
     source: DataSource
     state: State
@@ -199,10 +210,13 @@ class Batches:
         parts = self.accumulate * self.world_size
         ends = [shape.rows * part // parts for part in range(parts + 1)]
         taken: list[tuple[Rows, State]] = []
-        whole = None
+        source, whole = self.source, None
+        if shape.source is not None:
+            assert isinstance(source, Several), "one source has no others to choose from"
+            source = source.alone(shape.source)
         if shape.drawn_length is not None:  # a drawn row may lie in two micro-batches, so all are drawn at once
             drawn, count = shape.drawn_length, shape.drawn_rows
-            rows, state = self.source.take(state, count, drawn, slice(0, count))
+            rows, state = source.take(state, count, drawn, slice(0, count))
             whole = cut(rows, shape.context_length, shape.pieces)
         for first in range(0, parts, self.world_size):
             begin, mine, end = ends[first], first + self.rank, ends[first + self.world_size]
@@ -210,7 +224,7 @@ class Batches:
                 rows = part_of(whole, slice(begin, end), slice(ends[mine], ends[mine + 1]))
             else:
                 share = slice(ends[mine] - begin, ends[mine + 1] - begin)
-                rows, state = self.source.take(state, end - begin, shape.context_length, share)
+                rows, state = source.take(state, end - begin, shape.context_length, share)
             taken.append((rows, state))
         even = sum(rows.scored for rows, _ in taken) / parts
         return [
@@ -224,6 +238,7 @@ class Batches:
                 state=state,
                 blocks=rows.blocks,
                 row_weights=rows.weights,
+                source=shape.source,
             )
             for rows, state in taken
         ]

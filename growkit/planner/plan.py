@@ -17,6 +17,7 @@ from growkit.models.config import ModelConfig
 from growkit.models.spec import Component, param_specs
 from growkit.planner.hardware import THIS_MACHINE, Hardware
 from growkit.planner.memory import StageMemory, stage_memories
+from growkit.schedule.arms import Arms
 from growkit.schedule.plan import GrowthSchedule, Stage
 
 COMPONENTS: tuple[str, ...] = get_args(Component)
@@ -166,6 +167,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "steps": stage.stage.steps,
             "tokens": stage.stage.tokens,
             "flops": stage.flops,
+            "arms": None if stage.stage.arms is None else dataclasses.asdict(stage.stage.arms),
             "memory": dataclasses.asdict(stage.memory) | {"step": stage.memory.step, "device": stage.memory.device},
             "fits": stage.fits,
             **dataclasses.asdict(stage.cost),
@@ -215,12 +217,8 @@ def _ratio(count: float, of: float | None) -> float | None:
 
 
 def _choosing(stage: Stage) -> float:
-    """FLOPs of a stage's steps besides training."""
-    pace = stage.pace
-    return sum(
-        count * (pace.step_flops(length) - pace.training_flops(length))
-        for length, count in stage.lengths.counts(stage.steps)
-    )
+    """FLOPs that a stage spends on choosing what to train on by its losses."""
+    return sum(count * stage.pace.choosing_flops(length) for length, count in stage.lengths.counts(stage.steps))
 
 
 def _notes(recipe: Recipe, schedule: GrowthSchedule, hardware: Hardware | None) -> tuple[str, ...]:
@@ -241,6 +239,31 @@ def _notes(recipe: Recipe, schedule: GrowthSchedule, hardware: Hardware | None) 
     if choosing := sum(_choosing(stage) for stage in schedule.stages):
         notes.append(f"{choosing / schedule.flops:.0%} of the FLOPs go into choosing what to train on")
         notes.append("memory leaves out the reference model, which is held whole, in float32, on every device")
+    notes.extend(_choices(schedule))
     if recipe.trainer.devices > 1:
         notes.append("memory with several devices is an estimate that no test holds to a measurement")
     return tuple(notes)
+
+
+def _choices(schedule: GrowthSchedule) -> list[str]:
+    """What a bandit chooses among, a line for each choice that stages have in common, and what asking costs."""
+    found: dict[Arms, list[Stage]] = {}
+    for stage in schedule.stages:
+        if stage.arms is not None:
+            found.setdefault(stage.arms, []).append(stage)
+    lines = []
+    for arms, stages in found.items():
+        flops = sum(stage.total_flops for stage in stages)
+        trained = sum(dataclasses.replace(stage.pace, again=0.0).flops(stage.lengths, stage.steps) for stage in stages)
+        line = (
+            f"data.bandit chooses the {arms.over[:-1]} of each step among {' | '.join(arms.names)}; the forward passes "
+            f"that tell what a step taught are {1 - trained / flops:.1%} of the FLOPs of {_named(stages)}"
+        )
+        if arms.over == "lengths":
+            line += ", which are reckoned as if each were chosen as often; its tokens do not depend on that"
+        lines.append(line)
+    return lines
+
+
+def _named(stages: Sequence[Stage]) -> str:
+    return ", ".join(stage.name for stage in stages)

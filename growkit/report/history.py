@@ -26,19 +26,22 @@ MEASURED = (
     "ramp",
     "context_length",
     "window",
+    "prediction_gain",
     "tokens_per_second",
     "utilisation",
     "memory_bytes",
 )
 NORM = "grad_norm."  # a column for each component of the gradient's norm
+LIKELY = "arm_probability."  # a column for each arm of a bandit
+PARTED = {NORM: "grad_norms", LIKELY: "arm_probabilities"}  # columns: the field that holds a number for each
 
 Column = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class History:
-    """``steps``: column → one value for each logged step, NaN where the log has none; PLACE, MEASURED and
-    ``grad_norm.COMPONENT``. ``events``: the records of every other kind, in order."""
+    """``steps``: column → one value for each logged step, NaN where the log has none; PLACE, MEASURED,
+    ``grad_norm.COMPONENT`` and ``arm_probability.ARM``. ``events``: the records of every other kind, in order."""
 
     name: str
     steps: Mapping[str, Column]
@@ -57,11 +60,12 @@ class History:
                 continue
             for key, append in rows:
                 append(number(record.get(key)))
-            norms = record.get("grad_norms")
-            for part, value in norms.items() if isinstance(norms, dict) else ():
-                column = columns.setdefault(NORM + part, array("d"))
-                column.extend([math.nan] * (count - len(column)))  # a component that came later
-                column.append(number(value))
+            for prefix, field in PARTED.items():
+                parts = record.get(field)
+                for part, value in parts.items() if isinstance(parts, dict) else ():
+                    column = columns.setdefault(prefix + part, array("d"))
+                    column.extend([math.nan] * (count - len(column)))  # a part that came later
+                    column.append(number(value))
             count += 1
         for column in columns.values():
             column.extend([math.nan] * (count - len(column)))

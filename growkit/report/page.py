@@ -28,7 +28,7 @@ from growkit import __version__
 from growkit.checkpoint.metrics_log import Record, without_nan
 from growkit.errors import ConfigError, cannot_write
 from growkit.report.comparison import MOST_DIFFERENCES, differing, shown
-from growkit.report.history import MEASURED, NORM, PLACE, Column, History, finite, kept, number, smoothed
+from growkit.report.history import MEASURED, PARTED, PLACE, Column, History, finite, kept, number, smoothed
 from growkit.report.lineage import tree
 from growkit.report.run_summary import RunSummary
 
@@ -118,7 +118,7 @@ def curves(history: History) -> dict[str, Any]:
     """``curves``: name → its values and which of ``places`` they are at; many curves share their places. The training
     loss comes twice, as it was and ``smoothed``."""
     columns = {key: history.steps[key] for key in CURVES}
-    columns |= {key: column for key, column in history.steps.items() if key.startswith(NORM)}
+    columns |= {key: column for key, column in history.steps.items() if key.startswith(tuple(PARTED))}
     loss = columns["bits_per_byte"]
     columns["smoothed"] = smoothed(loss, max(1, len(loss) // SMOOTHING))
     places: dict[bytes, int] = {}

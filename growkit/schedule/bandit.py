@@ -31,7 +31,7 @@ class Exp3S:
 
     State: ``weights``, w; ``rewards``, t; ``gains``, the last ones; ``pending``, [step, arm, gain] of the last LAG
     steps, which choices do not know of yet: a trainer that runs ahead would otherwise choose by other numbers than one
-    that was resumed.
+    that was resumed. A gain that is not a number is None: it has to lie in a checkpoint.
     """
 
     arms: int
@@ -66,9 +66,9 @@ class Exp3S:
     def learned(self, state: Mapping[str, Any], step: int, arm: int, gain: float) -> Mapping[str, Any]:
         """The state after step ``step`` was trained on ``arm`` and gained ``gain``."""
         state = self.settled(state, step)
-        return {**state, "pending": [*state["pending"], [step, arm, gain]]}
+        return {**state, "pending": [*state["pending"], [step, arm, gain if math.isfinite(gain) else None]]}
 
-    def _rewarded(self, state: Mapping[str, Any], arm: int, gain: float) -> Mapping[str, Any]:
+    def _rewarded(self, state: Mapping[str, Any], arm: int, gain: float | None) -> Mapping[str, Any]:
         gains = [*state["gains"], gain][-GAINS_KEPT:]
         count = state["rewards"] + 1
         weights = np.array(state["weights"])
@@ -82,11 +82,11 @@ class Exp3S:
         return {**state, "weights": (mixed - mixed.max()).tolist(), "rewards": count, "gains": gains}
 
 
-def scaled_reward(gains: Sequence[float], gain: float) -> float:
+def scaled_reward(gains: Sequence[float | None], gain: float | None) -> float:
     """``gain`` in [−1, 1]: −1 at the 20 % quantile of ``gains`` and below, 1 at the 80 % quantile and above."""
-    if not math.isfinite(gain):
+    if gain is None:
         return -1.0  # a loss that is not a number has taught nothing
-    low, high = np.quantile([g for g in gains if math.isfinite(g)], (LOW, HIGH))
+    low, high = np.quantile([g for g in gains if g is not None], (LOW, HIGH))
     if high <= low:
         return 0.0
     return float(np.clip(2 * (gain - low) / (high - low) - 1, -1, 1))

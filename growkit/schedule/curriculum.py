@@ -83,7 +83,8 @@ def _dealt(values: tuple[int, ...], odds: tuple[int, ...], seed: str) -> tuple[i
 class Pace:
     """What the steps of a stage come to, by their length. ``rows``: of a step at full ``length``; ``parts``: the
     micro-batches that it is cut into, over all processes. ``how``, ``constant``: as of ContextConfig. ``selection``:
-    what is chosen of what is read; None: all of it."""
+    what is chosen of what is read; None: all of it. ``again``: the share of a step's tokens that the model reads once
+    more, forward only."""
 
     model: ModelConfig
     rows: int
@@ -92,6 +93,7 @@ class Pace:
     how: str = "rechunk"
     constant: str = "tokens"
     selection: Selection | None = None
+    again: float = 0.0
     _flops: dict[int, float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def shape(self, length: int, window: int | None = None) -> StepShape:
@@ -108,14 +110,19 @@ class Pace:
         return StepShape(rows, length, window, self.length if self.how == "truncate" else None)
 
     def training_flops(self, length: int) -> float:
-        """Of a step, without choosing what to train on."""
+        """Of a step, without what is read besides."""
         return self.model.flops_per_token(length) * self.shape(length).tokens
+
+    def choosing_flops(self, length: int) -> float:
+        """Of a step, for choosing what to train on by its losses."""
+        if self.selection is None:
+            return 0.0
+        return self.selection.flops(self.model, length, self.shape(length).tokens)
 
     def step_flops(self, length: int) -> float:
         if length not in self._flops:
-            tokens = self.shape(length).tokens
-            choosing = 0.0 if self.selection is None else self.selection.flops(self.model, length, tokens)
-            self._flops[length] = self.training_flops(length) + choosing
+            again = self.again * self.model.forward_flops_per_token(length) * self.shape(length).tokens
+            self._flops[length] = self.training_flops(length) + again + self.choosing_flops(length)
         return self._flops[length]
 
     def tokens(self, lengths: Lengths, steps: int) -> int:

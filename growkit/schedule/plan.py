@@ -18,6 +18,7 @@ from growkit.growth.path import Link, grown_config, path
 from growkit.models.config import ModelConfig, from_json, is_masked
 from growkit.models.spec import param_specs
 from growkit.optim.groups import OLD_ENTRIES, check_selector, frozen_names, is_part, require_some
+from growkit.schedule.arms import Arms, arms_of, check_bandit
 from growkit.schedule.checks import at_least, check_sections
 from growkit.schedule.curriculum import CONSTANT, HOW, Lengths, Pace, Rising, curricula
 from growkit.schedule.lr import LRSchedule
@@ -33,7 +34,9 @@ class Stage:
     """One stage, every value settled. ``accumulate``: micro-batches per optimizer step and process. ``grown_by_hand``:
     parameters that are new here though no link of its own made them. ``model``: as it begins; ``ramp_steps``: until
     what is under a mask is whole, 0 where nothing is. ``context_length``, ``global_batch_tokens``, ``flops_per_step``:
-    of a step at full length, which ``lengths`` may grow to; ``windows``: of attention, None where it sees all."""
+    of a step at full length, which ``lengths`` may grow to; ``windows``: of attention, None where it sees all.
+    ``arms``: what a bandit chooses among; where they are lengths, ``lengths`` has each as often as the others, and what
+    is reckoned with them is what to expect."""
 
     index: int
     name: str
@@ -57,6 +60,7 @@ class Stage:
     windows: Lengths | None
     lr_by: str
     grown_by_hand: frozenset[str] = frozenset()
+    arms: Arms | None = None
 
     @cached_property
     def tokens(self) -> int:
@@ -128,10 +132,10 @@ class Stage:
         """Of the optimizer step number ``stage_step``, from 0."""
         return self.pace.step_flops(self.lengths.at(stage_step))
 
-    def moving(self, stage_step: int) -> dict[str, float]:
+    def moving(self, stage_step: int, length: int) -> dict[str, float]:
         """What changes from step to step, for a log: the ramp, the context, the window, the tokens cut off and passed
-        over so far."""
-        shape, found = self.shape(stage_step), dict[str, float]()
+        over so far. ``length``: of the step's context, which a bandit may have chosen."""
+        shape, found = self.pace.shape(length, self.shape(stage_step).window), dict[str, float]()
         if self.ramp_steps:
             found["ramp"] = self.ramp_at(stage_step)
         if len(self.lengths.values) > 1:
@@ -199,6 +203,7 @@ class GrowthSchedule:
 def growth_schedule(recipe: Recipe) -> GrowthSchedule:
     """The schedule a recipe means. Raises ConfigError for whatever cannot be carried out."""
     check_sections(recipe)
+    check_bandit(recipe)
     start = recipe.start or StartConfig()
     first: ModelConfig = recipe.model.expand() if recipe.start is None else from_json(start.model, key="start.model")
     model = first
@@ -291,8 +296,11 @@ def _stage(
         problem = f"× {world} devices does not divide the {rows} sequences of a step"
         raise ConfigError("batch-not-whole", problem, key=f"{key}.micro_batch_size", value=micro, mend=mend)
     grows, opens = curricula(config, key, context, f"{recipe.run.seed}/{index}")
+    accumulate = rows // (micro * world)
+    arms = arms_of(recipe, config.context)
     how, constant = (grows.how, grows.constant) if grows else (HOW[0], CONSTANT[0])
-    pace = Pace(target, rows, context, rows // micro, how, constant, selection)
+    again = 1 / accumulate if arms else 0.0  # the first micro-batch of each process, after the update
+    pace = Pace(target, rows, context, rows // micro, how, constant, selection, again)
     full = Rising((0,), (context,))
     flops = pace.step_flops(context)
     duration = Duration.parse(config.duration, key=f"{key}.duration")
@@ -333,7 +341,7 @@ def _stage(
         context_length=context,
         global_batch_tokens=batch,
         micro_batch_size=micro,
-        accumulate=rows // (micro * world),
+        accumulate=accumulate,
         steps=steps,
         lr=_lr(recipe, config, position, steps, last, span, fall),
         new_warmup_steps=span(config.new_warmup, "new_warmup"),
@@ -347,6 +355,7 @@ def _stage(
         windows=windows,
         lr_by=optim.lr_by,
         grown_by_hand=frozenset(start.new) if last is None else frozenset(),
+        arms=arms,
     )
     _check_freeze(recipe, stage, key, by_hand=last is None and (start.by_hand or bool(start.new)))
     parts = [selector for selector in config.lr_scale if is_part(selector)]

@@ -10,8 +10,9 @@ from typing import Any
 @dataclass(frozen=True)
 class Progress:
     """``stage_step``: optimizer steps done in ``stage``. ``tokens``, ``flops``: over all stages and processes.
-    ``data``: the state of the data after the last step, of which ``cursor``, the tokens read, is a part; empty before
-    the first. ``micro_batch_size``: of the current stage, when memory made it smaller than planned."""
+    ``data``: the state of the data after the last step, of which ``cursor``, the tokens read, is a part, and that of a
+    bandit, if any; empty before the first. ``micro_batch_size``: of the current stage, when memory made it smaller than
+    planned."""
 
     stage: int = 0
     stage_step: int = 0

@@ -84,6 +84,9 @@ def _check_values(config: SelectConfig) -> None:
 def _check_data(recipe: Recipe, kind: str) -> None:
     """Raises ConfigError for what does not go with choosing rows or blocks."""
     data = recipe.data
+    if data.bandit is not None:
+        problem = "trains on a part of what is read, and data.bandit measures what all of it taught"
+        raise _does_not_fit(kind, problem, "leave data.bandit out, or data.select")
     if kind != "rho_1" and data.packing == "best_fit":
         problem = "compares rows, and those of data.packing=best_fit differ in what they hold"
         raise _does_not_fit(kind, problem, "use packing none or documents, or the kind rho_1")

@@ -17,6 +17,7 @@ from growkit.data.stream import Batch, padding
 from growkit.errors import TrainingError
 from growkit.eval.ngram import bits
 from growkit.train import hardware
+from growkit.train.choices import Choices
 from growkit.train.module import StageModule
 
 if TYPE_CHECKING:
@@ -51,8 +52,8 @@ class StopRequest:
 class AfterStep(L.Callback):
     """Drives a stage: everything here happens between optimizer steps, so that any of it can be resumed from."""
 
-    def __init__(self, run: Run, module: StageModule, *, last_step: int) -> None:
-        self.run, self.module, self.last_step = run, module, last_step
+    def __init__(self, run: Run, module: StageModule, choices: Choices | None, *, last_step: int) -> None:
+        self.run, self.module, self.choices, self.last_step = run, module, choices, last_step
         self._window_start, self._window_tokens, self._window_flops = 0.0, 0, 0.0
         self._losses: list[tuple[int, torch.Tensor]] = []  # of every step since the last log
         self._selected: dict[str, torch.Tensor] = {}  # what there is to say of what the last step trained on
@@ -73,7 +74,14 @@ class AfterStep(L.Callback):
             return
         if module.stage_step == 0 and stage.links:
             faults.point("first_step_after_growth")
-        tokens, flops = stage.shape(module.stage_step).tokens, stage.flops(module.stage_step)
+        length = batch.tokens.shape[1]  # what a bandit chose is in no schedule
+        tokens, flops = stage.pace.shape(length).tokens, stage.pace.step_flops(length)
+        data, gain = batch.state, 0.0
+        if self.choices is not None:
+            assert module.gain is not None and module.model is not None
+            gain = module.gain.after(trainer, module.model)
+            self.choices.learned(module.stage_step, batch, gain, flops)
+            data = self.choices.add_to(data)
         module.step_done()
         self._window_tokens += tokens
         self._window_flops += flops
@@ -84,7 +92,7 @@ class AfterStep(L.Callback):
             step=done.step + 1,
             tokens=done.tokens + tokens,
             flops=done.flops + flops,
-            data=batch.state,
+            data=data,
         )
         self._losses.append((run.progress.step, torch.stack(module.losses).mean()))
         module.losses = []
@@ -96,7 +104,7 @@ class AfterStep(L.Callback):
             run.stopping = trainer.strategy.reduce_boolean_decision(run.stopping, all=False)
         saving = end or run.progress.step % run.schedule.save_every == 0 or run.stopping
         if end or saving or run.progress.step % run.recipe.monitor.log_every == 0:
-            self._log(trainer)
+            self._log(trainer, batch, gain)
         if end or (stage.validate_every and module.stage_step % stage.validate_every == 0):
             self._outside(lambda: run.validate(module, end=end))
         if end and run.recipe.monitor.sample_tokens and run.data.corpus is not None:
@@ -108,7 +116,8 @@ class AfterStep(L.Callback):
         if run.stopping:
             trainer.should_stop = True
 
-    def _log(self, trainer: L.Trainer) -> None:
+    def _log(self, trainer: L.Trainer, batch: Batch, gain: float) -> None:
+        """``batch``: the last of the step; ``gain``: what it taught, where there are choices."""
         run, module = self.run, self.module
         window, self._losses = self._losses, []
         loss = float(trainer.strategy.reduce(window[-1][1], reduce_op="mean"))
@@ -129,7 +138,7 @@ class AfterStep(L.Callback):
         run.record(
             "step",
             loss=loss,
-            bits_per_byte=bits(loss, run.data.bytes_per_token),
+            bits_per_byte=bits(loss, self._bytes_per_token(batch)),
             lr=module.lr,
             grad_norm=norm,
             grad_norms=norms,
@@ -138,11 +147,19 @@ class AfterStep(L.Callback):
             flops_per_second=flops_rate,
             utilisation=flops_rate / (run.peak_flops * run.world_size),
             memory_bytes=hardware.peak_memory_bytes(run.device),
-            **module.stage.moving(module.stage_step - 1),
             **{name: float(trainer.strategy.reduce(said, reduce_op="mean")) for name, said in self._selected.items()},
+            **module.stage.moving(module.stage_step - 1, batch.tokens.shape[1]),
+            **(self.choices.record(batch, gain) if self.choices is not None else {}),
             **({} if (padded := padding(run.progress.data)) is None else {"padding": padded}),
         )
         self._window_start, self._window_tokens, self._window_flops = time.perf_counter(), 0, 0.0
+
+    def _bytes_per_token(self, batch: Batch) -> float:
+        """Of what the step was drawn from: one source, or all by their weights."""
+        data = self.run.data
+        if batch.source is None or data.corpus is None:
+            return data.bytes_per_token
+        return data.corpus.parts[batch.source].bytes_per_token
 
     def _outside(self, work: Callable[[], Any]) -> None:
         """Runs ``work`` without charging its time to the throughput."""

@@ -64,9 +64,10 @@ def measure(
 
 
 def step_seconds(recipe: Recipe, stage: Stage, device: str, dtype: torch.dtype) -> float:
-    """Wall clock of one optimizer step of ``stage``: medians of a micro-batch, as often as a step has them, and of
-    AdamW's update, on a fresh model and random tokens. Where lengths differ: the mean over the stage's steps. Choosing
-    what to train on is not timed: its FLOPs are taken to go as fast as training's."""
+    """Wall clock of one optimizer step of ``stage``: medians of a micro-batch, as often as a step has them, of AdamW's
+    update, and of the forward passes after it, if any, on a fresh model and random tokens. Where lengths differ: the
+    mean over the stage's steps. Choosing what to train on by its losses is not timed: its FLOPs are taken to go as fast
+    as training's."""
     trainer = recipe.trainer
     params = init_params(stage.model, torch.Generator().manual_seed(recipe.run.seed))
     model = build(
@@ -81,12 +82,19 @@ def step_seconds(recipe: Recipe, stage: Stage, device: str, dtype: torch.dtype) 
         model.compile(dynamic=False)
     shapes = {length: stage.pace.shape(length).rows // stage.pace.parts for length in stage.lengths.values}
 
-    def micro_batch(tokens: Tensor, mask: Tensor | BlockMask | None) -> None:
+    def read(tokens: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
         with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss = model(
+            loss: Tensor = model(
                 tokens, tokens, mask=mask, z_loss=recipe.optim.z_loss, chunk_tokens=trainer.loss_chunk_tokens
             ).total
-        loss.backward()
+        return loss
+
+    def micro_batch(tokens: Tensor, mask: Tensor | BlockMask | None) -> None:
+        read(tokens, mask).backward()  # type: ignore[no-untyped-call]
+
+    def look_again(tokens: Tensor, mask: Tensor | BlockMask | None) -> None:
+        with torch.set_grad_enabled(trainer.compile):  # as train/gain.py does
+            read(tokens, mask)
 
     def update() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.clip_norm or float("inf"))
@@ -95,11 +103,15 @@ def step_seconds(recipe: Recipe, stage: Stage, device: str, dtype: torch.dtype) 
     seconds = 0.0
     for length, count in stage.lengths.counts(stage.steps):
         tokens = torch.randint(stage.model.vocab_size, (shapes[length], length), device=device)
-        work = partial(micro_batch, tokens, visible_keys(tokens, None, stage.shape(0).window))
+        mask = visible_keys(tokens, None, stage.shape(0).window)
+        work = partial(micro_batch, tokens, mask)
         work()  # warms caches and the allocator
         update()
-        choosing = stage.pace.step_flops(length) / stage.pace.training_flops(length)
-        seconds += count / stage.steps * stage.accumulate * choosing * _median_seconds(work, device)
+        share = count / stage.steps * stage.accumulate
+        choosing = stage.pace.choosing_flops(length) / stage.pace.training_flops(length)
+        seconds += share * (1 + choosing) * _median_seconds(work, device)
+        if stage.pace.again:
+            seconds += share * stage.pace.again * _median_seconds(partial(look_again, tokens, mask), device)
     return seconds + _median_seconds(update, device)
 
 

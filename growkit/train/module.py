@@ -18,12 +18,14 @@ from growkit.data.stream import Batch
 from growkit.growth.engine import added_entries
 from growkit.growth.state import Moments, TrainState
 from growkit.models.decoder import DecoderLM, build
+from growkit.models.loss import TokenLoss
 from growkit.models.spec import param_specs
 from growkit.models.visible import visible_keys
 from growkit.optim.groups import param_groups
 from growkit.optim.hold import HeldEntries
 from growkit.schedule.lr import warmup_factor
 from growkit.schedule.plan import Stage
+from growkit.train.gain import PredictionGain
 from growkit.train.selection import Selector
 
 
@@ -37,6 +39,7 @@ class StageModule(L.LightningModule):
         self.start, self.stage, self.recipe, self.stage_step = state, stage, recipe, first_step
         self.model: DecoderLM | None = None
         self.losses: list[Tensor] = []  # cross-entropy of the micro-batches of the current step
+        self.gain: PredictionGain | None = None  # of every step, where a bandit wants to know
         self._norms: dict[str, Tensor] = {}  # of each parameter's gradient at the last step, before clipping
         self._held: HeldEntries | None = None
         self.lr = 0.0
@@ -71,20 +74,23 @@ class StageModule(L.LightningModule):
         self.model.set_ramp(self.stage.ramp_at(self.stage_step))
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
-        assert self.model is not None
-        if self.selector is not None:
-            loss = self.selector.loss(self.model, batch)
-        else:
-            loss = self.model(
-                batch.tokens,
-                batch.targets,
-                mask=visible_keys(batch.tokens, batch.segments, batch.window),
-                unscored=batch.unscored,
-                z_loss=self.recipe.optim.z_loss,
-                chunk_tokens=self.recipe.trainer.loss_chunk_tokens,
-            )
+        loss = self.token_loss(batch) if self.gain is None else self.gain.before(batch)
         self.losses.append(loss.cross_entropy.detach() * batch.weight)
         return loss.total * batch.weight
+
+    def token_loss(self, batch: Batch) -> TokenLoss:
+        assert self.model is not None
+        if self.selector is not None:
+            return self.selector.loss(self.model, batch)
+        loss: TokenLoss = self.model(
+            batch.tokens,
+            batch.targets,
+            mask=visible_keys(batch.tokens, batch.segments, batch.window),
+            unscored=batch.unscored,
+            z_loss=self.recipe.optim.z_loss,
+            chunk_tokens=self.recipe.trainer.loss_chunk_tokens,
+        )
+        return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         assert self.model is not None

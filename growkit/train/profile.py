@@ -58,7 +58,9 @@ class StageProfile:
 
     @property
     def flops_per_second(self) -> float:
-        return self.stage.flops_per_step / self.step_seconds
+        """Of training alone: no step here is looked at again."""
+        flops_per_token = self.stage.model.flops_per_token(self.stage.context_length)
+        return flops_per_token * self.stage.global_batch_tokens / self.step_seconds
 
     @property
     def utilisation(self) -> float:

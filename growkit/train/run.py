@@ -37,7 +37,9 @@ from growkit.schedule.plan import GrowthSchedule, Stage
 from growkit.schedule.progress import Progress
 from growkit.train import hardware
 from growkit.train.callback import AfterStep, StopRequest
+from growkit.train.choices import Choices
 from growkit.train.data import RunData
+from growkit.train.gain import PredictionGain
 from growkit.train.module import StageModule, full_state
 from growkit.train.trainer import fit, stage_trainer
 from growkit.train.trial import fitting_micro_batch
@@ -207,12 +209,18 @@ class Run:
     def _fit(self, stage: Stage) -> None:
         remaining = stage.steps - self.progress.stage_step
         module = StageModule(self.state, stage, self.recipe, self.progress.stage_step, self.data.reference)
-        after = AfterStep(self, module, last_step=stage.steps)
+        choices = None
+        if stage.arms is not None:
+            choices = Choices(self.recipe, stage, self.progress)
+            # The tokens of one micro-batch as planned, in as many as memory has made of it.
+            parts = self.accumulate(stage) // stage.accumulate
+            module.gain = PredictionGain(module.token_loss, parts, compiled=self.recipe.trainer.compile)
+        after = AfterStep(self, module, choices, last_step=stage.steps)
         trainer = stage_trainer(self.recipe, remaining, self.accumulate(stage), [after])
         batches = Batches(
             self.source,
             self.progress.data or self.source.begin(),
-            stage.shape,
+            stage.shape if choices is None else choices.shape,
             self.progress.stage_step,
             self.accumulate(stage),
             rank=self.rank,

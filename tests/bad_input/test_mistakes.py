@@ -26,6 +26,7 @@ from growkit.models.decoder import build
 from growkit.ops.dispatch import resolve_backend
 from growkit.registry import Registry
 from growkit.train import hardware
+from tests.bad_input.of_bandit import BANDIT_CASES
 from tests.bad_input.of_commands import (
     EVAL_CASES,
     EXPORT_CASES,
@@ -52,6 +53,7 @@ CASES = [
     *RECIPE_CASES,
     *CURRICULUM_CASES,
     *SELECT_CASES,
+    *BANDIT_CASES,
     *DATA_CASES,
     *TASK_CASES,
     *PREPARE_CASES,

@@ -292,7 +292,7 @@ def task_of(data: DataConfig) -> Task | None:
     default = DataConfig()
     for field in dataclasses.fields(DataConfig):
         value, wanted = getattr(data, field.name), getattr(default, field.name)
-        if field.name not in ("source", "task", "block_tokens") and value != wanted:
+        if field.name not in ("source", "task", "bandit", "block_tokens") and value != wanted:
             problem, mend = f"is for text, and data.source is {data.source!r}", f"leave it at {wanted!r}"
             raise ConfigError("not-for-a-task", problem, key=f"data.{field.name}", value=value, mend=mend)
     return task

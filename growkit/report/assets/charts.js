@@ -165,6 +165,15 @@ function componentTraces() {
     line(run, `grad_norm.${part}`, part, { color: color(COMPONENTS[part]), width: 1.1 }))];
 }
 
+/** How likely each arm of the bandit was, of the run chosen below. */
+function armTraces() {
+  const run = RUNS[view.selected];
+  const prefix = "arm_probability.";
+  return Object.keys(run.curves).filter((name) => name.startsWith(prefix)).flatMap((name, index) =>
+    line(run, name, name.slice(prefix.length), { color: runColor(index), width: 1.2 },
+      { scale: 100, unit: " %", format: "%{y:.0f}" }));
+}
+
 const COURSE = [
   ["Learning rate", "lr", { fromZero: true }],
   ["Gradient norm", "grad_norm", { fromZero: true, single: componentTraces }],
@@ -173,6 +182,7 @@ const COURSE = [
   ["Mask of new parts", "ramp", { fromZero: true, scale: 100, unit: " %", format: "%{y:.0f}" }],
   ["Context length", "context_length", { fromZero: true, unit: " tokens" }],
   ["Attention window", "window", { fromZero: true, unit: " tokens" }],
+  ["How likely the bandit chose", "prediction_gain", { fromZero: true, unit: " %", traces: armTraces }],
   ["Throughput", "tokens_per_second", { fromZero: true, unit: " tokens/s", format: "%{y:.3s}" }],
   ["Utilisation", "utilisation", { fromZero: true, scale: 100, unit: " %", format: "%{y:.1f}" }],
   ["Memory", "memory_bytes", { fromZero: true, scale: 1e-9, unit: " GB", format: "%{y:.3g}" }],

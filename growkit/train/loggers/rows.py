@@ -35,6 +35,7 @@ METRICS = {
         "excess_read": "data/excess_read",
         "effective_rows": "data/effective_rows",
         "seen_blocks": "data/seen_blocks",
+        "prediction_gain": "curriculum/prediction_gain",
         "tokens_per_second": "speed/tokens_per_second",
         "flops_per_second": "speed/flops_per_second",
         "utilisation": "speed/utilisation",
@@ -103,6 +104,9 @@ class Rows:
         values |= {metric: record.get(name) for name, metric in METRICS.get(kind, {}).items()}
         if kind == "step":
             values |= {f"gradients/norm/{part}": norm for part, norm in (record.get("grad_norms") or {}).items()}
+            likely = record.get("arm_probabilities") or {}
+            values |= {f"curriculum/probability/{arm}": probability for arm, probability in likely.items()}
+            values |= {"curriculum/arm": list(likely).index(record["arm"])} if likely else {}
         elif kind == "growth":
             values["growth/mark"] = 1.0
             self.growths.append(growth_line(record))
