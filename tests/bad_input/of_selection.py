@@ -49,7 +49,7 @@ SELECT_CASES = [
     select("a kind there is not", "kind: loudest", "kind", "unknown-choice", "'loudest'", "importance"),
     select("a selection of no kind", f"{REFERENCE}", "kind", "missing-key", "is missing", "write kind"),
     select("a bandit beside", "kind: importance", "kind", "selection-does-not-fit", "'importance'", "data.bandit",
-           "data.bandit={over: sources}"),
+           "data.source=null", "data.mixture=[{source: corpus.txt}, {source: stdlib}]", "data.bandit={over: sources}"),
     select("a key of another kind", "kind: importance, keep: 0.5", "keep", "unused-key", "0.5", "smoothing"),
     select("rho without a reference", "kind: rho_1", "reference", "missing-key", "is missing", "checkpoint"),
     select("a reference that is not there", "kind: rho_1, reference: no", "reference", "reference-missing", "'no'",
