@@ -101,6 +101,11 @@ UNITS = {
     "stages.N.context.most_lengths": "lengths",
     "stages.N.global_batch_tokens": "tokens",
     "stages.N.micro_batch_size": "sequences",
+    "stages.N.until.window": "tokens, steps, flops or %",
+    "stages.N.until.least": "nats",
+    "stages.N.until.patience": "windows",
+    "stages.N.until.horizon": "share",
+    "stages.N.until.size_scale": "nats",
     "stages.N.warmup": "tokens, steps, flops or %",
     "stages.N.decay": "tokens, steps, flops or %",
     "stages.N.new_warmup": "tokens, steps, flops or %",
@@ -193,6 +198,13 @@ SECTIONS: tuple[tuple[str, str, ModuleType, str, str], ...] = (
         "What they do: [grow the context](how-to/context-curricula.md). `stages.N.window` has these keys too.",
     ),
     ("stages: context", "stages.N.context", recipe, "ContextConfig", "The keys above, and:"),
+    (
+        "stages: until",
+        "stages.N.until",
+        recipe,
+        "UntilConfig",
+        "When a stage may end before its duration: [growth that decides](how-to/growth-that-decides.md).",
+    ),
 )
 
 
@@ -232,7 +244,7 @@ def _type(annotation: ast.expr) -> str:
     text = ast.unparse(annotation).removesuffix(" | None")
     kind = {"list[str]": "list of text", "list[SourceConfig]": "list of sources", "dict[str, str]": "mapping of text"}
     kind |= {"dict[str, int]": "mapping of whole numbers", "list[int]": "list of whole numbers"}
-    kind |= {"ContextConfig": "section", "CurriculumConfig": "section"}
+    kind |= {"ContextConfig": "section", "CurriculumConfig": "section", "UntilConfig": "section"}
     kind |= {"dict[str, float]": "mapping of numbers", "dict[str, Any]": "mapping"}
     return (words | kind)[text]
 

@@ -109,21 +109,21 @@ def show_schedule(name: str, overrides: Sequence[str], extends: Path | None) -> 
             f"{link.operator} {link.method}{'' if link.exactness.kind == 'exact' else ' (not exact)'}"
             for link in stage.links
         )
+        most = "≤" if stage.until is not None else ""
         table.add_row(
             escape(stage.name),
             grows or "–",
             quantity(stage.model.num_params()),
             "–".join(dict.fromkeys(map(str, extent(stage, "context_length")))),
             f"{'' if len(stage.lengths.values) == 1 else '≤'}{stage.global_batch_tokens}",
-            str(stage.steps),
-            quantity(stage.tokens),
-            quantity(stage.total_flops),
+            *(f"{most}{amount}" for amount in (stage.steps, quantity(stage.tokens), quantity(stage.total_flops))),
         )
     console = Console()
     console.print(table)
     if any(stage.links for stage in schedule.stages):
         console.print("growth keeps what the model computes, but where it says (not exact)")
-    console.print(f"valid: {schedule.tokens:,} tokens, {schedule.flops:.3g} FLOPs in all")
+    most = "at most " if any(stage.until for stage in schedule.stages) else ""
+    console.print(f"valid: {most}{schedule.tokens:,} tokens, {schedule.flops:.3g} FLOPs in all")
     if (recipe.data.source or "").startswith(SYNTHETIC):
         return
     from growkit.data.sources import source_kind  # numpy, which a plan does without

@@ -164,6 +164,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "global_batch_tokens": stage.stage.global_batch_tokens,
             "micro_batch_size": stage.stage.micro_batch_size,
             "steps": stage.stage.steps,
+            "at_most": stage.stage.until is not None,
             "tokens": stage.stage.tokens,
             "flops": stage.flops,
             "memory": dataclasses.asdict(stage.memory) | {"step": stage.memory.step, "device": stage.memory.device},
@@ -225,6 +226,10 @@ def _notes(recipe: Recipe, schedule: GrowthSchedule, hardware: Hardware | None) 
         notes.append("memory is that of eager training; trainer.compile moves it either way")
     if any(stage.windows for stage in schedule.stages):
         notes.append("a window is a mask: it saves no FLOPs and no memory, which are those of attention to everything")
+    if ending := [stage.name for stage in schedule.stages if stage.until is not None]:
+        notes.append(
+            f"all figures are the most there can be: a trigger may end {', '.join(ending)} before its duration"
+        )
     if cut := sum(stage.cut_after(stage.steps) for stage in schedule.stages):
         notes.append(f"{quantity(cut)} tokens are read and cut off, besides those that are trained on")
     if recipe.trainer.devices > 1:

@@ -12,6 +12,7 @@ from growkit.checkpoint.run_folder import MARK, RunFolder
 from growkit.errors import CheckpointError
 from growkit.eval.ngram import bits
 from growkit.report.history import History, finite, number
+from growkit.schedule.decisions import decided
 
 Record = Mapping[str, Any]
 
@@ -38,7 +39,8 @@ class Growth:
 
 @dataclass(frozen=True)
 class Stage:
-    """Where a stage ended (or is now, if it has not ``ended``): step, tokens, FLOPs, and its last validation."""
+    """Where a stage ended (or is now, if it has not ``ended``): step, tokens, FLOPs, and its last validation.
+    ``decided``: what the run decided in it, a sentence each."""
 
     index: int
     name: str
@@ -50,6 +52,7 @@ class Stage:
     flops: float | None = None
     bits_per_byte: float | None = None
     ended: bool = False
+    decided: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ def stages_of(history: History) -> tuple[Stage, ...]:
             )
         elif event["kind"] == "growth" and index in stages:
             stages[index] = replace(stages[index], growth=Growth.of(event))
+        elif event["kind"] == "decision" and index in stages:
+            stages[index] = replace(stages[index], decided=(*stages[index].decided, decided(event)))
         elif event["kind"] == "validation" and index in stages:
             score, ended = finite(number(event.get("bits_per_byte"))), event.get("end_of_stage") is True
             stages[index] = replace(stages[index], bits_per_byte=score, ended=ended, **_place(event))
@@ -100,6 +105,9 @@ def stages_of_manifest(manifest: Manifest) -> tuple[Stage, ...]:
                 if stages[before].parameters is None:
                     stages[before] = replace(stages[before], parameters=growth.parameters_before)
             stages[index] = Stage(index, name, parameters, None, growth)
+        elif entry.get("kind") == "decision":
+            stage = stages.get(index, Stage(index, name, parameters, None))
+            stages[index] = replace(stage, decided=(*stage.decided, decided(entry)))
         else:
             stage = stages.get(index, Stage(index, name, parameters, None))
             score = finite(number(entry.get("bits_per_byte", bits(number(entry.get("validation_loss"))))))

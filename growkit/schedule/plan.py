@@ -6,9 +6,10 @@ Everything that can be wrong with a recipe is found here, before a run folder ex
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from growkit.config.recipe import BYTES, SYNTHETIC, DataConfig, Recipe, StageConfig, StartConfig
 from growkit.data.shape import StepShape
@@ -20,8 +21,13 @@ from growkit.models.spec import param_specs
 from growkit.optim.groups import OLD_ENTRIES, check_selector, frozen_names, is_part, require_some
 from growkit.schedule.checks import at_least, check_sections
 from growkit.schedule.curriculum import Lengths, Pace, Rising, curricula
+from growkit.schedule.decisions import Decision, end_of
 from growkit.schedule.lr import LRSchedule
 from growkit.schedule.progress import Progress
+from growkit.schedule.until import trigger_of
+
+if TYPE_CHECKING:
+    from growkit.schedule.triggers import Trigger
 
 MOST_TOKENS = 2**62  # of a stage: positions in the data are 64-bit integers
 SCHEDULES = ("wsd", "cosine", "constant")
@@ -32,7 +38,9 @@ class Stage:
     """One stage, every value settled. ``accumulate``: micro-batches per optimizer step and process. ``grown_by_hand``:
     parameters that are new here though no link of its own made them. ``model``: as it begins; ``ramp_steps``: until
     what is under a mask is whole, 0 where nothing is. ``context_length``, ``global_batch_tokens``, ``flops_per_step``:
-    of a step at full length, which ``lengths`` may grow to; ``windows``: of attention, None where it sees all."""
+    of a step at full length, which ``lengths`` may grow to; ``windows``: of attention, None where it sees all.
+    ``until``: what may end it before ``steps``. Where that has, ``steps`` are those that were done, and everything else
+    is as it was planned."""
 
     index: int
     name: str
@@ -56,6 +64,7 @@ class Stage:
     windows: Lengths | None
     lr_by: str
     grown_by_hand: frozenset[str] = frozenset()
+    until: Trigger | None = None
 
     @cached_property
     def tokens(self) -> int:
@@ -77,7 +86,8 @@ class Stage:
         """The learning rate of the optimizer step number ``stage_step``, from 0."""
         if self.lr_by == "steps":
             return self.lr.lr(stage_step)
-        mean = self.tokens / self.steps
+        planned = self.lr.steps  # a trigger that ends the stage must not change the rates before
+        mean = self.tokens_after(planned) / planned
         return self.lr.lr(stage_step, lambda steps: self.tokens_after(steps) / mean)
 
     @cached_property
@@ -182,8 +192,10 @@ class GrowthSchedule:
         return max(stage.context_length for stage in self.stages)
 
 
-def growth_schedule(recipe: Recipe) -> GrowthSchedule:
-    """The schedule a recipe means. Raises ConfigError for whatever cannot be carried out."""
+def growth_schedule(recipe: Recipe, decisions: Iterable[Decision] = ()) -> GrowthSchedule:
+    """The schedule a recipe means, after what the run has decided. Raises ConfigError for whatever cannot be carried
+    out."""
+    decisions = tuple(decisions)
     check_sections(recipe)
     start = recipe.start or StartConfig()
     first: ModelConfig = recipe.model.expand() if recipe.start is None else from_json(start.model, key="start.model")
@@ -197,8 +209,14 @@ def growth_schedule(recipe: Recipe) -> GrowthSchedule:
         raise ConfigError("duplicate-name", "two stages have the same name", key="stages", value=names, mend=mend)
     stages: list[Stage] = []
     for position, config in enumerate(recipe.stages):
-        stages.append(_stage(recipe, config, position, start, model, stages))
+        stage = _stage(recipe, config, position, start, model, stages)
+        ended = end_of(decisions, stage.index)
+        stages.append(stage if ended is None else dataclasses.replace(stage, steps=ended))
         model = stages[-1].model_at(stages[-1].steps)
+    following: list[Stage | None] = [*stages[1:], None]
+    for position, (stage, after) in enumerate(zip(stages, following, strict=True)):
+        if (trigger := trigger_of(recipe, position, stage, after)) is not None and stage.steps == stage.lr.steps:
+            stages[position] = dataclasses.replace(stage, until=trigger)
     _find_parts(recipe, stages)
     _check_lengths(recipe.data, stages)
     own, longest = recipe.data.block_tokens, max(stage.context_length for stage in stages)

@@ -18,6 +18,7 @@ from growkit.errors import TrainingError
 from growkit.eval.ngram import bits
 from growkit.train import hardware
 from growkit.train.module import StageModule
+from growkit.train.watch import Watch
 
 if TYPE_CHECKING:
     from growkit.train.run import Run
@@ -53,6 +54,7 @@ class AfterStep(L.Callback):
 
     def __init__(self, run: Run, module: StageModule, *, last_step: int) -> None:
         self.run, self.module, self.last_step = run, module, last_step
+        self.watch = Watch(run, module.stage) if module.stage.until is not None else None
         self._window_start, self._window_tokens, self._window_flops = 0.0, 0, 0.0
         self._losses: list[tuple[int, torch.Tensor]] = []  # of every step since the last log
 
@@ -92,8 +94,12 @@ class AfterStep(L.Callback):
         if run.world_size > 1:  # a signal may reach one process only; all must save and stop at the same step
             run.stopping = trainer.strategy.reduce_boolean_decision(run.stopping, all=False)
         saving = end or run.progress.step % run.schedule.save_every == 0 or run.stopping
-        if end or saving or run.progress.step % run.recipe.monitor.log_every == 0:
-            self._log(trainer)
+        regular = run.progress.step % run.recipe.monitor.log_every == 0
+        if saving or regular:
+            loss = self._log(trainer)
+            if self.watch is not None and regular and not end:  # what a save or a stop logs is not in every run's log
+                end = self.watch.ends_here(trainer.strategy, loss)
+                saving = saving or end
         if end or (stage.validate_every and module.stage_step % stage.validate_every == 0):
             self._outside(lambda: run.validate(module, end=end))
         if end and run.recipe.monitor.sample_tokens and run.data.corpus is not None:
@@ -102,10 +108,11 @@ class AfterStep(L.Callback):
             run.rng = torch.get_rng_state()
             run.cuda_rng = torch.cuda.get_rng_state() if run.device == "cuda" else None
             self._outside(lambda: run.save(module.current_state()))
-        if run.stopping:
+        if run.stopping or end:
             trainer.should_stop = True
 
-    def _log(self, trainer: L.Trainer) -> None:
+    def _log(self, trainer: L.Trainer) -> float:
+        """The loss of the step, over all processes. Raises TrainingError when it is not finite."""
         run, module = self.run, self.module
         window, self._losses = self._losses, []
         loss = float(trainer.strategy.reduce(window[-1][1], reduce_op="mean"))
@@ -139,6 +146,7 @@ class AfterStep(L.Callback):
             **({} if (padded := padding(run.progress.data)) is None else {"padding": padded}),
         )
         self._window_start, self._window_tokens, self._window_flops = time.perf_counter(), 0, 0.0
+        return loss
 
     def _outside(self, work: Callable[[], Any]) -> None:
         """Runs ``work`` without charging its time to the throughput."""

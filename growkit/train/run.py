@@ -31,7 +31,8 @@ from growkit.growth.engine import GrowthReport, grow
 from growkit.growth.state import TrainState
 from growkit.models.config import unmasked
 from growkit.models.decoder import build, init_params
-from growkit.schedule.plan import GrowthSchedule, Stage
+from growkit.schedule.decisions import Decision
+from growkit.schedule.plan import GrowthSchedule, Stage, growth_schedule
 from growkit.schedule.progress import Progress
 from growkit.train import hardware
 from growkit.train.callback import AfterStep, StopRequest
@@ -41,10 +42,12 @@ from growkit.train.trainer import fit, stage_trainer
 from growkit.train.trial import fitting_micro_batch
 
 log = logging.getLogger(__name__)
+WHERE = ("stage", "step", "tokens", "flops")  # of the run, in every record of its log
 
 
 class Run:
-    """Everything a run holds between steps. ``checkpoint``: where to go on from; None starts afresh.
+    """Everything a run holds between steps. ``checkpoint``: where to go on from; None starts afresh. ``schedule``: by
+    the decisions in it, and changed by those that are made.
 
     ``listeners``: called with every record of the metrics log (display, loggers).
     """
@@ -120,6 +123,7 @@ class Run:
                 if self.progress.stage_step < stage.steps:
                     self._enter(stage)
                     self._fit(stage)
+                    stage = self.schedule.stage(stage.index)  # which may have been ended
                     if self.stopping and self.progress.stage_step < stage.steps:
                         return False
                 if stage is self.schedule.last:
@@ -158,8 +162,16 @@ class Run:
         """One line of the metrics log, stamped with where the run is."""
         if self.rank == 0:
             at = self.progress
-            where: Record = {"stage": at.stage, "step": at.step, "tokens": at.tokens, "flops": at.flops}
+            where: Record = {name: getattr(at, name) for name in WHERE}
             self.log.write({"kind": kind} | where | {"seconds": round(self.seconds, 3)} | values)
+
+    def decide(self, decision: Decision) -> None:
+        """Writes down what was decided, and goes on with the schedule that follows from it."""
+        self.progress = dataclasses.replace(self.progress, decisions=(*self.progress.decisions, decision))
+        self.schedule = growth_schedule(self.recipe, self.progress.decisions)
+        values = dataclasses.asdict(decision)
+        self.lineage.append({"kind": "decision"} | values)
+        self.record("decision", **{key: value for key, value in values.items() if key not in WHERE})
 
     def _enter(self, stage: Stage) -> None:
         """Grows into ``stage`` if the state is not there yet, after trying that the larger model fits."""
@@ -180,6 +192,7 @@ class Run:
                 context_length=stage.context_length,
                 global_batch_tokens=stage.global_batch_tokens,
                 planned_steps=stage.steps,
+                **({} if stage.until is None else {"at_most": True}),
             )
             if report is not None:
                 self._record_growth(stage, report)

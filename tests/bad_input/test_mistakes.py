@@ -38,6 +38,7 @@ from tests.bad_input.of_commands import (
 )
 from tests.bad_input.of_curricula import CURRICULUM_CASES
 from tests.bad_input.of_data import PREPARE_CASES
+from tests.bad_input.of_decisions import DECISION_CASES
 from tests.bad_input.of_recipes import DATA_CASES, RECIPE_CASES, TASK_CASES
 from tests.bad_input.of_runs import CHECKPOINT_CASES, EXTEND_CASES, RUN_CASES
 from tests.bad_input.support import Case, assert_one_message, contents
@@ -50,6 +51,7 @@ DOCUMENT = PACKAGE.parent / "docs" / "errors.md"
 CASES = [
     *RECIPE_CASES,
     *CURRICULUM_CASES,
+    *DECISION_CASES,
     *DATA_CASES,
     *TASK_CASES,
     *PREPARE_CASES,

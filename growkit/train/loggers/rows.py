@@ -106,6 +106,8 @@ class Rows:
                 self.validations.append(record["bits_per_byte"])
             if self.ngram is not None:
                 values["validation/ngram_bits_per_byte"] = self.ngram["bits_per_byte"]
+        elif kind == "decision":
+            values["growth/decision"] = 1.0
         elif kind == "ngram":
             self.ngram = record
         elif kind == "sample":
