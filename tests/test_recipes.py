@@ -22,6 +22,7 @@ GOLDEN: dict[str, list[float]] = {
     "attention-window": [4.2104],
     "context-growth": [4.1854, 3.2159],
     "first-text": [4.8747],
+    "greedy-stages": [3.8222, 3.4237, 3.2843, 2.7516],
     "grow-on-plateau": [3.2441, 2.1430, 1.4577],
     "induction": [2.7942],
     "needle": [2.9237],
@@ -32,7 +33,8 @@ GOLDEN: dict[str, list[float]] = {
 
 
 def test_all_recipes_are_here() -> None:
-    texts = ["attention-window", "context-growth", "first-text", "grow-on-plateau", "quickstart", "quickstart-static"]
+    texts = ["attention-window", "context-growth", "first-text", "greedy-stages", "grow-on-plateau"]
+    texts += ["quickstart", "quickstart-static"]
     assert sorted(RECIPES) == sorted([*texts, *synthetic_tasks.RECIPES])
     assert RECIPES.keys() | EXTENSIONS == built_in().keys()
 
