@@ -86,7 +86,7 @@ def inspect_checkpoint(folder: Path) -> None:
         if entry["kind"] == "growth":
             console.print(growth_table(entry))
         elif entry["kind"] == "decision":
-            console.print(decided(entry), markup=False)
+            console.print(decided(entry), markup=False, soft_wrap=True)
         else:
             nats = entry["validation_loss"]
             score = entry.get("bits_per_byte", bits(nats))  # entries from before there were tokenizers lack it

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from growkit.cli.recipes import read
+from growkit.cli.recipes import grows, read
 from growkit.config.recipe import Recipe
 from growkit.duration import quantity
 from growkit.errors import ConfigError
@@ -116,7 +116,7 @@ def _stages(made: Plan) -> Table:
         most = "≤" if of.until is not None else ""
         table.add_row(
             escape(of.name),
-            "\n".join(link.operator for link in of.links) or UNKNOWN,
+            grows(of, lambda link: link.operator),
             quantity(stage.num_params),
             _extent(extent(of, "context_length")),
             f"{'' if len(of.lengths.values) == 1 else '≤'}{_count(of.global_batch_tokens)}",

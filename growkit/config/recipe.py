@@ -164,12 +164,24 @@ class UntilConfig:
 
 
 @dataclass
+class CandidateConfig:
+    """A growth that a stage may choose."""
+
+    name: str = MISSING
+    grow: dict[str, Any] = MISSING  # as of a stage
+    methods: dict[str, str] = field(default_factory=dict)  # as of a stage
+
+
+@dataclass
 class StageConfig:
     name: str = MISSING
     duration: str = MISSING  # '20M tokens', '500 steps', '3e15 flops'; with until, the most
     until: UntilConfig | None = None  # what ends the stage before that; not the last one
     grow: dict[str, Any] = field(default_factory=dict)  # target values of model fields
     methods: dict[str, str] = field(default_factory=dict)  # operator: method, where there are several
+    candidates: list[CandidateConfig] = field(default_factory=list)  # instead of grow: the best of them is chosen
+    probe: str | None = None  # for which each candidate is trained before that
+    probe_least: float = 0.0  # by which the best one has to be better than not growing, nats
     context_length: int | None = None  # tokens
     context: ContextConfig | None = None  # lengths that grow to context_length within the stage, or vary
     window: CurriculumConfig | None = None  # of attention, growing to context_length within the stage

@@ -48,7 +48,7 @@ class StagePlan:
 
     @property
     def flops(self) -> float:
-        return self.stage.total_flops
+        return self.stage.total_flops + self.stage.probe_flops
 
     @property
     def num_params(self) -> int:
@@ -167,6 +167,12 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "at_most": stage.stage.until is not None,
             "tokens": stage.stage.tokens,
             "flops": stage.flops,
+            "candidates": [
+                {"name": arm.name, "parameters": arm.stage.model.num_params(), "steps": arm.steps, "flops": arm.flops}
+                for arm in stage.stage.arms
+            ],
+            "probe_flops": stage.stage.probe_flops,
+            "probe_tokens": stage.stage.probe_tokens,
             "memory": dataclasses.asdict(stage.memory) | {"step": stage.memory.step, "device": stage.memory.device},
             "fits": stage.fits,
             **dataclasses.asdict(stage.cost),
@@ -195,7 +201,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
 
 
 def _seconds(stage: Stage, rate: float | None) -> float | None:
-    return None if rate is None else stage.total_flops / rate
+    return None if rate is None else (stage.total_flops + stage.probe_flops) / rate
 
 
 def _sum(seconds: Sequence[float | None]) -> float | None:
@@ -230,6 +236,11 @@ def _notes(recipe: Recipe, schedule: GrowthSchedule, hardware: Hardware | None) 
         notes.append(
             f"all figures are the most there can be: a trigger may end {', '.join(ending)} before its duration"
         )
+    for stage in schedule.stages:
+        if stage.arms:
+            tried = ", ".join(f"{arm.name} ({arm.steps} steps)" for arm in stage.arms)
+            spent = f"{quantity(stage.probe_flops)} FLOPs and {quantity(stage.probe_tokens)} tokens"
+            notes.append(f"{stage.name} is planned with its largest candidate; trying {tried} takes {spent}")
     if cut := sum(stage.cut_after(stage.steps) for stage in schedule.stages):
         notes.append(f"{quantity(cut)} tokens are read and cut off, besides those that are trained on")
     if recipe.trainer.devices > 1:

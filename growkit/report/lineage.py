@@ -80,11 +80,12 @@ def stages_of(history: History) -> tuple[Stage, ...]:
             )
         elif event["kind"] == "growth" and index in stages:
             stages[index] = replace(stages[index], growth=Growth.of(event))
-        elif event["kind"] == "decision" and index in stages:
-            stages[index] = replace(stages[index], decided=(*stages[index].decided, decided(event)))
         elif event["kind"] == "validation" and index in stages:
             score, ended = finite(number(event.get("bits_per_byte"))), event.get("end_of_stage") is True
             stages[index] = replace(stages[index], bits_per_byte=score, ended=ended, **_place(event))
+    for event in history.kind("decision"):
+        if (at := event.get("stage")) in stages:
+            stages[at] = replace(stages[at], decided=(*stages[at].decided, decided(event)))
     if stages:
         last = list(stages)[-1]
         if not stages[last].ended:
@@ -105,10 +106,7 @@ def stages_of_manifest(manifest: Manifest) -> tuple[Stage, ...]:
                 if stages[before].parameters is None:
                     stages[before] = replace(stages[before], parameters=growth.parameters_before)
             stages[index] = Stage(index, name, parameters, None, growth)
-        elif entry.get("kind") == "decision":
-            stage = stages.get(index, Stage(index, name, parameters, None))
-            stages[index] = replace(stage, decided=(*stage.decided, decided(entry)))
-        else:
+        elif entry.get("kind") == "stage":
             stage = stages.get(index, Stage(index, name, parameters, None))
             score = finite(number(entry.get("bits_per_byte", bits(number(entry.get("validation_loss"))))))
             stages[index] = replace(stage, bits_per_byte=score, ended=True, **_place(entry))
@@ -117,6 +115,9 @@ def stages_of_manifest(manifest: Manifest) -> tuple[Stage, ...]:
         stages[at.stage] = Stage(at.stage, f"stage {at.stage + 1}", parameters, None)
     if at.stage in stages and not stages[at.stage].ended:
         stages[at.stage] = replace(stages[at.stage], step=at.step, tokens=at.tokens, flops=at.flops)
+    for entry in manifest.lineage:
+        if entry.get("kind") == "decision" and (index := int(number(entry.get("stage")))) in stages:
+            stages[index] = replace(stages[index], decided=(*stages[index].decided, decided(entry)))
     final = max(stages)
     stages[final] = replace(stages[final], parameters=manifest.model.num_params())
     return tuple(stages.values())

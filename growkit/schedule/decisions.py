@@ -6,12 +6,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+CANDIDATES = "candidates"  # by what a stage's growth was chosen
+NONE = "none"  # what is chosen where not growing is best
+
 
 @dataclass(frozen=True)
 class Decision:
-    """``by``: the kind of trigger that ended the stage. ``stage``, ``name``: of the stage. ``stage_step``: steps of it
-    that were done; ``step``, ``tokens``, ``flops``: of the run then. ``evidence``: the numbers that said so, plain
-    JSON."""
+    """``by``: the kind of trigger that ended the stage, or CANDIDATES of a choice at its start. ``stage``, ``name``: of
+    the stage. ``stage_step``: steps of it that were done; ``step``, ``tokens``, ``flops``: of the run then.
+    ``evidence``: the numbers that said so, plain JSON. ``chosen``: which candidate, or NONE. ``probe_flops``,
+    ``probe_tokens``: spent on the choice; ``flops`` has the first, ``tokens`` not the second."""
 
     by: str
     stage: int
@@ -21,16 +25,28 @@ class Decision:
     tokens: int
     flops: float
     evidence: Mapping[str, Any] = field(default_factory=dict)
+    chosen: str | None = None
+    probe_flops: float = 0.0
+    probe_tokens: int = 0
 
 
 def end_of(decisions: Iterable[Decision], stage: int) -> int | None:
     """The step of ``stage`` at which a trigger ended it; None if none did."""
-    return next((made.stage_step for made in decisions if made.stage == stage), None)
+    return next((made.stage_step for made in decisions if made.stage == stage and made.by != CANDIDATES), None)
+
+
+def choice_of(decisions: Iterable[Decision], stage: int) -> Decision | None:
+    """The choice among the candidates of ``stage``; None before it."""
+    return next((made for made in decisions if made.stage == stage and made.by == CANDIDATES), None)
 
 
 def decided(record: Mapping[str, Any]) -> str:
     """Of a record of the log, or an entry of a lineage; what it lacks is left out."""
     by, evidence = record.get("by"), record.get("evidence") or {}
+    if by == CANDIDATES:
+        tried = {name: (way or {}).get("loss") for name, way in (evidence.get("candidates") or {}).items()}
+        losses = ", ".join(f"{name} {_nats([loss])}" for name, loss in tried.items())
+        return f"{record.get('name')} chose {record.get('chosen')}: held-out nats after the probe: {losses}"
     why = f"{by}"
     if by == "plateau" and (falls := evidence.get("falls")):
         why = f"plateau: the loss fell by {_nats(falls)} nats from window to window"

@@ -19,7 +19,8 @@ from growkit.growth.path import Link, grown_config, path
 from growkit.models.config import ModelConfig, from_json, is_masked
 from growkit.models.spec import param_specs
 from growkit.optim.groups import OLD_ENTRIES, check_selector, frozen_names, is_part, require_some
-from growkit.schedule.checks import at_least, check_sections
+from growkit.schedule.candidates import Arm, check_outcomes, planned_stage
+from growkit.schedule.checks import at_least, blamed, check_sections, whole_steps
 from growkit.schedule.curriculum import Lengths, Pace, Rising, curricula
 from growkit.schedule.decisions import Decision, end_of
 from growkit.schedule.lr import LRSchedule
@@ -40,7 +41,8 @@ class Stage:
     what is under a mask is whole, 0 where nothing is. ``context_length``, ``global_batch_tokens``, ``flops_per_step``:
     of a step at full length, which ``lengths`` may grow to; ``windows``: of attention, None where it sees all.
     ``until``: what may end it before ``steps``. Where that has, ``steps`` are those that were done, and everything else
-    is as it was planned."""
+    is as it was planned. ``arms``: the ways into it, while none is chosen yet, and ``probe_least``, as of StageConfig;
+    ``probe_flops``, ``probe_tokens``: of trying them, which no other figure of the stage has."""
 
     index: int
     name: str
@@ -65,6 +67,10 @@ class Stage:
     lr_by: str
     grown_by_hand: frozenset[str] = frozenset()
     until: Trigger | None = None
+    arms: tuple[Arm, ...] = ()
+    probe_least: float = 0.0
+    probe_flops: float = 0.0
+    probe_tokens: int = 0
 
     @cached_property
     def tokens(self) -> int:
@@ -184,8 +190,8 @@ class GrowthSchedule:
 
     @property
     def flops(self) -> float:
-        """Of these stages; what lies behind ``start`` is not in it."""
-        return sum(stage.total_flops for stage in self.stages)
+        """Of these stages, with what trying candidates takes; what lies behind ``start`` is not in it."""
+        return sum(stage.total_flops + stage.probe_flops for stage in self.stages)
 
     @property
     def max_context_length(self) -> int:
@@ -197,6 +203,12 @@ def growth_schedule(recipe: Recipe, decisions: Iterable[Decision] = ()) -> Growt
     out."""
     decisions = tuple(decisions)
     check_sections(recipe)
+    schedule = _schedule(recipe, decisions)
+    check_outcomes(schedule, lambda made: _schedule(recipe, made), decisions)
+    return schedule
+
+
+def _schedule(recipe: Recipe, decisions: tuple[Decision, ...]) -> GrowthSchedule:
     start = recipe.start or StartConfig()
     first: ModelConfig = recipe.model.expand() if recipe.start is None else from_json(start.model, key="start.model")
     model = first
@@ -209,7 +221,13 @@ def growth_schedule(recipe: Recipe, decisions: Iterable[Decision] = ()) -> Growt
         raise ConfigError("duplicate-name", "two stages have the same name", key="stages", value=names, mend=mend)
     stages: list[Stage] = []
     for position, config in enumerate(recipe.stages):
-        stage = _stage(recipe, config, position, start, model, stages)
+        stage = planned_stage(
+            config,
+            f"stages.{position}",
+            start.stage + position,
+            decisions,
+            lambda one: _stage(recipe, one, position, start, model, stages),  # noqa: B023
+        )
         ended = end_of(decisions, stage.index)
         stages.append(stage if ended is None else dataclasses.replace(stage, steps=ended))
         model = stages[-1].model_at(stages[-1].steps)
@@ -221,7 +239,7 @@ def growth_schedule(recipe: Recipe, decisions: Iterable[Decision] = ()) -> Growt
     _check_lengths(recipe.data, stages)
     own, longest = recipe.data.block_tokens, max(stage.context_length for stage in stages)
     block = own if own is not None else longest
-    save_every = _whole_steps(recipe.trainer.save_every, "trainer.save_every")
+    save_every = whole_steps(recipe.trainer.save_every, "trainer.save_every")
     at_least(block, 1, "data.block_tokens")
     return GrowthSchedule(tuple(stages), block, save_every, start, first)
 
@@ -273,7 +291,7 @@ def _stage(
     if config.grow and last is None and recipe.start is None:
         mend = "set the sizes in model, and grow from the second stage on"
         raise ConfigError("grow-at-start", "has nothing to grow from", key=f"{key}.grow", value=config.grow, mend=mend)
-    with _blame(key):
+    with blamed(key):
         target = grown_config(model, config.grow, config.methods)
         links = tuple(path(model, target, config.methods))
     inherited = last or start
@@ -393,9 +411,8 @@ def _lr(
         raise ConfigError("not-positive", "must be above zero", key=f"{key}.lr", value=peak)
     if not 0 <= config.min_lr_ratio <= 1:
         raise ConfigError("out-of-range", "must be in [0, 1]", key=f"{key}.min_lr_ratio", value=config.min_lr_ratio)
-    is_last = position == len(recipe.stages) - 1
-    warmup = span(config.warmup if config.warmup is not None else "2%" if position == 0 else "0%", "warmup")
-    decay = fall(config.decay if config.decay is not None else "20%" if is_last else "0%")
+    rise, down = _lr_spans(recipe, config, position)
+    warmup, decay = span(rise, "warmup"), fall(down)
     decay = decay if config.schedule == "wsd" else 0
     if warmup + decay > steps:
         mend = f"the stage has {steps} steps"
@@ -403,6 +420,12 @@ def _lr(
         raise ConfigError("lr-too-long", problem, key=f"{key}.warmup", value=config.warmup, mend=mend)
     start = last.rate(last.steps - 1) if last else recipe.start.lr if recipe.start else 0.0
     return LRSchedule(config.schedule, start, peak, peak * config.min_lr_ratio, steps, warmup, decay)
+
+
+def _lr_spans(recipe: Recipe, config: StageConfig, position: int) -> tuple[str, str]:
+    """How long warm-up and decay of a stage are, as durations."""
+    warmup, decay = "2%" if position == 0 else "0%", "20%" if position == len(recipe.stages) - 1 else "0%"
+    return warmup if config.warmup is None else config.warmup, decay if config.decay is None else config.decay
 
 
 def _lr_scale(recipe: Recipe, config: StageConfig, key: str) -> dict[str, float]:
@@ -425,32 +448,13 @@ def _settle(own: int | None, inherited: int | None, key: str) -> int:
     return at_least(value, 1, key)
 
 
-def _whole_steps(text: str, key: str) -> int:
-    duration = Duration.parse(text, key=key)
-    if duration.unit != "steps" or duration.amount < 1:
-        raise ConfigError("bad-duration", "must be a number of steps", key=key, value=text, mend="such as '200 steps'")
-    return int(duration.amount)
-
-
-class _blame:
-    """Puts the stage in front of a growth error's key."""
-
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        if isinstance(error, ConfigError):
-            key = f"{self.prefix}.{error.key}"
-            raise ConfigError(error.code, error.problem, key=key, value=error.value, mend=error.mend) from error
-
-
 def settled(recipe: Recipe, schedule: GrowthSchedule) -> Recipe:
     """The recipe with every inherited value of its stages written out, as it is saved with a run."""
     stages = []
-    for config, stage in zip(recipe.stages, schedule.stages, strict=True):
+    undecided = False  # from the first choice on, how many steps a stage has depends on what is chosen
+    for position, (config, stage) in enumerate(zip(recipe.stages, schedule.stages, strict=True)):
+        undecided = undecided or bool(config.candidates)
+        warmup, decay = _lr_spans(recipe, config, position)
         stages.append(
             dataclasses.replace(
                 config,
@@ -458,8 +462,8 @@ def settled(recipe: Recipe, schedule: GrowthSchedule) -> Recipe:
                 global_batch_tokens=stage.global_batch_tokens,
                 micro_batch_size=stage.micro_batch_size,
                 lr=stage.lr.peak,
-                warmup=f"{stage.lr.warmup_steps} steps",
-                decay=f"{stage.lr.decay_steps} steps",
+                warmup=warmup if undecided else f"{stage.lr.warmup_steps} steps",
+                decay=decay if undecided else f"{stage.lr.decay_steps} steps",
             )
         )
     data = dataclasses.replace(recipe.data, block_tokens=schedule.block_tokens)

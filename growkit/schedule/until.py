@@ -34,7 +34,7 @@ def trigger_of(recipe: Recipe, position: int, stage: Stage, following: Stage | N
         raise ConfigError("until-at-end", problem, key=key, value=config.kind, mend=mend)
     if config.kind == "plateau":
         return _plateau(recipe, config, key, stage)
-    return _crossing(recipe, config, key, stage, following)
+    return _crossing(recipe, config, position, stage, following)
 
 
 def _check_keys(config: UntilConfig, key: str) -> None:
@@ -67,9 +67,12 @@ def _plateau(recipe: Recipe, config: UntilConfig, key: str, stage: Stage) -> Tri
     return Plateau(window, config.least, patience)
 
 
-def _crossing(recipe: Recipe, config: UntilConfig, key: str, stage: Stage, following: Stage) -> Trigger:
+def _crossing(recipe: Recipe, config: UntilConfig, position: int, stage: Stage, following: Stage) -> Trigger | None:
     from growkit.schedule.triggers import FEWEST_POINTS, Crossing
 
+    key = f"stages.{position}.until"
+    if not following.links and recipe.stages[position + 1].candidates:
+        return None  # the run has found that growing does not help, and waits for nothing
     if not following.links:
         mend = "grow in the next stage, or use kind: plateau"
         problem = "compares this stage's model with the next one's, and that is the same"

@@ -36,6 +36,7 @@ from growkit.schedule.plan import GrowthSchedule, Stage, growth_schedule
 from growkit.schedule.progress import Progress
 from growkit.train import hardware
 from growkit.train.callback import AfterStep, StopRequest
+from growkit.train.candidates import choose
 from growkit.train.data import RunData
 from growkit.train.module import StageModule, full_state
 from growkit.train.trainer import fit, stage_trainer
@@ -121,6 +122,13 @@ class Run:
             while True:
                 stage = self.schedule.stage(self.progress.stage)
                 if self.progress.stage_step < stage.steps:
+                    if stage.arms:
+                        decision = choose(self, stage)
+                        if decision is None:  # nothing is written yet: it is tried again
+                            self.stopping = True
+                            return False
+                        self.decide(decision)
+                        stage = self.schedule.stage(stage.index)
                     self._enter(stage)
                     self._fit(stage)
                     stage = self.schedule.stage(stage.index)  # which may have been ended
@@ -167,7 +175,8 @@ class Run:
 
     def decide(self, decision: Decision) -> None:
         """Writes down what was decided, and goes on with the schedule that follows from it."""
-        self.progress = dataclasses.replace(self.progress, decisions=(*self.progress.decisions, decision))
+        flops, made = self.progress.flops + decision.probe_flops, (*self.progress.decisions, decision)
+        self.progress = dataclasses.replace(self.progress, flops=flops, decisions=made)
         self.schedule = growth_schedule(self.recipe, self.progress.decisions)
         values = dataclasses.asdict(decision)
         self.lineage.append({"kind": "decision"} | values)
@@ -176,14 +185,11 @@ class Run:
     def _enter(self, stage: Stage) -> None:
         """Grows into ``stage`` if the state is not there yet, after trying that the larger model fits."""
         if self.progress.stage_step == 0:
-            grown, report = dataclasses.replace(self.state, config=unmasked(self.state.config)), None
-            if grown.config != stage.model:
-                grown, report = self._grow(stage)
-            if self.world_size == 1:  # several processes would have to agree on a size
-                size = fitting_micro_batch(grown, stage, self.recipe, self.device, self.dtype)
-                if size != stage.micro_batch_size:
-                    log.warning("memory is short: micro-batches of %d instead of %d", size, stage.micro_batch_size)
-                    self.progress = dataclasses.replace(self.progress, micro_batch_size=size)
+            grown, report = self.grown(stage)
+            size = self.micro_batch(grown, stage)
+            if size != stage.micro_batch_size:
+                log.warning("memory is short: micro-batches of %d instead of %d", size, stage.micro_batch_size)
+                self.progress = dataclasses.replace(self.progress, micro_batch_size=size)
             self.state = grown
             self.record(
                 "stage",
@@ -197,7 +203,16 @@ class Run:
             if report is not None:
                 self._record_growth(stage, report)
 
-    def _grow(self, stage: Stage) -> tuple[TrainState, GrowthReport]:
+    def micro_batch(self, state: TrainState, stage: Stage) -> int:
+        """That fits into memory; as planned with several processes, which would have to agree on it."""
+        if self.world_size > 1:
+            return stage.micro_batch_size
+        return fitting_micro_batch(state, stage, self.recipe, self.device, self.dtype)
+
+    def grown(self, stage: Stage) -> tuple[TrainState, GrowthReport | None]:
+        """The state as ``stage`` begins with it, and what growing it did, if it grew; the state itself stays."""
+        if (state := dataclasses.replace(self.state, config=unmasked(self.state.config))).config == stage.model:
+            return state, None
         digest = hashlib.sha256(f"growth/{self.recipe.run.seed}/{stage.index}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         probe = self.data.probe(stage.context_length, self.recipe.monitor.probe_tokens)
@@ -229,8 +244,8 @@ class Run:
         self.state = full_state(module.current_state())
         module.release()
 
-    def validate(self, module: StageModule, *, end: bool) -> None:
-        """Logs what the held-out data say of the model."""
+    def scores(self, module: StageModule) -> dict[str, float]:
+        """What the held-out data say of the model, over all processes."""
         assert module.model is not None
         context, wanted = module.stage.context_length, self.recipe.monitor.validation_tokens
         autocast = torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
@@ -238,11 +253,15 @@ class Run:
         with torch.compiler.set_stance("force_eager"):  # not compiled for every shape that only a validation has
             sums = self.data.score_sums(module.model, context, wanted, autocast=autocast, **share).to(module.device)
         sums = module.trainer.strategy.reduce(sums, reduce_op="sum") if self.world_size > 1 else sums
-        scores = self.data.scores(sums, context, wanted)
+        return self.data.scores(sums, context, wanted)
+
+    def validate(self, module: StageModule, *, end: bool) -> None:
+        """Logs what the held-out data say of the model."""
+        scores = self.scores(module)
         self.record(
             "validation",
             **scores,
-            context_length=context,
+            context_length=module.stage.context_length,
             end_of_stage=end,
             name=module.stage.name,
         )
