@@ -106,6 +106,8 @@ UNITS = {
     "stages.N.until.patience": "windows",
     "stages.N.until.horizon": "share",
     "stages.N.until.size_scale": "nats",
+    "stages.N.probe": "tokens, steps, flops or %",
+    "stages.N.probe_least": "nats",
     "stages.N.warmup": "tokens, steps, flops or %",
     "stages.N.decay": "tokens, steps, flops or %",
     "stages.N.new_warmup": "tokens, steps, flops or %",
@@ -199,6 +201,13 @@ SECTIONS: tuple[tuple[str, str, ModuleType, str, str], ...] = (
     ),
     ("stages: context", "stages.N.context", recipe, "ContextConfig", "The keys above, and:"),
     (
+        "stages: candidates",
+        "stages.N.candidates.N",
+        recipe,
+        "CandidateConfig",
+        "A list, in place of `grow`: [growth that decides](how-to/growth-that-decides.md).",
+    ),
+    (
         "stages: until",
         "stages.N.until",
         recipe,
@@ -245,6 +254,7 @@ def _type(annotation: ast.expr) -> str:
     kind = {"list[str]": "list of text", "list[SourceConfig]": "list of sources", "dict[str, str]": "mapping of text"}
     kind |= {"dict[str, int]": "mapping of whole numbers", "list[int]": "list of whole numbers"}
     kind |= {"ContextConfig": "section", "CurriculumConfig": "section", "UntilConfig": "section"}
+    kind |= {"list[CandidateConfig]": "list of candidates"}
     kind |= {"dict[str, float]": "mapping of numbers", "dict[str, Any]": "mapping"}
     return (words | kind)[text]
 

@@ -12,7 +12,7 @@ import pytest
 
 from growkit.checkpoint.run_folder import RunFolder
 from growkit.cli.recipes import read
-from growkit.config.load import load_recipe, parse_recipe, to_yaml
+from growkit.config.load import load_recipe, parse_recipe, read_mapping, to_yaml
 from growkit.errors import ConfigError
 from growkit.models.presets import PRESETS
 from growkit.schedule.decisions import CANDIDATES, NONE, Decision
@@ -112,10 +112,8 @@ def test_what_was_tried_leaves_its_cost_alone(whole: tuple[Path, Path], plain: d
     for ours, other in zip(mine, theirs, strict=True):
         spent = decision.probe_flops if ours["stage"] > 0 else 0.0
         assert ours["flops"] == pytest.approx(other["flops"] + spent)
-        left_out = TIMING | {"flops"}
-        assert {k: v for k, v in ours.items() if k not in left_out} == {
-            k: v for k, v in other.items() if k not in left_out
-        }
+        ours, other = ({k: v for k, v in r.items() if k not in TIMING | {"flops"}} for r in (ours, other))
+        assert ours == other
     a, b = (RunFolder.open(run).load().manifest.progress for run in (whole[1], plain[str(decision.chosen)]))
     assert (a.data, a.tokens, a.step) == (b.data, b.tokens, b.step)
     assert a.flops == pytest.approx(planned(whole[0], decision).flops)
@@ -168,10 +166,9 @@ def test_a_stop_while_trying_writes_nothing(whole: tuple[Path, Path], monkeypatc
 
 def test_not_growing_is_chosen_where_nothing_helps_enough(tmp_path: Path) -> None:
     """Then growth by choice has stopped: a later stage does not try. What grows in any case does."""
-    path = recipe(tmp_path, least=5.0)
-    text = path.read_text()
+    text = recipe(tmp_path, least=5.0).read_text()
     more = {"name": "again", "duration": "2 steps", "candidates": [{"name": "most", "grow": {"num_layers": 3}}]}
-    small = json.loads(json.dumps(parse_mapping(text)))
+    small = read_mapping(text, "")
     small["stages"].insert(2, more | {"probe": "1 step"})
     path = write_recipe(tmp_path, small)
     assert cli("train", path)[0] == 0
@@ -187,16 +184,8 @@ def test_not_growing_is_chosen_where_nothing_helps_enough(tmp_path: Path) -> Non
     assert RunFolder.open(run).load().manifest.progress.flops == pytest.approx(after.flops)
 
 
-def parse_mapping(text: str) -> dict[str, Any]:
-    import yaml
-
-    loaded = yaml.safe_load(text)
-    assert isinstance(loaded, dict)
-    return loaded
-
-
 def test_a_crossing_waits_for_no_growth_that_was_given_up(tmp_path: Path) -> None:
-    small = parse_mapping(recipe(tmp_path).read_text())
+    small = read_mapping(recipe(tmp_path).read_text(), "")
     until = {"name": "between", "duration": "90 steps", "until": {"kind": "crossing"}}
     again = {"name": "again", "duration": "9 steps", "probe": "1 step"}
     again |= {"candidates": [{"name": "most", "grow": {"num_layers": 3}}]}
@@ -209,7 +198,7 @@ def test_a_crossing_waits_for_no_growth_that_was_given_up(tmp_path: Path) -> Non
 
 def test_every_outcome_is_planned_before_the_run(tmp_path: Path) -> None:
     """A later stage may be possible after one choice only; that is said at once, with the choice."""
-    small = parse_mapping(recipe(tmp_path).read_text())
+    small = read_mapping(recipe(tmp_path).read_text(), "")
     small["stages"][2]["grow"] = {"mlp_tokens": 32}
     path = write_recipe(tmp_path, small)
     with pytest.raises(ConfigError, match=r"stages.2.grow: .*if the choice in 'choice' is 'wider'.*nothing-grows"):
@@ -261,9 +250,8 @@ def test_what_is_shown(whole: tuple[Path, Path]) -> None:
     assert [way["name"] for way in stage["candidates"]] == [NONE, "deeper", "wider"]
     assert stage["flops"] == pytest.approx(planned(path).stages[1].total_flops + stage["probe_flops"])
     assert "wider?" in cli("validate", path)[1]
-    rows = list(
-        Rows().gather([*records(run), {"kind": "ngram", "step": 99, "tokens": 0, "flops": 0.0, "bits_per_byte": 1}])
-    )
+    last = {"kind": "ngram", "step": 99, "tokens": 0, "flops": 0.0, "bits_per_byte": 1.0}
+    rows = list(Rows().gather([*records(run), last]))
     (row,) = (row for row in rows if "growth/decision" in row.values)
     assert row.step == decision.step + 1 and row.values["growth/mark"] == 1.0
     assert row.values["growth/candidate/none"] == decision.evidence["candidates"][NONE]["loss"]

@@ -20,6 +20,7 @@ GOLDEN_TOLERANCE = 3e-3
 GOLDEN: dict[str, list[float]] = {
     "associative-recall": [2.9291],
     "attention-window": [4.2104],
+    "choose-growth": [3.2441, 1.9440],
     "context-growth": [4.1854, 3.2159],
     "first-text": [4.8747],
     "greedy-stages": [3.8222, 3.4237, 3.2843, 2.7516],
@@ -33,7 +34,7 @@ GOLDEN: dict[str, list[float]] = {
 
 
 def test_all_recipes_are_here() -> None:
-    texts = ["attention-window", "context-growth", "first-text", "greedy-stages", "grow-on-plateau"]
+    texts = ["attention-window", "choose-growth", "context-growth", "first-text", "greedy-stages", "grow-on-plateau"]
     texts += ["quickstart", "quickstart-static"]
     assert sorted(RECIPES) == sorted([*texts, *synthetic_tasks.RECIPES])
     assert RECIPES.keys() | EXTENSIONS == built_in().keys()
@@ -56,6 +57,7 @@ def test_golden_losses(name: str, tmp_path: Path) -> None:
     _, schedule = read(name, [])
     keys = ("duration=5 steps", "new_warmup=0 steps", "until=null")
     short = [f"stages.{i}.{key}" for i in range(len(schedule.stages)) for key in keys]
+    short += [f"stages.{i}.probe=1 step" for i, stage in enumerate(schedule.stages) if stage.arms]
     text = [] if name in synthetic_tasks.RECIPES else [f"data.source={corpus_file(tmp_path)}"]
     options = [
         *text,

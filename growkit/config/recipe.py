@@ -167,7 +167,7 @@ class UntilConfig:
 class CandidateConfig:
     """A growth that a stage may choose."""
 
-    name: str = MISSING
+    name: str = MISSING  # its own in the stage, not none
     grow: dict[str, Any] = MISSING  # as of a stage
     methods: dict[str, str] = field(default_factory=dict)  # as of a stage
 
