@@ -241,7 +241,7 @@ def spans(stage: Stage) -> tuple[int, int, int]:
 def test_what_is_shown(whole: tuple[Path, Path]) -> None:
     path, run = whole
     decision = choice_of(run)
-    said = f"choice chose {decision.chosen}: held-out nats after the probe: none"
+    said = f"choice chose {decision.chosen}: held-out nats after the probe: {decision.chosen} "
     for command in (("lineage", run), ("inspect", run), ("lineage", RunFolder.open(run).checkpoint(32))):
         assert said in " ".join(cli(*command)[1].replace("│", " ").split()), command
     code, out, _ = cli("plan", path)

@@ -45,7 +45,8 @@ def decided(record: Mapping[str, Any]) -> str:
     by, evidence = record.get("by"), record.get("evidence") or {}
     if by == CANDIDATES:
         tried = {name: (way or {}).get("loss") for name, way in (evidence.get("candidates") or {}).items()}
-        losses = ", ".join(f"{name} {_nats([loss])}" for name, loss in tried.items())
+        best_first = sorted(tried.items(), key=lambda way: (way[1] is None, way[1] or 0.0, way[0]))
+        losses = ", ".join(f"{name} {_nats([loss])}" for name, loss in best_first)
         return f"{record.get('name')} chose {record.get('chosen')}: held-out nats after the probe: {losses}"
     why = f"{by}"
     if by == "plateau" and (falls := evidence.get("falls")):
