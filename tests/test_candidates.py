@@ -61,14 +61,14 @@ def choice_of(run: Path) -> Decision:
 def test_every_way_gets_the_same_flops(tmp_path: Path) -> None:
     """To the nearest step of each: the dearest gets the probe as it is written, the others more steps."""
     stage = planned(recipe(tmp_path)).stages[1]
-    none, deeper, wider = stage.arms
+    none, deeper, wider = stage.trials
     assert (none.name, deeper.name, wider.name) == (NONE, "deeper", "wider")
     assert deeper.steps == PROBE < wider.steps < none.steps
-    for arm in stage.arms:
-        assert abs(arm.flops - deeper.flops) <= arm.stage.flops_per_step / 2
-        assert arm.flops == arm.steps * arm.stage.flops_per_step
+    for trial in stage.trials:
+        assert abs(trial.flops - deeper.flops) <= trial.stage.flops_per_step / 2
+        assert trial.flops == trial.steps * trial.stage.flops_per_step
     assert stage.model == deeper.stage.model, "the largest one is planned with"
-    assert stage.probe_flops == sum(arm.flops for arm in stage.arms)
+    assert stage.probe_flops == sum(trial.flops for trial in stage.trials)
     schedule = planned(tmp_path / "recipe.yaml")
     assert schedule.flops == sum(one.total_flops for one in schedule.stages) + stage.probe_flops
 
@@ -77,12 +77,12 @@ def test_every_way_gets_the_same_flops(tmp_path: Path) -> None:
 def plain(whole: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Runs without a choice, each grown in one of the ways, and validated where its probe ended."""
     runs = {}
-    for arm in planned(whole[0]).stages[1].arms:
-        folder = tmp_path_factory.mktemp(arm.name)
-        grow = {way["name"]: way["grow"] for way in WAYS}.get(arm.name, {})
-        path = recipe(folder, grow=grow, validate_every=f"{arm.steps} steps")
-        assert in_child("train", path, f"run.name={arm.name}") == 0
-        runs[arm.name] = folder / "runs" / arm.name
+    for trial in planned(whole[0]).stages[1].trials:
+        folder = tmp_path_factory.mktemp(trial.name)
+        grow = {way["name"]: way["grow"] for way in WAYS}.get(trial.name, {})
+        path = recipe(folder, grow=grow, validate_every=f"{trial.steps} steps")
+        assert in_child("train", path, f"run.name={trial.name}") == 0
+        runs[trial.name] = folder / "runs" / trial.name
     return runs
 
 
@@ -92,10 +92,10 @@ def test_a_probe_is_the_beginning_of_the_stage_that_would_follow(
     """Its held-out loss is, bit for bit, that of a run that grew so without being asked; the lowest one is chosen."""
     decision = choice_of(whole[1])
     tried = decision.evidence["candidates"]
-    for arm in planned(whole[0]).stages[1].arms:
-        scored = records(plain[arm.name], "validation")
-        (loss,) = (r["loss"] for r in scored if r["step"] == 14 + arm.steps)
-        assert tried[arm.name] == {"loss": loss, "steps": arm.steps, "tokens": arm.tokens, "flops": arm.flops}
+    for trial in planned(whole[0]).stages[1].trials:
+        scored = records(plain[trial.name], "validation")
+        (loss,) = (r["loss"] for r in scored if r["step"] == 14 + trial.steps)
+        assert tried[trial.name] == {"loss": loss, "steps": trial.steps, "tokens": trial.tokens, "flops": trial.flops}
     assert len({way["loss"] for way in tried.values()}) == 3
     assert decision.chosen == min(tried, key=lambda name: tried[name]["loss"]) != NONE
 
@@ -179,7 +179,7 @@ def test_not_growing_is_chosen_where_nothing_helps_enough(tmp_path: Path) -> Non
     assert sizes[0] == sizes[1] == sizes[2] < sizes[3]
     assert len(records(run, "growth")) == 1
     after = planned(path, decision)
-    assert not any(stage.arms or stage.links for stage in after.stages[1:3])
+    assert not any(stage.trials or stage.links for stage in after.stages[1:3])
     assert after.stages[2].probe_flops == 0 and planned(path).stages[2].probe_flops > 0
     assert RunFolder.open(run).load().manifest.progress.flops == pytest.approx(after.flops)
 

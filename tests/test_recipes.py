@@ -57,7 +57,7 @@ def test_golden_losses(name: str, tmp_path: Path) -> None:
     _, schedule = read(name, [])
     keys = ("duration=5 steps", "new_warmup=0 steps", "until=null")
     short = [f"stages.{i}.{key}" for i in range(len(schedule.stages)) for key in keys]
-    short += [f"stages.{i}.probe=1 step" for i, stage in enumerate(schedule.stages) if stage.arms]
+    short += [f"stages.{i}.probe=1 step" for i, stage in enumerate(schedule.stages) if stage.trials]
     text = [] if name in synthetic_tasks.RECIPES else [f"data.source={corpus_file(tmp_path)}"]
     options = [
         *text,

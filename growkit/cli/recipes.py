@@ -70,8 +70,8 @@ def read(name: str, overrides: Sequence[str], extends: Path | None = None) -> tu
 
 def grows(stage: Stage, said: Callable[[Link], str]) -> str:
     """What a stage grows by, a line each, every link as ``said``; of candidates, their names."""
-    if stage.arms:
-        return "\n".join(f"{arm.name}?" for arm in stage.arms if arm.name != NONE)
+    if stage.trials:
+        return "\n".join(f"{trial.name}?" for trial in stage.trials if trial.name != NONE)
     return "\n".join(map(said, stage.links)) or "–"
 
 

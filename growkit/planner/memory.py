@@ -159,7 +159,7 @@ def _stage(
     else:
         copied = base + gradients / sharded + copies
         host = max(growth, states + trial, held.start + max(base + peak, validation, copied))
-        if stage.arms:  # what the stage began with waits while its candidates are trained
+        if stage.trials:  # what the stage began with waits while its candidates are trained
             host = max(host, states + max(base + peak, validation))
     return StageMemory(
         weights=weights / sharded,

@@ -168,8 +168,13 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "tokens": stage.stage.tokens,
             "flops": stage.flops,
             "candidates": [
-                {"name": arm.name, "parameters": arm.stage.model.num_params(), "steps": arm.steps, "flops": arm.flops}
-                for arm in stage.stage.arms
+                {
+                    "name": trial.name,
+                    "parameters": trial.stage.model.num_params(),
+                    "steps": trial.steps,
+                    "flops": trial.flops,
+                }
+                for trial in stage.stage.trials
             ],
             "probe_flops": stage.stage.probe_flops,
             "probe_tokens": stage.stage.probe_tokens,
@@ -237,8 +242,8 @@ def _notes(recipe: Recipe, schedule: GrowthSchedule, hardware: Hardware | None) 
             f"all figures are the most there can be: a trigger may end {', '.join(ending)} before its duration"
         )
     for stage in schedule.stages:
-        if stage.arms:
-            tried = ", ".join(f"{arm.name} ({arm.steps} steps)" for arm in stage.arms)
+        if stage.trials:
+            tried = ", ".join(f"{trial.name} ({trial.steps} steps)" for trial in stage.trials)
             spent = f"{quantity(stage.probe_flops)} FLOPs and {quantity(stage.probe_tokens)} tokens"
             notes.append(f"{stage.name} is planned with its largest candidate; trying {tried} takes {spent}")
     if cut := sum(stage.cut_after(stage.steps) for stage in schedule.stages):

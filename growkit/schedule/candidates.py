@@ -22,7 +22,7 @@ MOST_OUTCOMES = 200  # schedules that a recipe's choices may lead to; each is pl
 
 
 @dataclass(frozen=True)
-class Arm:
+class Trial:
     """One of the ways that are tried. ``name``: the candidate's, or NONE of not growing. ``stage``: what would follow;
     its first ``steps`` are the probe."""
 
@@ -43,7 +43,7 @@ def planned_stage(
     config: StageConfig, key: str, index: int, decisions: Sequence[Decision], make: Callable[[StageConfig], Stage]
 ) -> Stage:
     """The stage that ``config`` means, as ``make`` plans one. With candidates: with what was chosen; before that with
-    the largest one, and with all ways as its ``arms``; without any, if an earlier choice was not to grow. Raises
+    the largest one, and with all ways as its ``trials``; without any, if an earlier choice was not to grow. Raises
     ConfigError."""
     _check(config, key)
     if not config.candidates:
@@ -67,11 +67,11 @@ def planned_stage(
         return dataclasses.replace(chosen, probe_flops=flops, probe_tokens=tokens)
     if any(made.chosen == NONE for made in decisions):
         return dict(ways)[NONE]
-    arms = _arms(config, key, ways)
-    largest = max((arm.stage for arm in arms), key=lambda stage: stage.model.num_params())
-    flops, tokens = sum(arm.flops for arm in arms), sum(arm.tokens for arm in arms)
+    trials = _trials(config, key, ways)
+    largest = max((trial.stage for trial in trials), key=lambda stage: stage.model.num_params())
+    flops, tokens = sum(trial.flops for trial in trials), sum(trial.tokens for trial in trials)
     return dataclasses.replace(
-        largest, arms=arms, probe_least=config.probe_least, probe_flops=flops, probe_tokens=tokens
+        largest, trials=trials, probe_least=config.probe_least, probe_flops=flops, probe_tokens=tokens
     )
 
 
@@ -101,7 +101,7 @@ def _require_growth(candidate: CandidateConfig) -> None:
         raise ConfigError("nothing-grows", "is empty", key="grow", value=candidate.grow, mend=mend)
 
 
-def _arms(config: StageConfig, key: str, ways: Sequence[tuple[str, Stage]]) -> tuple[Arm, ...]:
+def _trials(config: StageConfig, key: str, ways: Sequence[tuple[str, Stage]]) -> tuple[Trial, ...]:
     """All ways get the same FLOPs: those that the dearest candidate spends in the probe, to the nearest step of
     each."""
     key = f"{key}.probe"
@@ -113,13 +113,13 @@ def _arms(config: StageConfig, key: str, ways: Sequence[tuple[str, Stage]]) -> t
     budget = Duration(max(flops(stage) for name, stage in ways if name != NONE), "flops")
     if not budget.amount:
         raise ConfigError("too-small", "is less than one step", key=key, value=config.probe)
-    arms = tuple(Arm(name, stage, max(1, stage.pace.steps(budget, stage.lengths))) for name, stage in ways)
-    for arm in arms:
-        if arm.steps > arm.stage.steps:
-            mend = f"use a shorter one, or a longer stage: it has {arm.stage.steps} steps"
-            problem = f"is {arm.steps} steps of {arm.name}, longer than the stage"
+    trials = tuple(Trial(name, stage, max(1, stage.pace.steps(budget, stage.lengths))) for name, stage in ways)
+    for trial in trials:
+        if trial.steps > trial.stage.steps:
+            mend = f"use a shorter one, or a longer stage: it has {trial.stage.steps} steps"
+            problem = f"is {trial.steps} steps of {trial.name}, longer than the stage"
             raise ConfigError("probe-too-long", problem, key=key, value=config.probe, mend=mend)
-    return arms
+    return trials
 
 
 def check_outcomes(
@@ -131,16 +131,16 @@ def check_outcomes(
 
     def follow(schedule: GrowthSchedule, made: tuple[Decision, ...]) -> None:
         nonlocal left
-        position, stage = next(((n, one) for n, one in enumerate(schedule.stages) if one.arms), (0, None))
-        for arm in stage.arms if stage is not None else ():
+        position, stage = next(((n, one) for n, one in enumerate(schedule.stages) if one.trials), (0, None))
+        for trial in stage.trials if stage is not None else ():
             assert stage is not None
             if left == 0:
                 mend = "offer fewer candidates, or in fewer stages"
                 problem = f"lead to more than {MOST_OUTCOMES} schedules"
                 raise ConfigError("too-many-outcomes", problem, key=f"stages.{position}.candidates", mend=mend)
             left -= 1
-            chosen = (*made, Decision(CANDIDATES, stage.index, stage.name, 0, 0, 0, 0.0, chosen=arm.name))
-            with _named(f"if the choice in {stage.name!r} is {arm.name!r}", "", ""):
+            chosen = (*made, Decision(CANDIDATES, stage.index, stage.name, 0, 0, 0, 0.0, chosen=trial.name))
+            with _named(f"if the choice in {stage.name!r} is {trial.name!r}", "", ""):
                 outcome = plan(chosen)
             follow(outcome, chosen)
 

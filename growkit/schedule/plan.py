@@ -19,7 +19,7 @@ from growkit.growth.path import Link, grown_config, path
 from growkit.models.config import ModelConfig, from_json, is_masked
 from growkit.models.spec import param_specs
 from growkit.optim.groups import OLD_ENTRIES, check_selector, frozen_names, is_part, require_some
-from growkit.schedule.candidates import Arm, check_outcomes, planned_stage
+from growkit.schedule.candidates import Trial, check_outcomes, planned_stage
 from growkit.schedule.checks import at_least, blamed, check_sections, whole_steps
 from growkit.schedule.curriculum import Lengths, Pace, Rising, curricula
 from growkit.schedule.decisions import Decision, end_of
@@ -41,7 +41,7 @@ class Stage:
     what is under a mask is whole, 0 where nothing is. ``context_length``, ``global_batch_tokens``, ``flops_per_step``:
     of a step at full length, which ``lengths`` may grow to; ``windows``: of attention, None where it sees all.
     ``until``: what may end it before ``steps``. Where that has, ``steps`` are those that were done, and everything else
-    is as it was planned. ``arms``: the ways into it, while none is chosen yet, and ``probe_least``, as of StageConfig;
+    is as it was planned. ``trials``: the ways into it, while none is chosen yet, and ``probe_least``, as of StageConfig;
     ``probe_flops``, ``probe_tokens``: of trying them, which no other figure of the stage has."""
 
     index: int
@@ -67,7 +67,7 @@ class Stage:
     lr_by: str
     grown_by_hand: frozenset[str] = frozenset()
     until: Trigger | None = None
-    arms: tuple[Arm, ...] = ()
+    trials: tuple[Trial, ...] = ()
     probe_least: float = 0.0
     probe_flops: float = 0.0
     probe_tokens: int = 0

@@ -11,7 +11,7 @@ import torch
 from growkit import faults
 from growkit.checkpoint.metrics_log import without_nan
 from growkit.data.stream import Batches
-from growkit.schedule.candidates import Arm
+from growkit.schedule.candidates import Trial
 from growkit.schedule.decisions import CANDIDATES, NONE, Decision
 from growkit.schedule.plan import Stage
 from growkit.train.module import StageModule
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 
 
 def choose(run: Run, stage: Stage) -> Decision | None:
-    """Which of the arms of ``stage`` has the lowest held-out loss, if that is lower than not growing by more than
+    """Which of the trials of ``stage`` has the lowest held-out loss, if that is lower than not growing by more than
     ``probe_least``; None if the run was asked to stop meanwhile. State, progress and data stay where they are: the
     probes' training is thrown away, and what is chosen is grown again, to the same weights."""
     losses: dict[str, float] = {}
-    for arm in stage.arms:
-        loss = _probe(run, arm)
+    for trial in stage.trials:
+        loss = _probe(run, trial)
         if loss is None:
             return None
-        losses[arm.name] = loss if math.isfinite(loss) else math.inf
+        losses[trial.name] = loss if math.isfinite(loss) else math.inf
         faults.point("mid_probe")
     best = min((name for name in losses if name != NONE), key=lambda name: losses[name])
     chosen = best if losses[NONE] - losses[best] > stage.probe_least else NONE  # NaN, of two infinities, is not
     tried = {
-        arm.name: {"loss": losses[arm.name], "steps": arm.steps, "tokens": arm.tokens, "flops": arm.flops}
-        for arm in stage.arms
+        trial.name: {"loss": losses[trial.name], "steps": trial.steps, "tokens": trial.tokens, "flops": trial.flops}
+        for trial in stage.trials
     }
     evidence = without_nan({CANDIDATES: tried, "least": stage.probe_least})
     at, spent = run.progress, stage.probe_flops
@@ -44,14 +44,14 @@ def choose(run: Run, stage: Stage) -> Decision | None:
     return Decision(CANDIDATES, stage.index, stage.name, *place, evidence, chosen, spent, stage.probe_tokens)
 
 
-def _probe(run: Run, arm: Arm) -> float | None:
-    """The held-out loss of ``arm`` after its probe, on the stage's own next data; None if the run is to stop."""
-    state, _ = run.grown(arm.stage)
-    stage, micro = arm.stage, run.micro_batch(state, arm.stage)
+def _probe(run: Run, trial: Trial) -> float | None:
+    """The held-out loss of ``trial`` after its probe, on the stage's own next data; None if the run is to stop."""
+    state, _ = run.grown(trial.stage)
+    stage, micro = trial.stage, run.micro_batch(state, trial.stage)
     accumulate = stage.accumulate * stage.micro_batch_size // micro
     module = StageModule(state, stage, run.recipe, 0)
-    steps = _ProbeSteps(run, module, arm.steps, accumulate)
-    trainer = stage_trainer(run.recipe, arm.steps, accumulate, [steps])
+    steps = _ProbeSteps(run, module, trial.steps, accumulate)
+    trainer = stage_trainer(run.recipe, trial.steps, accumulate, [steps])
     begin = run.progress.data or run.source.begin()
     fit(trainer, module, Batches(run.source, begin, stage.shape, 0, accumulate, run.rank, run.world_size))
     run.stop.install()

@@ -122,7 +122,7 @@ class Run:
             while True:
                 stage = self.schedule.stage(self.progress.stage)
                 if self.progress.stage_step < stage.steps:
-                    if stage.arms:
+                    if stage.trials:
                         decision = choose(self, stage)
                         if decision is None:  # nothing is written yet: it is tried again
                             self.stopping = True
