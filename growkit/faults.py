@@ -18,6 +18,7 @@ POINTS = (
     "mid_growth",
     "first_step_after_growth",
     "mid_validation",
+    "mid_probe",
 )
 _reached: dict[str, int] = {}
 

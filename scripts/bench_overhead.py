@@ -188,7 +188,7 @@ def growkit(recipe: Recipe, schedule: GrowthSchedule, data: RunData) -> Timing:
 
     with tempfile.TemporaryDirectory() as folder:
         run = Run(recipe, schedule, RunFolder.create(Path(folder) / "run", to_yaml(recipe)), data)
-        with Display(schedule, "plain", Console(file=io.StringIO())) as display:
+        with Display(lambda: run.schedule, "plain", Console(file=io.StringIO())) as display:
             run.log.listeners += [display, listener]
             run.train()
         run.folder.unlock()

@@ -105,6 +105,13 @@ UNITS = {
     "stages.N.context.most_lengths": "lengths",
     "stages.N.global_batch_tokens": "tokens",
     "stages.N.micro_batch_size": "sequences",
+    "stages.N.until.window": "tokens, steps, flops or %",
+    "stages.N.until.least": "nats",
+    "stages.N.until.patience": "windows",
+    "stages.N.until.horizon": "share",
+    "stages.N.until.size_scale": "nats",
+    "stages.N.probe": "tokens, steps, flops or %",
+    "stages.N.probe_least": "nats",
     "stages.N.warmup": "tokens, steps, flops or %",
     "stages.N.decay": "tokens, steps, flops or %",
     "stages.N.new_warmup": "tokens, steps, flops or %",
@@ -211,6 +218,20 @@ SECTIONS: tuple[tuple[str, str, ModuleType, str, str], ...] = (
         "What they do: [grow the context](how-to/context-curricula.md). `stages.N.window` has these keys too.",
     ),
     ("stages: context", "stages.N.context", recipe, "ContextConfig", "The keys above, and:"),
+    (
+        "stages: candidates",
+        "stages.N.candidates.N",
+        recipe,
+        "CandidateConfig",
+        "A list, in place of `grow`: [growth that decides](how-to/growth-that-decides.md).",
+    ),
+    (
+        "stages: until",
+        "stages.N.until",
+        recipe,
+        "UntilConfig",
+        "When a stage may end before its duration: [growth that decides](how-to/growth-that-decides.md).",
+    ),
 )
 
 
@@ -251,6 +272,8 @@ def _type(annotation: ast.expr) -> str:
     kind = {"list[str]": "list of text", "list[SourceConfig]": "list of sources", "dict[str, str]": "mapping of text"}
     kind |= {"dict[str, int]": "mapping of whole numbers", "list[int]": "list of whole numbers"}
     kind |= {"ContextConfig": "section", "CurriculumConfig": "section", "SelectConfig": "section"}
+    kind |= {"ContextConfig": "section", "CurriculumConfig": "section", "UntilConfig": "section"}
+    kind |= {"list[CandidateConfig]": "list of candidates"}
     kind |= {"dict[str, float]": "mapping of numbers", "dict[str, Any]": "mapping"}
     return (words | kind)[text]
 

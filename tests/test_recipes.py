@@ -21,8 +21,11 @@ GOLDEN: dict[str, list[float]] = {
     "associative-recall": [2.9291],
     "attention-window": [4.2104],
     "bandit-mixture": [4.2850],
+    "choose-growth": [3.2441, 1.9440],
     "context-growth": [4.1854, 3.2159],
     "first-text": [4.8747],
+    "greedy-stages": [3.8222, 3.4237, 3.2843, 2.7516],
+    "grow-on-plateau": [3.2441, 2.1430, 1.4577],
     "importance": [4.1655],
     "induction": [2.7942],
     "needle": [2.9237],
@@ -35,8 +38,8 @@ GOLDEN_CHOSEN = {"rho-1": [4.3587], "rho-loss": [4.2388]}
 
 
 def test_all_recipes_are_here() -> None:
-    texts = ["attention-window", "bandit-mixture", "context-growth", "first-text", "importance", "quickstart"]
-    texts.append("quickstart-static")
+    texts = ["attention-window", "bandit-mixture", "choose-growth", "context-growth", "first-text", "greedy-stages"]
+    texts += ["grow-on-plateau", "importance", "quickstart", "quickstart-static"]
     assert sorted(RECIPES) == sorted([*texts, *synthetic_tasks.RECIPES])
     assert RECIPES.keys() | EXTENSIONS.keys() | CHOOSING.keys() == built_in().keys()
 
@@ -56,9 +59,9 @@ def test_recipe_builds_every_stage(name: str) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_golden_losses(name: str, tmp_path: Path) -> None:
     recipe, schedule = read(name, [])
-    short = [
-        f"stages.{i}.{key}" for i in range(len(schedule.stages)) for key in ("duration=5 steps", "new_warmup=0 steps")
-    ]
+    keys = ("duration=5 steps", "new_warmup=0 steps", "until=null")
+    short = [f"stages.{i}.{key}" for i in range(len(schedule.stages)) for key in keys]
+    short += [f"stages.{i}.probe=1 step" for i, stage in enumerate(schedule.stages) if stage.trials]
     text = [] if name in synthetic_tasks.RECIPES else [f"data.source={corpus_file(tmp_path)}"]
     if recipe.data.mixture:
         (tmp_path / "other").mkdir()

@@ -55,7 +55,8 @@ def _start(manifest: Manifest, source: str) -> StartConfig:
     start = StartConfig(source, to_json(manifest.model), first, *counts, new=grown, by_hand=by_hand)
     if not manifest.recipe:
         return start
-    stage = growth_schedule(parse_recipe(manifest.recipe, [], PRESETS, name="the checkpoint's recipe")).stage(at.stage)
+    own = parse_recipe(manifest.recipe, [], PRESETS, name="the checkpoint's recipe")
+    stage = growth_schedule(own, at.decisions).stage(at.stage)
     return dataclasses.replace(
         start,
         lr=stage.rate(max(0, at.stage_step - 1)),
@@ -71,7 +72,7 @@ def first_progress(manifest: Manifest, recipe: Recipe, corpus_sha256: str) -> Pr
     same = manifest.corpus.get("sha256") == corpus_sha256 and _order(manifest.recipe) == _order_of(recipe)
     data = manifest.progress.data if same else {}
     return dataclasses.replace(
-        manifest.progress, stage=recipe.start.stage, stage_step=0, data=data, micro_batch_size=None
+        manifest.progress, stage=recipe.start.stage, stage_step=0, data=data, micro_batch_size=None, decisions=()
     )
 
 

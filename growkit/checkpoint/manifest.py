@@ -14,9 +14,10 @@ from growkit import __version__
 from growkit.checkpoint.hashing import file_hash
 from growkit.errors import CheckpointError, ConfigError
 from growkit.models.config import ModelConfig, from_json, to_json
+from growkit.schedule.decisions import Decision
 from growkit.schedule.progress import Progress
 
-FORMAT = 3
+FORMAT = 4
 NAME = "manifest.json"
 HASHERS = 2  # files that are hashed, and flushed, at once
 
@@ -28,10 +29,16 @@ def _data_state(body: dict[str, Any]) -> dict[str, Any]:
     return body | {"progress": at}
 
 
+def _decisions(body: dict[str, Any]) -> dict[str, Any]:
+    """No stage ended but by its duration."""
+    return body | {"progress": dict(body["progress"]) | {"decisions": []}}
+
+
 # format n → a function that turns its body into one of format n + 1; each comes with a test on a stored manifest.
 MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: lambda body: body,  # its files have a sha256, which is still read
     2: _data_state,
+    3: _decisions,
 }
 
 
@@ -95,7 +102,8 @@ def decode(data: bytes, path: Path) -> Manifest:
     try:
         kept = {name: body[name] for name in Manifest.__dataclass_fields__ if name in body}
         kept["model"] = from_json(body["model"], ModelConfig)
-        kept["progress"] = Progress(**body["progress"])
+        made = tuple(Decision(**decision) for decision in body["progress"]["decisions"])
+        kept["progress"] = Progress(**body["progress"] | {"decisions": made})
         kept["lineage"], kept["rng"] = tuple(body["lineage"]), tuple(body["rng"])
         kept["cuda_rng"] = tuple(body.get("cuda_rng", ()))  # not in the first manifests of this format
         return Manifest(**kept)

@@ -24,6 +24,7 @@ from growkit.eval.ngram import bits
 from growkit.models.config import DenseMLP, MoEMLP, PattentionMLP
 from growkit.models.decoder import build
 from growkit.models.presets import PRESETS
+from growkit.schedule.decisions import decided
 from growkit.train.display import growth_table
 
 console = Console(highlight=False)
@@ -71,6 +72,8 @@ def inspect_checkpoint(folder: Path) -> None:
     for entry in manifest.lineage:
         if entry["kind"] == "growth":
             console.print(growth_table(entry))
+        elif entry["kind"] == "decision":
+            console.print(decided(entry), markup=False, soft_wrap=True)
         else:
             nats = entry["validation_loss"]
             score = entry.get("bits_per_byte", bits(nats))  # entries from before there were tokenizers lack it

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from growkit.cli.recipes import read
+from growkit.cli.recipes import grows, read
 from growkit.config.recipe import Recipe
 from growkit.duration import quantity
 from growkit.errors import ConfigError
@@ -113,14 +113,14 @@ def _stages(made: Plan) -> Table:
     table = _table("stages", "grows", "params", "context", "batch", "steps", "tokens", "FLOPs")
     for stage in made.stages:
         of = stage.stage
+        most = "≤" if of.until is not None else ""
         table.add_row(
             escape(of.name),
-            "\n".join(link.operator for link in of.links) or UNKNOWN,
+            grows(of, lambda link: link.operator),
             quantity(stage.num_params),
             _extent(extent(of, "context_length")),
             f"{'' if len(of.lengths.values) == 1 else '≤'}{_count(of.global_batch_tokens)}",
-            _count(of.steps),
-            *map(quantity, (of.tokens, stage.flops)),
+            *(f"{most}{amount}" for amount in (_count(of.steps), *map(quantity, (of.tokens, stage.flops)))),
         )
     steps = sum(stage.stage.steps for stage in made.stages)
     table.add_row("all", "", "", "", "", _count(steps), quantity(made.tokens), quantity(made.flops))

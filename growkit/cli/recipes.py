@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import typer
@@ -21,10 +21,14 @@ from growkit.config.recipe import SYNTHETIC, Recipe
 from growkit.data.screen import ScreenReport, screen
 from growkit.duration import quantity
 from growkit.errors import ConfigError, DataError
+from growkit.growth.path import Link
 from growkit.models.presets import PRESETS
 from growkit.registry import closest
 from growkit.report.schedule_picture import extent
-from growkit.schedule.plan import GrowthSchedule, growth_schedule, settled
+from growkit.schedule.decisions import NONE
+from growkit.schedule.plan import GrowthSchedule, Stage, growth_schedule, settled
+
+_INEXACT = ("", " (not exact)")
 
 
 def recipes_folder() -> Path:
@@ -64,6 +68,13 @@ def read(name: str, overrides: Sequence[str], extends: Path | None = None) -> tu
     recipe = described(recipe)
     schedule = growth_schedule(recipe)
     return settled(recipe, schedule), schedule
+
+
+def grows(stage: Stage, said: Callable[[Link], str]) -> str:
+    """What a stage grows by, a line each, every link as ``said``; of candidates, their names."""
+    if stage.trials:
+        return "\n".join(f"{trial.name}?" for trial in stage.trials if trial.name != NONE)
+    return "\n".join(map(said, stage.links)) or "–"
 
 
 def list_recipes() -> None:
@@ -107,25 +118,23 @@ def show_schedule(name: str, overrides: Sequence[str], extends: Path | None) -> 
     for header in ("stage", "grows", "params", "context", "batch", "steps", "tokens", "FLOPs"):
         table.add_column(header, no_wrap=True)
     for stage in schedule.stages:
-        grows = "\n".join(
-            f"{link.operator} {link.method}{'' if link.exactness.kind == 'exact' else ' (not exact)'}"
-            for link in stage.links
-        )
+        most = "≤" if stage.until is not None else ""
         table.add_row(
             escape(stage.name),
-            grows or "–",
+            grows(stage, lambda link: f"{link.operator} {link.method}{_INEXACT[link.exactness.kind != 'exact']}"),
             quantity(stage.model.num_params()),
             "–".join(dict.fromkeys(map(str, extent(stage, "context_length")))),
             f"{'' if len(stage.lengths.values) == 1 else '≤'}{stage.global_batch_tokens}",
-            str(stage.steps),
-            quantity(stage.tokens),
-            quantity(stage.total_flops),
+            f"{most}{stage.steps}",
+            f"{most}{quantity(stage.tokens)}",
+            f"{most}{quantity(stage.total_flops + stage.probe_flops)}",
         )
     console = Console()
     console.print(table)
     if any(stage.links for stage in schedule.stages):
         console.print("growth keeps what the model computes, but where it says (not exact)")
-    console.print(f"valid: {schedule.tokens:,} tokens, {schedule.flops:.3g} FLOPs in all")
+    most = "at most " if any(stage.until for stage in schedule.stages) else ""
+    console.print(f"valid: {most}{schedule.tokens:,} tokens, {schedule.flops:.3g} FLOPs in all")
     if (recipe.data.source or "").startswith(SYNTHETIC):
         return
     from growkit.data.sources import source_kind  # numpy, which a plan does without

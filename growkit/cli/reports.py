@@ -179,6 +179,8 @@ def _branch(node: Node) -> Tree:
         line = branch.add(_stage(stage))
         if stage.growth is not None:
             line.add(_growth(stage.growth))
+        for sentence in stage.decided:
+            line.add(Text(sentence, style="dim"))
     branch.children += [_branch(child) for child in node.branches]
     return branch
 

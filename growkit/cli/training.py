@@ -58,7 +58,7 @@ def start(name: str, overrides: Sequence[str]) -> int:
     if folder is None:
         folder = RunFolder.create(_new_folder(recipe, Path(name)), to_yaml(recipe))
         os.environ[FOLDER_VARIABLE] = str(folder.path)
-    return _run(Run(recipe, schedule, folder, data), schedule)
+    return _run(Run(recipe, schedule, folder, data))
 
 
 def go_on(path: Path, from_step: int | None, as_new: Path | None) -> int:
@@ -78,6 +78,7 @@ def go_on(path: Path, from_step: int | None, as_new: Path | None) -> int:
     begun = from_step is not None or as_new is not None or bool(folder.steps())
     checkpoint = folder.load(from_step) if begun else None
     if checkpoint is not None:
+        schedule = growth_schedule(recipe, checkpoint.manifest.progress.decisions)
         _require_same(checkpoint, schedule, data, folder)
         at = checkpoint.manifest.progress
         if as_new is None and (at.stage, at.stage_step) == (schedule.last.index, schedule.last.steps):
@@ -95,7 +96,7 @@ def go_on(path: Path, from_step: int | None, as_new: Path | None) -> int:
         elif from_step is not None:
             folder.set_aside_after(from_step)
         os.environ[FOLDER_VARIABLE] = str(folder.path)
-    return _run(Run(recipe, schedule, folder, data, checkpoint), schedule)
+    return _run(Run(recipe, schedule, folder, data, checkpoint))
 
 
 def extend(source: Path, name: str, overrides: Sequence[str], from_step: int | None) -> int:
@@ -130,7 +131,7 @@ def extend(source: Path, name: str, overrides: Sequence[str], from_step: int | N
         folder.metrics.write_bytes(log)
         store.write(folder.checkpoint(step), checkpoint.state, first)
     os.environ[FOLDER_VARIABLE] = str(folder.path)
-    return _run(Run(recipe, schedule, folder, data, folder.load()), schedule)
+    return _run(Run(recipe, schedule, folder, data, folder.load()))
 
 
 def _origin(checkpoint: Checkpoint) -> str:
@@ -189,11 +190,11 @@ def _set_threads(recipe: Recipe) -> None:
         torch.set_num_threads(recipe.run.threads)
 
 
-def _run(run: Run, schedule: GrowthSchedule) -> int:
+def _run(run: Run) -> int:
     began = time.monotonic()
     try:
         with (
-            Display(schedule, run.recipe.monitor.progress if run.rank == 0 else "off") as display,
+            Display(lambda: run.schedule, run.recipe.monitor.progress if run.rank == 0 else "off") as display,
             _logger(run, display) as logger,
         ):
             run.log.listeners += [display, *([logger] if logger is not None else [])]

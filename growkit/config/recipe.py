@@ -175,11 +175,38 @@ class ContextConfig(CurriculumConfig):
 
 
 @dataclass
+class UntilConfig:
+    """What may end a stage before its duration: what the losses of its logged steps say."""
+
+    kind: str = MISSING  # plateau: the loss hardly falls | crossing: the next stage's model would fall below it
+    window: str | None = None  # of plateau: the span over which losses are averaged, at least monitor.log_every
+    least: float | None = None  # of plateau: a fall from window to window below it is none, nats
+    patience: int | None = None  # of plateau: windows in a row without a fall; default: 1
+    horizon: float | None = None  # of crossing: how far ahead, as a share of the run's FLOPs so far; default: 0.1
+    size_scale: float | None = None  # of crossing: A of A · parameters^−α, nats; default: 406.4
+    size_power: float | None = None  # of crossing: α; default: 0.34
+    data_power: float | None = None  # of crossing: β of B · tokens^−β; default: 0.28
+
+
+@dataclass
+class CandidateConfig:
+    """A growth that a stage may choose."""
+
+    name: str = MISSING  # its own in the stage, not none
+    grow: dict[str, Any] = MISSING  # as of a stage
+    methods: dict[str, str] = field(default_factory=dict)  # as of a stage
+
+
+@dataclass
 class StageConfig:
     name: str = MISSING
-    duration: str = MISSING  # '20M tokens', '500 steps', '3e15 flops'
+    duration: str = MISSING  # '20M tokens', '500 steps', '3e15 flops'; with until, the most
+    until: UntilConfig | None = None  # what ends the stage before that; not the last one
     grow: dict[str, Any] = field(default_factory=dict)  # target values of model fields
     methods: dict[str, str] = field(default_factory=dict)  # operator: method, where there are several
+    candidates: list[CandidateConfig] = field(default_factory=list)  # instead of grow: the best of them is chosen
+    probe: str | None = None  # for which each candidate is trained before that
+    probe_least: float = 0.0  # by which the best one has to be better than not growing, nats
     context_length: int | None = None  # tokens
     context: ContextConfig | None = None  # lengths that grow to context_length within the stage, or vary
     window: CurriculumConfig | None = None  # of attention, growing to context_length within the stage

@@ -159,6 +159,8 @@ def _stage(
     else:
         copied = base + gradients / sharded + copies
         host = max(growth, states + trial, held.start + max(base + peak, validation, copied))
+        if stage.trials:  # what the stage began with waits while its candidates are trained
+            host = max(host, states + max(base + peak, validation))
     return StageMemory(
         weights=weights / sharded,
         gradients=gradients / sharded,

@@ -49,7 +49,7 @@ class StagePlan:
 
     @property
     def flops(self) -> float:
-        return self.stage.total_flops
+        return self.stage.total_flops + self.stage.probe_flops
 
     @property
     def num_params(self) -> int:
@@ -165,9 +165,21 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "global_batch_tokens": stage.stage.global_batch_tokens,
             "micro_batch_size": stage.stage.micro_batch_size,
             "steps": stage.stage.steps,
+            "at_most": stage.stage.until is not None,
             "tokens": stage.stage.tokens,
             "flops": stage.flops,
             "arms": None if stage.stage.arms is None else dataclasses.asdict(stage.stage.arms),
+            "candidates": [
+                {
+                    "name": trial.name,
+                    "parameters": trial.stage.model.num_params(),
+                    "steps": trial.steps,
+                    "flops": trial.flops,
+                }
+                for trial in stage.stage.trials
+            ],
+            "probe_flops": stage.stage.probe_flops,
+            "probe_tokens": stage.stage.probe_tokens,
             "memory": dataclasses.asdict(stage.memory) | {"step": stage.memory.step, "device": stage.memory.device},
             "fits": stage.fits,
             **dataclasses.asdict(stage.cost),
@@ -196,7 +208,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
 
 
 def _seconds(stage: Stage, rate: float | None) -> float | None:
-    return None if rate is None else stage.total_flops / rate
+    return None if rate is None else (stage.total_flops + stage.probe_flops) / rate
 
 
 def _sum(seconds: Sequence[float | None]) -> float | None:
@@ -232,6 +244,15 @@ def _notes(recipe: Recipe, schedule: GrowthSchedule, hardware: Hardware | None) 
         notes.append("memory is that of eager training; trainer.compile moves it either way")
     if any(stage.windows for stage in schedule.stages):
         notes.append("a window is a mask: it saves no FLOPs and no memory, which are those of attention to everything")
+    if ending := [stage.name for stage in schedule.stages if stage.until is not None]:
+        notes.append(
+            f"all figures are the most there can be: a trigger may end {', '.join(ending)} before its duration"
+        )
+    for stage in schedule.stages:
+        if stage.trials:
+            tried = ", ".join(f"{trial.name} ({trial.steps} steps)" for trial in stage.trials)
+            spent = f"{quantity(stage.probe_flops)} FLOPs and {quantity(stage.probe_tokens)} tokens"
+            notes.append(f"{stage.name} is planned with its largest candidate; trying {tried} takes {spent}")
     if cut := sum(stage.cut_after(stage.steps) for stage in schedule.stages):
         notes.append(f"{quantity(cut)} tokens are read and cut off, besides those that are trained on")
     if passed := sum(stage.passed_over_after(stage.steps) for stage in schedule.stages):

@@ -12,6 +12,7 @@ from growkit.checkpoint.run_folder import MARK, RunFolder
 from growkit.errors import CheckpointError
 from growkit.eval.ngram import bits
 from growkit.report.history import History, finite, number
+from growkit.schedule.decisions import decided
 
 Record = Mapping[str, Any]
 
@@ -38,7 +39,8 @@ class Growth:
 
 @dataclass(frozen=True)
 class Stage:
-    """Where a stage ended (or is now, if it has not ``ended``): step, tokens, FLOPs, and its last validation."""
+    """Where a stage ended (or is now, if it has not ``ended``): step, tokens, FLOPs, and its last validation.
+    ``decided``: what the run decided in it, a sentence each."""
 
     index: int
     name: str
@@ -50,6 +52,7 @@ class Stage:
     flops: float | None = None
     bits_per_byte: float | None = None
     ended: bool = False
+    decided: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,9 @@ def stages_of(history: History) -> tuple[Stage, ...]:
         elif event["kind"] == "validation" and index in stages:
             score, ended = finite(number(event.get("bits_per_byte"))), event.get("end_of_stage") is True
             stages[index] = replace(stages[index], bits_per_byte=score, ended=ended, **_place(event))
+    for event in history.kind("decision"):
+        if (at := event.get("stage")) in stages:
+            stages[at] = replace(stages[at], decided=(*stages[at].decided, decided(event)))
     if stages:
         last = list(stages)[-1]
         if not stages[last].ended:
@@ -100,7 +106,7 @@ def stages_of_manifest(manifest: Manifest) -> tuple[Stage, ...]:
                 if stages[before].parameters is None:
                     stages[before] = replace(stages[before], parameters=growth.parameters_before)
             stages[index] = Stage(index, name, parameters, None, growth)
-        else:
+        elif entry.get("kind") == "stage":
             stage = stages.get(index, Stage(index, name, parameters, None))
             score = finite(number(entry.get("bits_per_byte", bits(number(entry.get("validation_loss"))))))
             stages[index] = replace(stage, bits_per_byte=score, ended=True, **_place(entry))
@@ -109,6 +115,9 @@ def stages_of_manifest(manifest: Manifest) -> tuple[Stage, ...]:
         stages[at.stage] = Stage(at.stage, f"stage {at.stage + 1}", parameters, None)
     if at.stage in stages and not stages[at.stage].ended:
         stages[at.stage] = replace(stages[at.stage], step=at.step, tokens=at.tokens, flops=at.flops)
+    for entry in manifest.lineage:
+        if entry.get("kind") == "decision" and (index := int(number(entry.get("stage")))) in stages:
+            stages[index] = replace(stages[index], decided=(*stages[index].decided, decided(entry)))
     final = max(stages)
     stages[final] = replace(stages[final], parameters=manifest.model.num_params())
     return tuple(stages.values())

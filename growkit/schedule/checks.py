@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from growkit.config.recipe import LoggerConfig, Recipe
 from growkit.data.screen import check_screen
+from growkit.duration import Duration
 from growkit.errors import ConfigError
 from growkit.schedule.lr import LR_BY
 
@@ -82,6 +84,23 @@ def _check_logger(logger: LoggerConfig) -> None:
             raise ConfigError(
                 "bad-name", "cannot be one in Weights & Biases", key=f"logger.{key}", value=name, mend=mend
             )
+
+
+def whole_steps(text: str, key: str) -> int:
+    duration = Duration.parse(text, key=key)
+    if duration.unit != "steps" or duration.amount < 1:
+        raise ConfigError("bad-duration", "must be a number of steps", key=key, value=text, mend="such as '200 steps'")
+    return int(duration.amount)
+
+
+@contextmanager
+def blamed(prefix: str) -> Iterator[None]:
+    """Puts the stage in front of a growth error's key."""
+    try:
+        yield
+    except ConfigError as error:
+        key = f"{prefix}.{error.key}"
+        raise ConfigError(error.code, error.problem, key=key, value=error.value, mend=error.mend) from error
 
 
 def one_of(value: str, allowed: Sequence[str], key: str) -> None:

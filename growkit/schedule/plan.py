@@ -6,9 +6,10 @@ Everything that can be wrong with a recipe is found here, before a run folder ex
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from growkit.config.recipe import BYTES, SYNTHETIC, DataConfig, Recipe, StageConfig, StartConfig
 from growkit.data.shape import StepShape
@@ -19,11 +20,17 @@ from growkit.models.config import ModelConfig, from_json, is_masked
 from growkit.models.spec import param_specs
 from growkit.optim.groups import OLD_ENTRIES, check_selector, frozen_names, is_part, require_some
 from growkit.schedule.arms import Arms, arms_of, check_bandit
-from growkit.schedule.checks import at_least, check_sections
+from growkit.schedule.candidates import Trial, check_outcomes, planned_stage
+from growkit.schedule.checks import at_least, blamed, check_sections, whole_steps
 from growkit.schedule.curriculum import CONSTANT, HOW, Lengths, Pace, Rising, curricula
+from growkit.schedule.decisions import Decision, end_of
 from growkit.schedule.lr import LRSchedule
 from growkit.schedule.progress import Progress
 from growkit.schedule.selection import Selection, check_block, check_stage, selection_of
+from growkit.schedule.until import trigger_of
+
+if TYPE_CHECKING:
+    from growkit.schedule.triggers import Trigger
 
 MOST_TOKENS = 2**62  # of a stage: positions in the data are 64-bit integers
 SCHEDULES = ("wsd", "cosine", "constant")
@@ -36,7 +43,10 @@ class Stage:
     what is under a mask is whole, 0 where nothing is. ``context_length``, ``global_batch_tokens``, ``flops_per_step``:
     of a step at full length, which ``lengths`` may grow to; ``windows``: of attention, None where it sees all.
     ``arms``: what a bandit chooses among; where they are lengths, ``lengths`` has each as often as the others, and what
-    is reckoned with them is what to expect."""
+    is reckoned with them is what to expect. ``until``: what may end it before ``steps``. Where that has, ``steps`` are
+    those that were done, and everything else is as it was planned. ``trials``: the ways into it, while none is chosen
+    yet, and ``probe_least``, as of StageConfig; ``probe_flops``, ``probe_tokens``: of trying them, which no other
+    figure of the stage has."""
 
     index: int
     name: str
@@ -61,6 +71,11 @@ class Stage:
     lr_by: str
     grown_by_hand: frozenset[str] = frozenset()
     arms: Arms | None = None
+    until: Trigger | None = None
+    trials: tuple[Trial, ...] = ()
+    probe_least: float = 0.0
+    probe_flops: float = 0.0
+    probe_tokens: int = 0
 
     @cached_property
     def tokens(self) -> int:
@@ -92,7 +107,8 @@ class Stage:
         """The learning rate of the optimizer step number ``stage_step``, from 0."""
         if self.lr_by == "steps":
             return self.lr.lr(stage_step)
-        mean = self.tokens / self.steps
+        planned = self.lr.steps  # a trigger that ends the stage must not change the rates before
+        mean = self.tokens_after(planned) / planned
         return self.lr.lr(stage_step, lambda steps: self.tokens_after(steps) / mean)
 
     @cached_property
@@ -192,18 +208,26 @@ class GrowthSchedule:
 
     @property
     def flops(self) -> float:
-        """Of these stages; what lies behind ``start`` is not in it."""
-        return sum(stage.total_flops for stage in self.stages)
+        """Of these stages, with what trying candidates takes; what lies behind ``start`` is not in it."""
+        return sum(stage.total_flops + stage.probe_flops for stage in self.stages)
 
     @property
     def max_context_length(self) -> int:
         return max(stage.context_length for stage in self.stages)
 
 
-def growth_schedule(recipe: Recipe) -> GrowthSchedule:
-    """The schedule a recipe means. Raises ConfigError for whatever cannot be carried out."""
+def growth_schedule(recipe: Recipe, decisions: Iterable[Decision] = ()) -> GrowthSchedule:
+    """The schedule a recipe means, after what the run has decided. Raises ConfigError for whatever cannot be carried
+    out."""
+    decisions = tuple(decisions)
     check_sections(recipe)
     check_bandit(recipe)
+    schedule = _schedule(recipe, decisions)
+    check_outcomes(schedule, lambda made: _schedule(recipe, made), decisions)
+    return schedule
+
+
+def _schedule(recipe: Recipe, decisions: tuple[Decision, ...]) -> GrowthSchedule:
     start = recipe.start or StartConfig()
     first: ModelConfig = recipe.model.expand() if recipe.start is None else from_json(start.model, key="start.model")
     model = first
@@ -217,13 +241,25 @@ def growth_schedule(recipe: Recipe) -> GrowthSchedule:
         raise ConfigError("duplicate-name", "two stages have the same name", key="stages", value=names, mend=mend)
     stages: list[Stage] = []
     for position, config in enumerate(recipe.stages):
-        stages.append(_stage(recipe, config, position, start, model, stages, selection))
+        stage = planned_stage(
+            config,
+            f"stages.{position}",
+            start.stage + position,
+            decisions,
+            lambda one: _stage(recipe, one, position, start, model, stages, selection),  # noqa: B023
+        )
+        ended = end_of(decisions, stage.index)
+        stages.append(stage if ended is None else dataclasses.replace(stage, steps=ended))
         model = stages[-1].model_at(stages[-1].steps)
+    following: list[Stage | None] = [*stages[1:], None]
+    for position, (stage, after) in enumerate(zip(stages, following, strict=True)):
+        if (trigger := trigger_of(recipe, position, stage, after)) is not None and stage.steps == stage.lr.steps:
+            stages[position] = dataclasses.replace(stage, until=trigger)
     _find_parts(recipe, stages)
     _check_lengths(recipe.data, stages)
     own, longest = recipe.data.block_tokens, max(stage.context_length for stage in stages)
     block = own if own is not None else longest
-    save_every = _whole_steps(recipe.trainer.save_every, "trainer.save_every")
+    save_every = whole_steps(recipe.trainer.save_every, "trainer.save_every")
     at_least(block, 1, "data.block_tokens")
     if selection is not None:
         check_block(selection, block, longest)
@@ -278,7 +314,7 @@ def _stage(
     if config.grow and last is None and recipe.start is None:
         mend = "set the sizes in model, and grow from the second stage on"
         raise ConfigError("grow-at-start", "has nothing to grow from", key=f"{key}.grow", value=config.grow, mend=mend)
-    with _blame(key):
+    with blamed(key):
         target = grown_config(model, config.grow, config.methods)
         links = tuple(path(model, target, config.methods))
     inherited = last or start
@@ -405,9 +441,8 @@ def _lr(
         raise ConfigError("not-positive", "must be above zero", key=f"{key}.lr", value=peak)
     if not 0 <= config.min_lr_ratio <= 1:
         raise ConfigError("out-of-range", "must be in [0, 1]", key=f"{key}.min_lr_ratio", value=config.min_lr_ratio)
-    is_last = position == len(recipe.stages) - 1
-    warmup = span(config.warmup if config.warmup is not None else "2%" if position == 0 else "0%", "warmup")
-    decay = fall(config.decay if config.decay is not None else "20%" if is_last else "0%")
+    rise, down = _lr_spans(recipe, config, position)
+    warmup, decay = span(rise, "warmup"), fall(down)
     decay = decay if config.schedule == "wsd" else 0
     if warmup + decay > steps:
         mend = f"the stage has {steps} steps"
@@ -415,6 +450,12 @@ def _lr(
         raise ConfigError("lr-too-long", problem, key=f"{key}.warmup", value=config.warmup, mend=mend)
     start = last.rate(last.steps - 1) if last else recipe.start.lr if recipe.start else 0.0
     return LRSchedule(config.schedule, start, peak, peak * config.min_lr_ratio, steps, warmup, decay)
+
+
+def _lr_spans(recipe: Recipe, config: StageConfig, position: int) -> tuple[str, str]:
+    """How long warm-up and decay of a stage are, as durations."""
+    warmup, decay = "2%" if position == 0 else "0%", "20%" if position == len(recipe.stages) - 1 else "0%"
+    return warmup if config.warmup is None else config.warmup, decay if config.decay is None else config.decay
 
 
 def _lr_scale(recipe: Recipe, config: StageConfig, key: str) -> dict[str, float]:
@@ -437,32 +478,13 @@ def _settle(own: int | None, inherited: int | None, key: str) -> int:
     return at_least(value, 1, key)
 
 
-def _whole_steps(text: str, key: str) -> int:
-    duration = Duration.parse(text, key=key)
-    if duration.unit != "steps" or duration.amount < 1:
-        raise ConfigError("bad-duration", "must be a number of steps", key=key, value=text, mend="such as '200 steps'")
-    return int(duration.amount)
-
-
-class _blame:
-    """Puts the stage in front of a growth error's key."""
-
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        if isinstance(error, ConfigError):
-            key = f"{self.prefix}.{error.key}"
-            raise ConfigError(error.code, error.problem, key=key, value=error.value, mend=error.mend) from error
-
-
 def settled(recipe: Recipe, schedule: GrowthSchedule) -> Recipe:
     """The recipe with every inherited value of its stages written out, as it is saved with a run."""
     stages = []
-    for config, stage in zip(recipe.stages, schedule.stages, strict=True):
+    undecided = False  # from the first choice on, how many steps a stage has depends on what is chosen
+    for position, (config, stage) in enumerate(zip(recipe.stages, schedule.stages, strict=True)):
+        undecided = undecided or bool(config.candidates)
+        warmup, decay = _lr_spans(recipe, config, position)
         stages.append(
             dataclasses.replace(
                 config,
@@ -470,8 +492,8 @@ def settled(recipe: Recipe, schedule: GrowthSchedule) -> Recipe:
                 global_batch_tokens=stage.global_batch_tokens,
                 micro_batch_size=stage.micro_batch_size,
                 lr=stage.lr.peak,
-                warmup=f"{stage.lr.warmup_steps} steps",
-                decay=f"{stage.lr.decay_steps} steps",
+                warmup=warmup if undecided else f"{stage.lr.warmup_steps} steps",
+                decay=decay if undecided else f"{stage.lr.decay_steps} steps",
             )
         )
     data = dataclasses.replace(recipe.data, block_tokens=schedule.block_tokens)

@@ -29,15 +29,15 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Decision:
-    """``fire``: whether to grow now. ``evidence``: the numbers that say so, plain JSON."""
+class Verdict:
+    """``fire``: whether the stage ends now. ``evidence``: the numbers that say so, plain JSON."""
 
     fire: bool
     evidence: dict[str, Any]
 
 
 class Trigger(Protocol):
-    def decide(self, measured: Sequence[Measured]) -> Decision:
+    def decide(self, measured: Sequence[Measured]) -> Verdict:
         """From all logged steps of the stage so far, in order."""
         ...
 
@@ -51,7 +51,7 @@ class Plateau:
     least: float
     patience: int = 1
 
-    def decide(self, measured: Sequence[Measured]) -> Decision:
+    def decide(self, measured: Sequence[Measured]) -> Verdict:
         count = measured[-1].stage_step // self.window if measured else 0
         windows: list[list[float]] = [[] for _ in range(count)]
         for at in measured:
@@ -61,7 +61,7 @@ class Plateau:
         falls = [before - after for before, after in pairwise(means)]
         last = falls[-self.patience :]
         fire = len(last) == self.patience and all(fall < self.least for fall in last)  # NaN does not
-        return Decision(fire, {"kind": "plateau", "means": means[-self.patience - 1 :], "falls": last})
+        return Verdict(fire, {"kind": "plateau", "means": means[-self.patience - 1 :], "falls": last})
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,10 @@ class Crossing:
     size_power: float = 0.34
     data_power: float = 0.28
 
-    def decide(self, measured: Sequence[Measured]) -> Decision:
+    def decide(self, measured: Sequence[Measured]) -> Verdict:
         later = [at for at in measured if 2 * at.stage_step > measured[-1].stage_step]
         if len(later) < FEWEST_POINTS:
-            return Decision(False, {"kind": "crossing", "points": len(later), "needed": FEWEST_POINTS})
+            return Verdict(False, {"kind": "crossing", "points": len(later), "needed": FEWEST_POINTS})
         tokens = np.array([at.tokens for at in later], dtype=np.float64)
         basis = np.stack((np.ones_like(tokens), tokens**-self.data_power), axis=1)
         floor, scale = (float(x) for x in np.linalg.lstsq(basis, [at.loss for at in later], rcond=None)[0])
@@ -100,7 +100,7 @@ class Crossing:
         now = floor + scale * tokens[-1] ** -self.data_power
         evidence = {"kind": "crossing", "floor": floor, "scale": scale, "loss": now, "floor_of_the_larger": lower}
         if scale <= 0:  # a loss that does not fall says nothing of what more tokens would give
-            return Decision(False, evidence | {"problem": "the loss does not fall"})
+            return Verdict(False, evidence | {"problem": "the loss does not fall"})
         (price, dearer), flops = self.flops_per_token, self.horizon * measured[-1].flops
         as_if = ((now - lower) / scale) ** (-1 / self.data_power)
         ends = (
@@ -108,4 +108,4 @@ class Crossing:
             lower + scale * (as_if + flops / dearer) ** -self.data_power,
         )
         predicted = {"predicted": {"as it is": float(ends[0]), "grown": float(ends[1])}}
-        return Decision(bool(ends[1] < ends[0]), evidence | {"as_if_tokens": float(as_if)} | predicted)
+        return Verdict(bool(ends[1] < ends[0]), evidence | {"as_if_tokens": float(as_if)} | predicted)

@@ -19,6 +19,7 @@ from growkit.eval.ngram import bits
 from growkit.train import hardware
 from growkit.train.choices import Choices
 from growkit.train.module import StageModule
+from growkit.train.watch import Watch
 
 if TYPE_CHECKING:
     from growkit.train.run import Run
@@ -54,6 +55,7 @@ class AfterStep(L.Callback):
 
     def __init__(self, run: Run, module: StageModule, choices: Choices | None, *, last_step: int) -> None:
         self.run, self.module, self.choices, self.last_step = run, module, choices, last_step
+        self.watch = Watch(run, module.stage) if module.stage.until is not None else None
         self._window_start, self._window_tokens, self._window_flops = 0.0, 0, 0.0
         self._losses: list[tuple[int, torch.Tensor]] = []  # of every step since the last log
         self._selected: dict[str, torch.Tensor] = {}  # what there is to say of what the last step trained on
@@ -103,8 +105,12 @@ class AfterStep(L.Callback):
         if run.world_size > 1:  # a signal may reach one process only; all must save and stop at the same step
             run.stopping = trainer.strategy.reduce_boolean_decision(run.stopping, all=False)
         saving = end or run.progress.step % run.schedule.save_every == 0 or run.stopping
-        if end or saving or run.progress.step % run.recipe.monitor.log_every == 0:
-            self._log(trainer, batch, gain)
+        regular = run.progress.step % run.recipe.monitor.log_every == 0
+        if saving or regular:
+            loss = self._log(trainer, batch, gain)
+            if self.watch is not None and regular and not end:  # what a save or a stop logs is not in every run's log
+                end = self.watch.ends_here(trainer.strategy, loss)
+                saving = saving or end
         if end or (stage.validate_every and module.stage_step % stage.validate_every == 0):
             self._outside(lambda: run.validate(module, end=end))
         if end and run.recipe.monitor.sample_tokens and run.data.corpus is not None:
@@ -113,11 +119,12 @@ class AfterStep(L.Callback):
             run.rng = torch.get_rng_state()
             run.cuda_rng = torch.cuda.get_rng_state() if run.device == "cuda" else None
             self._outside(lambda: run.save(module.current_state()))
-        if run.stopping:
+        if run.stopping or end:
             trainer.should_stop = True
 
-    def _log(self, trainer: L.Trainer, batch: Batch, gain: float) -> None:
-        """``batch``: the last of the step; ``gain``: what it taught, where there are choices."""
+    def _log(self, trainer: L.Trainer, batch: Batch, gain: float) -> float:
+        """The loss of the step, over all processes. ``batch``: the last of it; ``gain``: what it taught, where there
+        are choices. Raises TrainingError when the loss is not finite."""
         run, module = self.run, self.module
         window, self._losses = self._losses, []
         loss = float(trainer.strategy.reduce(window[-1][1], reduce_op="mean"))
@@ -153,6 +160,7 @@ class AfterStep(L.Callback):
             **({} if (padded := padding(run.progress.data)) is None else {"padding": padded}),
         )
         self._window_start, self._window_tokens, self._window_flops = time.perf_counter(), 0, 0.0
+        return loss
 
     def _bytes_per_token(self, batch: Batch) -> float:
         """Of what the step was drawn from: one source, or all by their weights."""

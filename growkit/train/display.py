@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console, Group
@@ -16,6 +17,7 @@ from rich.text import Text
 
 from growkit.checkpoint.metrics_log import Record
 from growkit.duration import quantity
+from growkit.schedule.decisions import decided
 from growkit.schedule.plan import GrowthSchedule
 
 LINE_SECONDS = 5.0  # between plain log lines
@@ -38,10 +40,11 @@ class QuietConsole(Console):
 
 
 class Display:
-    """A listener of the metrics log. ``mode``: auto (a bar in a terminal, else lines) | bar | plain | off."""
+    """A listener of the metrics log. ``schedule``: the run's, which its decisions change. ``mode``: auto (a
+    bar in a terminal, else lines) | bar | plain | off."""
 
-    def __init__(self, schedule: GrowthSchedule, mode: str, console: Console | None = None) -> None:
-        self.schedule, self.console = schedule, console or QuietConsole(highlight=False)
+    def __init__(self, schedule: Callable[[], GrowthSchedule], mode: str, console: Console | None = None) -> None:
+        self._schedule, self.console = schedule, console or QuietConsole(highlight=False)
         self.mode = ("bar" if sys.stdout.isatty() else "plain") if mode == "auto" else mode
         self._live: Live | None = None
         self._ngram: Record | None = None
@@ -58,6 +61,10 @@ class Display:
         if self._live is not None:
             self._live.stop()
 
+    @property
+    def schedule(self) -> GrowthSchedule:
+        return self._schedule()
+
     def __call__(self, record: Record) -> None:
         if self.mode != "off":
             show = {
@@ -66,6 +73,7 @@ class Display:
                 "stage": self._show_stage,
                 "validation": self._show_validation,
                 "growth": self._show_growth,
+                "decision": self._show_decision,
                 "sample": self._show_sample,
             }
             show[record["kind"]](record)
@@ -101,8 +109,11 @@ class Display:
         self.print(
             f"[bold]stage {record['stage'] + 1}/{self.schedule.last.index + 1} {escape(record['name'])}[/bold]: "
             f"{quantity(record['parameters'])} parameters, context {record['context_length']}, "
-            f"{record['planned_steps']} steps"
+            f"{'at most ' if record.get('at_most') else ''}{record['planned_steps']} steps"
         )
+
+    def _show_decision(self, record: Record) -> None:
+        self.print(f"[bold]{escape(decided(record))}[/bold]")
 
     def _show_validation(self, record: Record) -> None:
         ngram = self._ngram

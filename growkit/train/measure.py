@@ -47,12 +47,13 @@ def measure(
         share = stage.total_flops / stage.steps / steps[-1] / peak
         listener(f"{stage.name}: {steps[-1]:.3g} s a step, {share:.0%} of the peak")
     seconds = sum(stage.steps * step for stage, step in zip(schedule.stages, steps, strict=True))
+    flops = sum(stage.total_flops for stage in schedule.stages)
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     before = _before(device == "cuda")
     machine = Hardware(
         THIS_MACHINE,
         peaks=before.get("peaks", {}) | {precision: peak},
-        utilisations=before.get("utilisations", {}) | {precision: schedule.flops / seconds / peak},
+        utilisations=before.get("utilisations", {}) | {precision: flops / seconds / peak},
         memory_bytes=_memory(device),
         price_per_hour=None,
         watts=None,

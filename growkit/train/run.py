@@ -33,10 +33,12 @@ from growkit.growth.engine import GrowthReport, grow
 from growkit.growth.state import TrainState
 from growkit.models.config import unmasked
 from growkit.models.decoder import build, init_params
-from growkit.schedule.plan import GrowthSchedule, Stage
+from growkit.schedule.decisions import Decision
+from growkit.schedule.plan import GrowthSchedule, Stage, growth_schedule
 from growkit.schedule.progress import Progress
 from growkit.train import hardware
 from growkit.train.callback import AfterStep, StopRequest
+from growkit.train.candidates import choose
 from growkit.train.choices import Choices
 from growkit.train.data import RunData
 from growkit.train.gain import PredictionGain
@@ -45,10 +47,12 @@ from growkit.train.trainer import fit, stage_trainer
 from growkit.train.trial import fitting_micro_batch
 
 log = logging.getLogger(__name__)
+WHERE = ("stage", "step", "tokens", "flops")  # of the run, in every record of its log
 
 
 class Run:
-    """Everything a run holds between steps. ``checkpoint``: where to go on from; None starts afresh.
+    """Everything a run holds between steps. ``checkpoint``: where to go on from; None starts afresh. ``schedule``: by
+    the decisions in it, and changed by those that are made.
 
     ``listeners``: called with every record of the metrics log (display, loggers).
     """
@@ -127,8 +131,16 @@ class Run:
             while True:
                 stage = self.schedule.stage(self.progress.stage)
                 if self.progress.stage_step < stage.steps:
+                    if stage.trials:
+                        decision = choose(self, stage)
+                        if decision is None:  # nothing is written yet: it is tried again
+                            self.stopping = True
+                            return False
+                        self.decide(decision)
+                        stage = self.schedule.stage(stage.index)
                     self._enter(stage)
                     self._fit(stage)
+                    stage = self.schedule.stage(stage.index)  # which may have been ended
                     if self.stopping and self.progress.stage_step < stage.steps:
                         return False
                 if stage is self.schedule.last:
@@ -167,20 +179,26 @@ class Run:
         """One line of the metrics log, stamped with where the run is."""
         if self.rank == 0:
             at = self.progress
-            where: Record = {"stage": at.stage, "step": at.step, "tokens": at.tokens, "flops": at.flops}
+            where: Record = {name: getattr(at, name) for name in WHERE}
             self.log.write({"kind": kind} | where | {"seconds": round(self.seconds, 3)} | values)
+
+    def decide(self, decision: Decision) -> None:
+        """Writes down what was decided, and goes on with the schedule that follows from it."""
+        flops, made = self.progress.flops + decision.probe_flops, (*self.progress.decisions, decision)
+        self.progress = dataclasses.replace(self.progress, flops=flops, decisions=made)
+        self.schedule = growth_schedule(self.recipe, self.progress.decisions)
+        values = dataclasses.asdict(decision)
+        self.lineage.append({"kind": "decision"} | values)
+        self.record("decision", **{key: value for key, value in values.items() if key not in WHERE})
 
     def _enter(self, stage: Stage) -> None:
         """Grows into ``stage`` if the state is not there yet, after trying that the larger model fits."""
         if self.progress.stage_step == 0:
-            grown, report = dataclasses.replace(self.state, config=unmasked(self.state.config)), None
-            if grown.config != stage.model:
-                grown, report = self._grow(stage)
-            if self.world_size == 1:  # several processes would have to agree on a size
-                size = fitting_micro_batch(grown, stage, self.recipe, self.device, self.dtype, self.data.reference)
-                if size != stage.micro_batch_size:
-                    log.warning("memory is short: micro-batches of %d instead of %d", size, stage.micro_batch_size)
-                    self.progress = dataclasses.replace(self.progress, micro_batch_size=size)
+            grown, report = self.grown(stage)
+            size = self.micro_batch(grown, stage)
+            if size != stage.micro_batch_size:
+                log.warning("memory is short: micro-batches of %d instead of %d", size, stage.micro_batch_size)
+                self.progress = dataclasses.replace(self.progress, micro_batch_size=size)
             self.state = grown
             self.record(
                 "stage",
@@ -189,11 +207,21 @@ class Run:
                 context_length=stage.context_length,
                 global_batch_tokens=stage.global_batch_tokens,
                 planned_steps=stage.steps,
+                **({} if stage.until is None else {"at_most": True}),
             )
             if report is not None:
                 self._record_growth(stage, report)
 
-    def _grow(self, stage: Stage) -> tuple[TrainState, GrowthReport]:
+    def micro_batch(self, state: TrainState, stage: Stage) -> int:
+        """That fits into memory; as planned with several processes, which would have to agree on it."""
+        if self.world_size > 1:
+            return stage.micro_batch_size
+        return fitting_micro_batch(state, stage, self.recipe, self.device, self.dtype, self.data.reference)
+
+    def grown(self, stage: Stage) -> tuple[TrainState, GrowthReport | None]:
+        """The state as ``stage`` begins with it, and what growing it did, if it grew; the state itself stays."""
+        if (state := dataclasses.replace(self.state, config=unmasked(self.state.config))).config == stage.model:
+            return state, None
         digest = hashlib.sha256(f"growth/{self.recipe.run.seed}/{stage.index}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         probe = self.data.probe(stage.context_length, self.recipe.monitor.probe_tokens)
@@ -256,8 +284,8 @@ class Run:
             torch.distributed.all_gather(shares, mine)
         return torch.stack(shares, dim=1).flatten(0, 2).cpu()
 
-    def validate(self, module: StageModule, *, end: bool) -> None:
-        """Logs what the held-out data say of the model."""
+    def scores(self, module: StageModule) -> dict[str, float]:
+        """What the held-out data say of the model, over all processes."""
         assert module.model is not None
         context, wanted = module.stage.context_length, self.recipe.monitor.validation_tokens
         autocast = torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
@@ -265,11 +293,15 @@ class Run:
         with torch.compiler.set_stance("force_eager"):  # not compiled for every shape that only a validation has
             sums = self.data.score_sums(module.model, context, wanted, autocast=autocast, **share).to(module.device)
         sums = module.trainer.strategy.reduce(sums, reduce_op="sum") if self.world_size > 1 else sums
-        scores = self.data.scores(sums, context, wanted)
+        return self.data.scores(sums, context, wanted)
+
+    def validate(self, module: StageModule, *, end: bool) -> None:
+        """Logs what the held-out data say of the model."""
+        scores = self.scores(module)
         self.record(
             "validation",
             **scores,
-            context_length=context,
+            context_length=module.stage.context_length,
             end_of_stage=end,
             name=module.stage.name,
         )

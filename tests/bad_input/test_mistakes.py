@@ -39,6 +39,7 @@ from tests.bad_input.of_commands import (
 )
 from tests.bad_input.of_curricula import CURRICULUM_CASES
 from tests.bad_input.of_data import PREPARE_CASES
+from tests.bad_input.of_decisions import DECISION_CASES
 from tests.bad_input.of_recipes import DATA_CASES, RECIPE_CASES, TASK_CASES
 from tests.bad_input.of_runs import CHECKPOINT_CASES, EXTEND_CASES, RUN_CASES
 from tests.bad_input.of_selection import SELECT_CASES
@@ -54,6 +55,7 @@ CASES = [
     *CURRICULUM_CASES,
     *SELECT_CASES,
     *BANDIT_CASES,
+    *DECISION_CASES,
     *DATA_CASES,
     *TASK_CASES,
     *PREPARE_CASES,

@@ -193,7 +193,8 @@ function lineage(node, top = true) {
       stage.bits_per_byte === null ? null : `${fixed(stage.bits_per_byte, 3)} bits per byte`].filter(Boolean).join(" · "))),
   stage.growth ? el("small", { class: "grew" }, `${stage.growth.links.join(", ")} · ${stage.growth.exact ? "exact"
     : stage.growth.exact === false ? "not exact" : "not measured"}${stage.growth.delta_logits === null ? ""
-    : `, largest |Δlogit| ${power(stage.growth.delta_logits)}`}`) : null));
+    : `, largest |Δlogit| ${power(stage.growth.delta_logits)}`}`) : null,
+  stage.decided.map((sentence) => el("small", { class: "grew" }, sentence))));
   const branches = node.branches.map((branch) => lineage(branch, false));
   const inner = el("ul", {}, stages, branches);
   return top ? el("div", { class: "tree" }, label, inner) : el("li", { class: "branch" }, label, inner);

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from growkit.checkpoint.metrics_log import Record
+from growkit.schedule.decisions import CANDIDATES
 
 AXES = ("step", "tokens", "flops", "seconds")  # of training, growkit's own; what a chart can be drawn over
 # kind of record: field → metric. The part before the slash is the group in which it is shown.
@@ -78,8 +79,9 @@ class Row:
 class Rows:
     """Gathers records into rows.
 
-    What begins a stage (``stage``, ``growth``) goes into the row of the step after it: the row of the last step may
-    have been sent before a stop, and a resumed run grows again. ``growth/mark`` is 1 in the row of a growth, else 0.
+    What begins a stage (``stage``, ``growth``, a choice) goes into the row of the step after it: the row of the last
+    step may have been sent before a stop, and a resumed run grows again. ``growth/mark`` is 1 in the row of a growth,
+    else 0.
     """
 
     def __init__(self) -> None:
@@ -92,7 +94,7 @@ class Rows:
     def gather(self, records: Iterable[Record]) -> Iterator[Row]:
         """The rows that ``records`` complete."""
         for record in records:
-            step = record["step"] + (record["kind"] in ("stage", "growth"))
+            step = record["step"] + (record["kind"] in ("stage", "growth") or record.get("by") == CANDIDATES)
             if self.open is not None and step > self.open.step:
                 yield self.open
                 self.open = None
@@ -116,6 +118,10 @@ class Rows:
                 self.validations.append(record["bits_per_byte"])
             if self.ngram is not None:
                 values["validation/ngram_bits_per_byte"] = self.ngram["bits_per_byte"]
+        elif kind == "decision":
+            values["growth/decision"] = 1.0
+            tried = record["evidence"].get("candidates", {})
+            values |= {f"growth/candidate/{name}": way["loss"] for name, way in tried.items()}
         elif kind == "ngram":
             self.ngram = record
         elif kind == "sample":
