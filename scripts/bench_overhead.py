@@ -35,7 +35,8 @@ from growkit.models.decoder import build, init_params
 from growkit.models.presets import PRESETS
 from growkit.models.spec import param_specs
 from growkit.optim.groups import param_groups
-from growkit.schedule.plan import GrowthSchedule, growth_schedule
+from growkit.schedule.plan import growth_schedule
+from growkit.schedule.stage import GrowthSchedule
 from growkit.train import hardware
 from growkit.train.data import RunData, prepare_data
 from growkit.train.display import Display

@@ -16,7 +16,8 @@ from growkit.config.load import parse_recipe
 from growkit.config.recipe import StageConfig
 from growkit.models.config import to_json
 from growkit.models.presets import PRESETS
-from growkit.schedule.plan import GrowthSchedule, growth_schedule
+from growkit.schedule.plan import growth_schedule
+from growkit.schedule.stage import GrowthSchedule
 
 ROOT = Path(growkit.__file__).parent.parent
 DOCS = ROOT / "docs"

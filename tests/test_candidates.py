@@ -16,7 +16,8 @@ from growkit.config.load import load_recipe, parse_recipe, read_mapping, to_yaml
 from growkit.errors import ConfigError
 from growkit.models.presets import PRESETS
 from growkit.schedule.decisions import CANDIDATES, NONE, Decision
-from growkit.schedule.plan import GrowthSchedule, Stage, growth_schedule
+from growkit.schedule.plan import growth_schedule
+from growkit.schedule.stage import GrowthSchedule, Stage
 from growkit.train.loggers.rows import Rows
 from growkit.train.run import Run
 from tests.support import cli, in_child, recipe_dict, records, write_recipe

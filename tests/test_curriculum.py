@@ -24,7 +24,8 @@ from growkit.models.presets import PRESETS
 from growkit.report.schedule_picture import points, schedule_lines
 from growkit.schedule.curriculum import Curriculum, Drawn, Lengths, Pace, Rising, fewest, nearest
 from growkit.schedule.lr import LRSchedule
-from growkit.schedule.plan import GrowthSchedule, Stage, growth_schedule, settled
+from growkit.schedule.plan import growth_schedule, settled
+from growkit.schedule.stage import GrowthSchedule, Stage
 from tests.support import cli, model_config, recipe_dict, write_recipe
 
 MODEL = model_config("transformer")

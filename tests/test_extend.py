@@ -18,8 +18,9 @@ from growkit.config.load import parse_recipe
 from growkit.errors import ConfigError
 from growkit.models.presets import PRESETS
 from growkit.models.spec import param_specs
-from growkit.schedule.plan import GrowthSchedule, growth_schedule
+from growkit.schedule.plan import growth_schedule
 from growkit.schedule.progress import Progress
+from growkit.schedule.stage import GrowthSchedule
 from tests.support import cli, in_child, model_config, records, trained_like, write_recipe
 from tests.test_resume import assert_same_run
 

@@ -16,7 +16,7 @@ from growkit.cli import recipes
 from growkit.growth.engine import added_entries
 from growkit.growth.state import TrainState
 from growkit.models.spec import param_specs
-from growkit.schedule.plan import Stage
+from growkit.schedule.stage import Stage
 from growkit.train.module import StageModule
 from tests.support import in_child, probe, recipe_dict, records, trained_like, write_recipe
 from tests.test_resume import assert_same_run

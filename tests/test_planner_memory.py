@@ -27,7 +27,8 @@ from growkit.models.decoder import build, init_params
 from growkit.models.presets import PRESETS
 from growkit.planner import memory
 from growkit.planner.memory import stage_memories
-from growkit.schedule.plan import GrowthSchedule, Stage, growth_schedule
+from growkit.schedule.plan import growth_schedule
+from growkit.schedule.stage import GrowthSchedule, Stage
 from growkit.train import run
 from tests.support import cli, recipe_dict, write_recipe
 

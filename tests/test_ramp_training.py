@@ -20,8 +20,9 @@ from growkit.growth.path import grown_config
 from growkit.models.config import is_masked, unmasked
 from growkit.models.decoder import build
 from growkit.models.presets import PRESETS
-from growkit.schedule.plan import GrowthSchedule, growth_schedule
+from growkit.schedule.plan import growth_schedule
 from growkit.schedule.progress import Progress
+from growkit.schedule.stage import GrowthSchedule
 from tests.support import cli, in_child, model_config, recipe_dict, records, trained_like, write_recipe
 from tests.test_resume import assert_same_run
 

@@ -22,7 +22,8 @@ from growkit.models.presets import PRESETS
 from growkit.models.spec import param_specs
 from growkit.optim.groups import check_selector, frozen_names, param_groups
 from growkit.schedule.lr import LRSchedule, warmup_factor
-from growkit.schedule.plan import GrowthSchedule, growth_schedule, settled
+from growkit.schedule.plan import growth_schedule, settled
+from growkit.schedule.stage import GrowthSchedule
 from tests.support import model_config, recipe_dict
 
 ROUNDING = 1e-12  # relative: a few operations on floats

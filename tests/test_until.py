@@ -17,7 +17,8 @@ from growkit.cli.recipes import read
 from growkit.config.load import load_recipe
 from growkit.models.presets import PRESETS
 from growkit.schedule.decisions import Decision
-from growkit.schedule.plan import GrowthSchedule, growth_schedule
+from growkit.schedule.plan import growth_schedule
+from growkit.schedule.stage import GrowthSchedule
 from growkit.schedule.triggers import Crossing, Measured, Plateau
 from tests.support import cli, in_child, recipe_dict, records, write_recipe
 from tests.test_resume import assert_same_run, reproducible

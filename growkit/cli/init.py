@@ -16,7 +16,8 @@ from growkit.errors import ConfigError
 from growkit.models.presets import PRESETS
 from growkit.planner.plan import TOKENS_PER_PARAMETER
 from growkit.registry import closest
-from growkit.schedule.plan import GrowthSchedule, growth_schedule
+from growkit.schedule.plan import growth_schedule
+from growkit.schedule.stage import GrowthSchedule
 
 # Shares of the FLOPs by number of stages: the small models cost little and do the steep part of the curve.
 SHARES = {1: (100.0,), 2: (12.0, 88.0), 3: (3.0, 12.0, 85.0), 4: (2.0, 6.0, 20.0, 72.0)}

@@ -20,7 +20,7 @@ from growkit.errors import ConfigError
 from growkit.planner.hardware import GB, THIS_MACHINE, hardware, keep
 from growkit.planner.plan import COMPONENTS, JOULES_PER_KWH, TOKENS_PER_PARAMETER, Cost, Plan, plan, to_json
 from growkit.report.schedule_picture import Point, draw_schedule, extent, points, schedule_lines
-from growkit.schedule.plan import GrowthSchedule
+from growkit.schedule.stage import GrowthSchedule
 
 console = Console(highlight=False)
 UNKNOWN = "–"

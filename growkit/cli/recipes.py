@@ -26,7 +26,8 @@ from growkit.models.presets import PRESETS
 from growkit.registry import closest
 from growkit.report.schedule_picture import extent
 from growkit.schedule.decisions import NONE
-from growkit.schedule.plan import GrowthSchedule, Stage, growth_schedule, settled
+from growkit.schedule.plan import growth_schedule, settled
+from growkit.schedule.stage import GrowthSchedule, Stage
 
 _INEXACT = ("", " (not exact)")
 

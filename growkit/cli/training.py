@@ -32,7 +32,8 @@ from growkit.report.curve import draw_curves
 from growkit.report.page import write_report
 from growkit.report.run_summary import RunSummary
 from growkit.schedule.arms import same_arms
-from growkit.schedule.plan import GrowthSchedule, growth_schedule, settled
+from growkit.schedule.plan import growth_schedule, settled
+from growkit.schedule.stage import GrowthSchedule
 from growkit.train import hardware, loggers
 from growkit.train.data import RunData, prepare_data
 from growkit.train.display import Display, clock

@@ -14,7 +14,7 @@ from growkit.config.recipe import Recipe
 from growkit.models.spec import ParamSpec, param_specs
 from growkit.planner.activations import FLOAT, Pass
 from growkit.planner.passes import evaluation_peak, layer_traces, loss_peak, scored_layers, trace
-from growkit.schedule.plan import GrowthSchedule, Stage
+from growkit.schedule.stage import GrowthSchedule, Stage
 
 MOMENTS = 2 * FLOAT  # bytes of AdamW's two moments of one entry
 FLOAT64 = 8

@@ -18,7 +18,7 @@ from growkit.models.spec import Component, param_specs
 from growkit.planner.hardware import THIS_MACHINE, Hardware
 from growkit.planner.memory import StageMemory, stage_memories
 from growkit.schedule.arms import Arms
-from growkit.schedule.plan import GrowthSchedule, Stage
+from growkit.schedule.stage import GrowthSchedule, Stage
 
 COMPONENTS: tuple[str, ...] = get_args(Component)
 # Hoffmann et al. (arXiv 2203.15556): about 20 tokens a parameter spend a budget of C = 6 · parameters · tokens best.

@@ -12,7 +12,7 @@ from pathlib import Path
 from growkit.duration import quantity
 from growkit.errors import cannot_write
 from growkit.schedule.curriculum import Drawn, Rising, fewest
-from growkit.schedule.plan import GrowthSchedule, Stage
+from growkit.schedule.stage import GrowthSchedule, Stage
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 POINTS = 400  # of each stage's learning rate in the PNG

@@ -16,7 +16,7 @@ from growkit.schedule.checks import at_least
 from growkit.schedule.decisions import CANDIDATES, NONE, Decision, choice_of
 
 if TYPE_CHECKING:
-    from growkit.schedule.plan import GrowthSchedule, Stage
+    from growkit.schedule.stage import GrowthSchedule, Stage
 
 MOST_OUTCOMES = 200  # schedules that a recipe's choices may lead to; each is planned before the run
 

@@ -10,7 +10,7 @@ from growkit.errors import ConfigError
 from growkit.schedule.checks import at_least, one_of
 
 if TYPE_CHECKING:
-    from growkit.schedule.plan import Stage
+    from growkit.schedule.stage import Stage
     from growkit.schedule.triggers import Trigger
 
 # kind: the keys that mean something to it alone

@@ -13,7 +13,7 @@ from growkit.checkpoint.metrics_log import without_nan
 from growkit.data.stream import Batches
 from growkit.schedule.candidates import Trial
 from growkit.schedule.decisions import CANDIDATES, NONE, Decision
-from growkit.schedule.plan import Stage
+from growkit.schedule.stage import Stage
 from growkit.train.module import StageModule
 from growkit.train.trainer import fit, stage_trainer
 

@@ -11,8 +11,8 @@ from growkit.data.shape import StepShape
 from growkit.data.stream import Batch
 from growkit.schedule.arms import STATE
 from growkit.schedule.bandit import Exp3S
-from growkit.schedule.plan import Stage
 from growkit.schedule.progress import Progress
+from growkit.schedule.stage import Stage
 
 
 class Choices:

@@ -24,8 +24,8 @@ from growkit.errors import DataError
 from growkit.eval.ngram import bits
 from growkit.eval.synthetic import TaskScore, task_sums
 from growkit.eval.validate import mean_loss, target_positions, target_sizes
-from growkit.schedule.plan import GrowthSchedule
 from growkit.schedule.selection import selection_of
+from growkit.schedule.stage import GrowthSchedule
 
 
 class RunData(Protocol):

@@ -18,7 +18,7 @@ from rich.text import Text
 from growkit.checkpoint.metrics_log import Record
 from growkit.duration import quantity
 from growkit.schedule.decisions import decided
-from growkit.schedule.plan import GrowthSchedule
+from growkit.schedule.stage import GrowthSchedule
 
 LINE_SECONDS = 5.0  # between plain log lines
 RATE_MEMORY = 0.9  # of the mean speed that the time left is told from, per record: one slow moment does not move it

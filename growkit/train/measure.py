@@ -19,7 +19,7 @@ from growkit.errors import ConfigError
 from growkit.models.decoder import build, init_params
 from growkit.models.visible import visible_keys
 from growkit.planner.hardware import THIS_MACHINE, Hardware, this_machine
-from growkit.schedule.plan import GrowthSchedule, Stage
+from growkit.schedule.stage import GrowthSchedule, Stage
 from growkit.train.hardware import accelerator, measure_peak_flops, training_dtype
 
 if TYPE_CHECKING:

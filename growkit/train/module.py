@@ -24,7 +24,7 @@ from growkit.models.visible import visible_keys
 from growkit.optim.groups import param_groups
 from growkit.optim.hold import HeldEntries
 from growkit.schedule.lr import warmup_factor
-from growkit.schedule.plan import Stage
+from growkit.schedule.stage import Stage
 from growkit.train.gain import PredictionGain
 from growkit.train.selection import Selector
 

@@ -18,7 +18,7 @@ from growkit.config.recipe import Recipe
 from growkit.data.stream import Batches
 from growkit.growth.state import TrainState
 from growkit.models.decoder import init_params
-from growkit.schedule.plan import GrowthSchedule, Stage
+from growkit.schedule.stage import GrowthSchedule, Stage
 from growkit.train import hardware
 from growkit.train.data import RunData
 from growkit.train.module import StageModule

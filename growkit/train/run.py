@@ -34,8 +34,9 @@ from growkit.growth.state import TrainState
 from growkit.models.config import unmasked
 from growkit.models.decoder import build, init_params
 from growkit.schedule.decisions import Decision
-from growkit.schedule.plan import GrowthSchedule, Stage, growth_schedule
+from growkit.schedule.plan import growth_schedule
 from growkit.schedule.progress import Progress
+from growkit.schedule.stage import GrowthSchedule, Stage
 from growkit.train import hardware
 from growkit.train.callback import AfterStep, StopRequest
 from growkit.train.candidates import choose

@@ -10,7 +10,7 @@ from growkit.errors import TrainingError
 from growkit.growth.state import TrainState
 from growkit.models.decoder import build
 from growkit.models.visible import visible_keys
-from growkit.schedule.plan import Stage
+from growkit.schedule.stage import Stage
 
 
 def fitting_micro_batch(

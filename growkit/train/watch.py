@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import Strategy
 from growkit.checkpoint.metrics_log import read_log, without_nan
 from growkit.errors import CheckpointError
 from growkit.schedule.decisions import Decision
-from growkit.schedule.plan import Stage
+from growkit.schedule.stage import Stage
 from growkit.schedule.triggers import Measured
 
 if TYPE_CHECKING:
