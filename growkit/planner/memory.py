@@ -189,9 +189,9 @@ def _growth(
     recipe: Recipe, stage: Stage, old: Mapping[str, ParamSpec], with_moments: frozenset[str]
 ) -> tuple[float, float]:
     """(the states before and after, those and the certificate's work) in bytes of CPU memory. A parameter that keeps
-    its axes keeps its tensors. The certificate holds logits before and after, in two precisions, and one layer at a
-    time: in float64, and in float32 with its gradients, over fewer tokens; then also the residual stream at every layer
-    and the signs of earlier gradients, a byte for each entry (growth/gradients.py)."""
+    its axes keeps its tensors. The certificate holds one layer at a time: in float64 beside both residual streams, and
+    in float32 with its gradients, over fewer tokens; then also logits before and after, in two precisions, the stream
+    at every layer and the signs of earlier gradients, a byte for each entry (growth/gradients.py)."""
     specs = param_specs(stage.model)
     before = sum(spec.numel * (FLOAT + (MOMENTS if name in with_moments else 0)) for name, spec in old.items())
     made = {name: spec.numel for name, spec in specs.items() if name not in old or old[name].axes != spec.axes}
@@ -217,4 +217,5 @@ def _growth(
         work = max(work, weights + passes.forward.change + passes.backward.peak)
     wide = max(sizes[layer.id] for layer in model.layers) * FLOAT64 + 2 * scored_layers(model, read)
     passing = max(spec.numel for spec in specs.values()) * FLOAT  # one tensor's copy while it is looked at
-    return before + new, before + new + logits + passing + max(2 * logits + signs + streams + work, wide)
+    wide += read.tokens * model.embed_dim * FLOAT64  # the other model's stream, gone through beside
+    return before + new, before + new + passing + max(3 * logits + signs + streams + work, wide)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from growkit.config.recipe import CandidateConfig, StageConfig
+from growkit.config.recipe import CandidateConfig, Recipe, StageConfig
 from growkit.duration import Duration
 from growkit.errors import ConfigError
 from growkit.schedule.checks import at_least
@@ -37,6 +37,17 @@ class Trial:
     @property
     def flops(self) -> float:
         return self.stage.pace.flops(self.stage.lengths, self.steps)
+
+
+def check_choosing(recipe: Recipe) -> None:
+    """Raises ConfigError for candidates beside what chooses the data by what the model has learned so far: a trial
+    would move it, and the run goes on from before the trial."""
+    position = next((n for n, stage in enumerate(recipe.stages) if stage.candidates), None)
+    for name in ("bandit", "select"):
+        if position is not None and getattr(recipe.data, name) is not None:
+            problem = f"are tried on the next data, and data.{name} chooses those by what the run has learned"
+            mend = f"drop data.{name}, or write grow in the place of candidates"
+            raise ConfigError("two-choosers", problem, key=f"stages.{position}.candidates", mend=mend)
 
 
 def planned_stage(

@@ -16,7 +16,7 @@ from growkit.models.config import ModelConfig, from_json, is_masked
 from growkit.models.spec import param_specs
 from growkit.optim.groups import OLD_ENTRIES, check_selector, is_part, require_some
 from growkit.schedule.arms import arms_of, check_bandit
-from growkit.schedule.candidates import check_outcomes, planned_stage
+from growkit.schedule.candidates import check_choosing, check_outcomes, planned_stage
 from growkit.schedule.checks import at_least, blamed, check_sections, whole_steps
 from growkit.schedule.curriculum import CONSTANT, HOW, Pace, Rising, curricula
 from growkit.schedule.decisions import Decision, end_of
@@ -35,6 +35,7 @@ def growth_schedule(recipe: Recipe, decisions: Iterable[Decision] = ()) -> Growt
     decisions = tuple(decisions)
     check_sections(recipe)
     check_bandit(recipe)
+    check_choosing(recipe)
     schedule = _schedule(recipe, decisions)
     check_outcomes(schedule, lambda made: _schedule(recipe, made), decisions)
     return schedule

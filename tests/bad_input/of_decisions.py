@@ -103,6 +103,16 @@ DECISION_CASES = [
         "a stage after",
     ),
     candidates(
+        "a selection beside candidates",
+        DEEP,
+        "1.candidates",
+        "two-choosers",
+        "data.select",
+        "drop data.select",
+        "stages.1.grow={}",
+        "data.select={kind: importance}",
+    ),
+    candidates(
         "a growth beside candidates", DEEP, "1.grow", "two-growths", "16", "drop it", "stages.1.grow={mlp_tokens: 16}"
     ),
     candidates("no probe", DEEP, "1.probe", "missing-key", "is missing", "30 steps", probe=""),
