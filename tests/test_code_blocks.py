@@ -68,6 +68,7 @@ SMALL_STAGE = (
     "decay=null",
     "new_warmup=1 steps",
     "validate_every=null",
+    "until=null",
 )
 # The same for commands that do not train.
 LITTLE = {"generate": ("--tokens", "4"), "grow": ("--probe-tokens", "16"), "eval": ("--tokens", "64")}
@@ -110,8 +111,9 @@ def shrunk(words: list[str]) -> list[str]:
     """The same command with little to do: a small training, a late step that the small run has."""
     if words[0] in TRAINING:
         recipe = words[TRAINING[words[0]]]
-        count = len(yaml.safe_load(find_recipe(recipe).read_text())["stages"])
-        stages = [f"stages.{number}.{value}" for number in range(count) for value in SMALL_STAGE]
+        written = yaml.safe_load(find_recipe(recipe).read_text())["stages"]
+        stages = [f"stages.{number}.{value}" for number in range(len(written)) for value in SMALL_STAGE]
+        stages += [f"stages.{number}.probe=1 step" for number, stage in enumerate(written) if "probe" in stage]
         own = {"source", "mixture"} & yaml.safe_load(find_recipe(recipe).read_text()).get("data", {}).keys()
         given = own or words[0] == "extend" or any(word.startswith("data.source=") for word in words)
         source = [] if given else ["data.source=my.txt"]

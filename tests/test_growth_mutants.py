@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from growkit.errors import PreservationError
-from growkit.growth import engine, expand, gradients, path, verify
+from growkit.growth import engine, expand, gradients, logits, path, verify
 from growkit.growth.operator import OPERATORS, Exactness, Grown, TensorGrowth
 from growkit.growth.operators import dense, head_dim, param_tokens, width
 from growkit.growth.state import Moments
@@ -338,7 +338,7 @@ def new_tokens_unread(patch: Patch) -> None:
 
 def an_embedding_without_mask(patch: Patch) -> None:
     """What the layers write to new dimensions is under the mask, what the embedding writes is not."""
-    patch.setattr(verify, "stream_mask", lambda config: None)
+    patch.setattr(logits, "stream_mask", lambda config: None)
 
 
 def a_mask_at_one(patch: Patch) -> None:

@@ -158,9 +158,8 @@ def checked_beside(checkpoint: Checkpoint) -> Iterator[Callable[[], None]]:
         checked = checker.submit(check_files, checkpoint)
         try:
             yield checked.result
-        except Exception:
+        finally:
             checked.result()
-            raise
 
 
 def write_group(
