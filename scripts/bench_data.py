@@ -1,4 +1,4 @@
-"""How fast data are prepared, beside the ``tokenizers`` library alone.
+"""How fast data are prepared, beside the ``tokenizers`` library alone, and how fast batches are made, beside training.
 
     python scripts/bench_data.py [--megabytes 12] [--rounds 5]
 
@@ -7,6 +7,9 @@ on two, in a process bound to them, both arms run in turns on the same documents
 texts that are in memory, in one call and in calls of a few megabytes, and growkit's whole way from files that nobody
 has seen to an entry of the cache on the disk, twice. A round's ratio is of what both ways took together; the median of
 the rounds counts. Beside the seconds on the wall stand those of the processor.
+
+Batches are those of the quickstart's stages, on its own text, as each kind of packing has them; the rate of training is
+that of the optimizer step on the same machine, in the same process, measured between two rounds of the batches.
 """
 
 from __future__ import annotations
@@ -30,13 +33,20 @@ sys.path.insert(0, str(ROOT))
 import tokenizers  # noqa: E402
 
 from growkit import __version__  # noqa: E402
+from growkit.cli.recipes import read  # noqa: E402
 from growkit.config.recipe import DataConfig  # noqa: E402
 from growkit.data.bpe import train_bpe  # noqa: E402
 from growkit.data.corpus import load_corpus  # noqa: E402
 from growkit.data.sources import standard_library  # noqa: E402
+from growkit.data.stream import Batches, DataSource  # noqa: E402
 from growkit.data.tokenizer import decoded, groups_of, load_tokenizer  # noqa: E402
+from growkit.schedule.stage import Stage  # noqa: E402
+from growkit.train.data import prepare_data  # noqa: E402
+from growkit.train.hardware import training_dtype  # noqa: E402
+from growkit.train.measure import step_seconds  # noqa: E402
 
 GOAL = 0.9  # of the library's rate
+LOADER_GOAL = 50  # times the rate of training
 CORES = (1, 2)
 VOCABULARY = 8192
 ARMS = ("library_at_once", "growkit", "growkit_again", "library_in_groups")  # the machine's drift falls on both
@@ -54,7 +64,7 @@ def main() -> None:
     if options.on is not None:
         print(json.dumps(measured(options.on, options.rounds)))
         return
-    report = {"machine": machine(), "preparation": preparation(options.megabytes, options.rounds)}
+    report = {"machine": machine(), "preparation": preparation(options.megabytes, options.rounds), "loader": loader()}
     options.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
@@ -87,6 +97,38 @@ def preparation(megabytes: int, rounds: int) -> dict[str, Any]:
             result["cores"].append({"cores": cores, "met": found["ratio_of_seconds"] >= GOAL} | found)
             print(json.dumps(result["cores"][-1], indent=1), flush=True)
     return result
+
+
+def loader() -> dict[str, Any]:
+    """Tokens per second of batches alone, over those of training, in each stage of the quickstart."""
+    result: dict[str, Any] = {"goal": LOADER_GOAL, "recipe": "quickstart", "kinds": []}
+    texts = "[{source: stdlib, pattern: 'a*/**/*.py'}, {source: stdlib, pattern: 'e*/**/*.py'}]"
+    kinds = {packing: [f"data.packing={packing}"] for packing in ("none", "documents", "best_fit")}
+    kinds["mixture"] = [f"data.mixture={texts}"]
+    for kind, overrides in kinds.items():
+        recipe, schedule = read("quickstart", [*overrides, "trainer.accelerator=cpu"])
+        source = prepare_data(recipe, schedule).source(recipe, schedule)
+        dtype = training_dtype(recipe.trainer)
+        for stage in schedule.stages:
+            before = batch_rate(source, stage)
+            training = stage.global_batch_tokens / step_seconds(recipe, stage, "cpu", dtype)
+            rate = statistics.mean((before, batch_rate(source, stage)))
+            row = {"kind": kind, "stage": stage.name, "parameters": stage.model.num_params()}
+            row |= {"tokens_per_second": round(rate), "training_tokens_per_second": round(training)}
+            result["kinds"].append(row | {"ratio": round(rate / training), "met": rate >= LOADER_GOAL * training})
+            print(json.dumps(result["kinds"][-1]), flush=True)
+    return result
+
+
+def batch_rate(source: DataSource, stage: Stage) -> float:
+    """Tokens per second."""
+    batches = iter(Batches(source, source.begin(), stage.shape, accumulate=stage.accumulate))
+    for _ in range(20):
+        next(batches)
+    began, tokens = time.perf_counter(), 0
+    while (seconds := time.perf_counter() - began) < 2:
+        tokens += next(batches).tokens.numel()
+    return tokens / seconds
 
 
 def make_text(folder: Path, size: int) -> list[bytes]:

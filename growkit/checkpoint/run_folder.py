@@ -138,6 +138,7 @@ class RunFolder:
         handle.write(str(os.getpid()))
         handle.flush()
         self._lock = handle
+        os.register_at_fork(after_in_child=handle.close)  # a worker that outlives this process must not keep the run
 
     def writer(self) -> str | None:
         """The process, another than this one, that is writing the run now; None if none is."""

@@ -87,6 +87,8 @@ class DataConfig:
     block_tokens: int | None = None  # what is shuffled as one piece; default: the longest context of the stages
     packing: str = "none"  # none: rows cut anywhere | documents: attention ends with each | best_fit: whole ones
     screen: ScreenConfig = field(default_factory=ScreenConfig)  # which documents are left out
+    workers: int = 0  # processes that make batches; 0: the one that trains
+    prefetch: int = 2  # steps that each of those workers makes ahead
     select: SelectConfig | None = None  # what a step trains on, by losses; default: all that it reads
 
 

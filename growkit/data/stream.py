@@ -194,26 +194,43 @@ class Batches:
     before: Callable[[int], None] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
+        for batches in self.steps():
+            yield from batches
+
+    def steps(self, of: Callable[[int], bool] = lambda step: True) -> Iterator[list[Batch]]:
+        """The micro-batches of each step ``of`` which it is true; no rows are made of the others."""
         step, state = self.first_step, self.state
         while True:
             if self.before is not None:
                 self.before(step)
-            batches = self._step(self.shape(step).times(self.candidates), state)
-            if self.candidates > 1:
-                batches = _together(batches)
-            state = batches[-1].state
-            yield from batches
+            shape = self.shape(step).times(self.candidates)
+            if of(step):
+                batches = self._step(shape, state)
+                state = batches[-1].state
+                yield _together(batches) if self.candidates > 1 else batches
+            else:
+                state = self._after(shape, state)
             step += 1
+
+    def _after(self, shape: StepShape, state: State) -> State:
+        """The state after a step."""
+        rows, length = shape.rows, shape.context_length
+        if shape.drawn_length is not None:
+            rows, length = shape.drawn_rows, shape.drawn_length
+        return self._source(shape).take(state, rows, length, slice(0, 0))[1]
+
+    def _source(self, shape: StepShape) -> DataSource:
+        if shape.source is None:
+            return self.source
+        assert isinstance(self.source, Several), "one source has no others to choose from"
+        return self.source.alone(shape.source)
 
     def _step(self, shape: StepShape, state: State) -> list[Batch]:
         """All of a step's, since how much each of them weighs is known when all are there."""
         parts = self.accumulate * self.world_size
         ends = [shape.rows * part // parts for part in range(parts + 1)]
         taken: list[tuple[Rows, State]] = []
-        source, whole = self.source, None
-        if shape.source is not None:
-            assert isinstance(source, Several), "one source has no others to choose from"
-            source = source.alone(shape.source)
+        source, whole = self._source(shape), None
         if shape.drawn_length is not None:  # a drawn row may lie in two micro-batches, so all are drawn at once
             drawn, count = shape.drawn_length, shape.drawn_rows
             rows, state = source.take(state, count, drawn, slice(0, count))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from growkit.config.recipe import LoggerConfig, Recipe
+from growkit.config.recipe import DataConfig, LoggerConfig, Recipe
 from growkit.data.screen import check_screen
 from growkit.duration import Duration
 from growkit.errors import ConfigError
@@ -63,6 +63,7 @@ def check_sections(recipe: Recipe) -> None:
         key = "data.validation_fraction"
         raise ConfigError("out-of-range", "must be above 0 and at most 0.5", key=key, value=fraction)
     one_of(recipe.data.packing, PACKINGS, "data.packing")
+    _check_workers(recipe.data)
     check_screen(recipe.data.screen)
     title = recipe.run.name
     if title is not None and (not title or title in (".", "..") or "/" in title or not title.isprintable()):
@@ -72,6 +73,17 @@ def check_sections(recipe: Recipe) -> None:
         at_least(recipe.run.threads, 1, "run.threads")
     if not 0 <= recipe.run.seed < 2**63:
         raise ConfigError("out-of-range", "must be in 0..2^63-1", key="run.seed", value=recipe.run.seed)
+
+
+def _check_workers(data: DataConfig) -> None:
+    at_least(data.workers, 0, "data.workers")
+    at_least(data.prefetch, 1, "data.prefetch")
+    learns = data.bandit is not None or (data.select is not None and data.select.kind == "importance")
+    if data.workers and learns:
+        name = "bandit" if data.bandit is not None else "select"
+        problem = f"make steps before data.{name} knows what it chooses for them"
+        mend = f"use data.workers=0, or leave data.{name} out"
+        raise ConfigError("workers-too-early", problem, key="data.workers", value=data.workers, mend=mend)
 
 
 def _check_logger(logger: LoggerConfig) -> None:

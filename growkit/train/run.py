@@ -26,6 +26,7 @@ from growkit.config.recipe import Recipe
 from growkit.data.corpus import Corpus
 from growkit.data.importance import DrawnBlocks
 from growkit.data.stream import Batches
+from growkit.data.workers import InWorkers
 from growkit.eval.generate import sample_text
 from growkit.eval.ngram import ngram_bits_per_byte
 from growkit.eval.validate import target_bytes, target_positions
@@ -257,7 +258,8 @@ class Run:
             candidates=stage.candidates,
             before=self._before_draws(),
         )
-        fit(trainer, module, batches)
+        workers, prefetch = self.recipe.data.workers, self.recipe.data.prefetch
+        fit(trainer, module, InWorkers(batches, workers, prefetch) if workers else batches)
         self.stop.install()
         self.state = full_state(module.current_state())
         module.release()
