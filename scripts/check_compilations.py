@@ -33,7 +33,7 @@ from growkit.train import hardware  # noqa: E402
 STEP = 7  # of the checkpoint that the branch goes on from, within a length
 RECIPE: dict[str, Any] = {
     "model": {"preset": "transformer", "embed_dim": 32, "num_layers": 1, "num_heads": 2},
-    "trainer": {"compile": True, "precision": "fp32", "save_every": "1 steps", "keep_last": 40},
+    "trainer": {"compile": True, "most_graphs": 8, "precision": "fp32", "save_every": "1 steps", "keep_last": 40},
     "monitor": {"log_every": 1, "validation_tokens": 2048, "ngram_order": 0, "sample_tokens": 0, "progress": "off"},
     "stages": [
         {

@@ -366,6 +366,10 @@ def test_the_plan_draws_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for word in ("24–64", "8–64", "window", "saves no FLOPs", "tokens are read and cut off"):
         assert word in out, word
     assert cli("validate", tmp_path / "recipe.yaml")[1].count("8–64") == 1
+    graphs = sum(len(stage.lengths.values) for stage in schedule.stages)
+    compiled = ("trainer.compile=true", f"trainer.most_graphs={graphs}")
+    out = cli("plan", tmp_path / "recipe.yaml", *compiled)[1]
+    assert f"makes {graphs} graphs over the run" in " ".join(out.split())
 
 
 def test_a_nearest_duration_of_nothing() -> None:

@@ -114,6 +114,7 @@ class TrainerConfig:
     precision: str = "auto"  # auto: bf16 where the hardware multiplies it fast, else fp32 | bf16 | fp32
     backend: str = "auto"  # path of the ops: auto | compiled | reference
     compile: bool = False  # torch.compile
+    most_graphs: int = 6  # that it may make over the run, one for each length of each stage, 1 or more
     checkpoint_layers: bool = False  # recompute each layer in backward
     loss_chunk_tokens: int = 0  # logits held at once; 0: all
     save_every: str = "200 steps"  # what a crash may cost

@@ -242,6 +242,8 @@ def _notes(recipe: Recipe, schedule: GrowthSchedule, hardware: Hardware | None) 
         notes.append("memory is that of the compiled path; trainer.backend=reference needs more")
     if recipe.trainer.compile:
         notes.append("memory is that of eager training; trainer.compile moves it either way")
+        graphs = sum(stage.graphs for stage in schedule.stages)
+        notes.append(f"torch.compile makes {graphs} graphs over the run, one for each length of each stage")
     if any(stage.windows for stage in schedule.stages):
         notes.append("a window is a mask: it saves no FLOPs and no memory, which are those of attention to everything")
     if ending := [stage.name for stage in schedule.stages if stage.until is not None]:

@@ -70,6 +70,7 @@ def _schedule(recipe: Recipe, decisions: tuple[Decision, ...]) -> GrowthSchedule
         if (trigger := trigger_of(recipe, position, stage, after)) is not None and stage.steps == stage.lr.steps:
             stages[position] = dataclasses.replace(stage, until=trigger)
     _find_parts(recipe, stages)
+    _check_graphs(recipe, stages)
     _check_lengths(recipe.data, stages)
     own, longest = recipe.data.block_tokens, max(stage.context_length for stage in stages)
     block = own if own is not None else longest
@@ -105,6 +106,16 @@ def _check_lengths(data: DataConfig, stages: Sequence[Stage]) -> None:
         assert task is not None
         for position, stage in enumerate(stages):
             task.require_length(stage.context_length, f"stages.{position}.context_length")
+
+
+def _check_graphs(recipe: Recipe, stages: Sequence[Stage]) -> None:
+    """Raises ConfigError for a run that torch.compile would compile more often than is allowed."""
+    graphs, most = sum(stage.graphs for stage in stages), at_least(recipe.trainer.most_graphs, 1, "trainer.most_graphs")
+    if recipe.trainer.compile and graphs > most:
+        each = ", ".join(f"{stage.name} {stage.graphs}" for stage in stages)
+        problem = f"is less than the {graphs} graphs that torch.compile makes, one for each length ({each})"
+        mend = f"raise it to {graphs}, use fewer stages or lengths (context.most_lengths), or trainer.compile=false"
+        raise ConfigError("too-many-graphs", problem, key="trainer.most_graphs", value=most, mend=mend)
 
 
 def _find_parts(recipe: Recipe, stages: Sequence[Stage]) -> None:

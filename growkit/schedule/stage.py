@@ -126,6 +126,14 @@ class Stage:
         """The parameters of which the old entries stand still, and new ones move."""
         return self.enlarged - self.frozen if OLD_ENTRIES in self.freeze else frozenset()
 
+    @property
+    def graphs(self) -> int:
+        """That torch.compile makes of it: one for each length, two where rows are also scored without gradients; and
+        those of its trials, each of which is a model of its own."""
+        twice = 2 if self.candidates > 1 else 1
+        tried = (len({trial.stage.lengths.at(step) for step in range(trial.steps)}) for trial in self.trials)
+        return twice * len(self.lengths.values) + sum(tried)
+
     def shape(self, stage_step: int) -> StepShape:
         """Of the optimizer step number ``stage_step``, from 0."""
         window = None if self.windows is None else self.windows.at(stage_step)

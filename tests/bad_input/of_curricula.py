@@ -60,6 +60,14 @@ CURRICULUM_CASES = [
         "twice",
         "apart",
     ),
+    Case(
+        "more graphs than are allowed",
+        "train recipe.yaml run.name=new trainer.compile=true trainer.most_graphs=1",
+        "too-many-graphs",
+        "trainer.most_graphs",
+        "2 graphs",
+        "raise it to 2",
+    ),
     curriculum(
         "places that go back",
         "schedule: discrete, start: 4, multiple: 4, at: {1 step: 8, 0%: 16}",
