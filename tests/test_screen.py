@@ -405,6 +405,8 @@ def test_a_run_trains_on_what_is_kept_and_says_so(tmp_path: Path, monkeypatch: p
     assert manifest.corpus["screened"]["dropped"]["near"]["examples"] == ["d.txt (as b.txt)"]
     code, out, _ = cli("resume", tmp_path / "runs/run")
     assert code == 0 and "nothing is left to train" in out
+    code, out, err = cli("data", "prepare", path, "data.screen.min_bytes=10")
+    assert (code, err) == (0, "") and "was there" in out and "near duplicates" in out and "d.txt (as b.txt)" in out
     for name in ("texts/c.txt", "texts/d.txt"):
         (tmp_path / name).unlink()
     assert cli("resume", tmp_path / "runs/run")[0] == 0, "the text that is trained on is the same"

@@ -19,6 +19,7 @@ from growkit.config.mixture import names_of
 from growkit.config.recipe import BYTES, DataConfig
 from growkit.data.bpe import require_trainable, train_bpe
 from growkit.data.corpus import Corpus, Part, load_corpus, load_part
+from growkit.data.screen import ScreenReport
 from growkit.data.tokenizer import load_tokenizer
 from growkit.duration import quantity
 from growkit.models.presets import PRESETS
@@ -62,8 +63,11 @@ def prepare_data(name: str, overrides: Sequence[str], workers: int | None) -> No
             seconds = time.perf_counter() - began
             bar.close()
             table.add_row(*_row(parts[-1], seconds, made=bar.seen))
-    Corpus("", tokenizer, tuple(parts)).require(schedule.max_context_length)
+    corpus = Corpus("", tokenizer, tuple(parts))
+    corpus.require(schedule.max_context_length)
     console.print(table)
+    if corpus.screened is not None:
+        console.print(ScreenReport.from_json(corpus.screened).table())
     for part in parts:
         console.print(f"{part.name}: {part.folder}", soft_wrap=True, markup=False)
 
