@@ -62,7 +62,7 @@ def require_pieces(pieces: Pieces, name: str) -> None:
     for length in sorted(pieces.begins):
         if not pieces.pairs(length):
             problem = f"none of its documents has a piece of {length} tokens, and a step is to have rows of such"
-            mend = "use lengths that its documents have (`growkit data prepare` shows them), or packing documents"
+            mend = "use shorter lengths (`growkit data prepare` shows what each has), other text, or packing documents"
             raise DataError("bucket-empty", problem, key="data.packing", value=name, mend=mend)
 
 
