@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from growkit.checkpoint.run_folder import RunFolder
+from growkit.data.decomposed import Decomposed
 from growkit.data.mixture import Mixture
-from growkit.data.pieces import Decomposed, pieces_of
+from growkit.data.pieces import pieces_of
 from growkit.data.shape import StepShape
 from growkit.data.stream import Batches, DataSource, State, joined
 from growkit.schedule.pieces import same_pieces
@@ -268,7 +269,7 @@ def test_other_lengths_are_another_order(whole: tuple[Path, Path], tmp_path: Pat
     assert code == 2 and "[recipe-changed]" in err and "lengths" in err
     more = tmp_path / "more.yaml"
     for length, afresh in ((32, False), (64, True)):
-        context = "{schedule: buckets, start: 8, odds: [%s]}" % ", ".join("1" * (3 + afresh))
+        context = f"{{schedule: buckets, start: 8, odds: {[1] * (3 + afresh)}}}"
         stage = f"{{name: more, duration: 2 steps, context_length: {length}, context: {context}, micro_batch_size: 2}}"
         more.write_text(f"stages:\n  - {stage}\n")
         code, _, err = cli("extend", reference, more, f"run.name=more-{length}")

@@ -1,5 +1,5 @@
 """``data.packing: decompose``, checked: the lengths of rows that documents are cut into. No torch here; what does it:
-data/pieces.py."""
+data/decomposed.py."""
 
 from __future__ import annotations
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from growkit.checkpoint.reference import Reference, load_reference
 from growkit.config.recipe import BYTES, Recipe
 from growkit.data.corpus import Corpus, Part, load_corpus
+from growkit.data.decomposed import Decomposed
 from growkit.data.importance import drawn_blocks, require_block
 from growkit.data.mixture import Mixture
 from growkit.data.packing import Packed
-from growkit.data.pieces import Decomposed, pieces_of, require_pieces
+from growkit.data.pieces import pieces_of, require_pieces
 from growkit.data.stream import DataSource, TokenStream, validation_windows, windows
 from growkit.data.synthetic.source import TaskSource
 from growkit.data.synthetic.tasks import VALIDATION_SEED, Task, task_of
