@@ -37,6 +37,7 @@ PARSED_ONLY = {
     "logger.kind=wandb": "starts wandb; the tests of the logger do, against a stand-in server",
     "context-growth": "grows from lengths above that of the small stages; tests/test_recipes.py runs it",
     "attention-window": "the same",
+    "dataset-decomposition": "its shortest length is above that of the small stages; tests/test_recipes.py runs it",
     "--measure": "times the machine, and keeps the result in the reader's home",
     "sync": "needs an account of Weights & Biases",
     "convert": "needs the published weights; tests/test_hf_grow.py has some like them",

@@ -170,7 +170,9 @@ def test_what_is_prepared_is_not_tokenised_again(tmp_path: Path, bpe: str, fresh
     corpus = load_corpus(DataConfig(source=str(source)), first)
     assert sorted(first.seen) == sorted(row.encode() for row in ROWS)
     shutil.move(source, tmp_path / "b")
-    again = DataConfig(mixture=[SourceConfig(str(tmp_path / "b"), weight=3)], block_tokens=7, shuffle=False)
+    again = DataConfig(
+        mixture=[SourceConfig(str(tmp_path / "b"), weight=3)], block_tokens=7, shuffle=False, packing="best_fit"
+    )
     moved = load_corpus(again, Counting(bpe, stop=0))
     assert np.array_equal(moved.train, corpus.train) and moved.sha256 == corpus.sha256
     assert isinstance(moved.train.base, np.memmap) and not moved.train.flags.writeable
@@ -418,8 +420,10 @@ def test_a_mixture_is_its_parts(tmp_path: Path, bpe: str) -> None:
     assert [(part.name, part.weight) for part in corpus.parts] == [(str(rows), 3), (str(tmp_path / "one.txt"), 1)]
     for part, single in zip(corpus.parts, alone, strict=True):
         assert np.array_equal(part.train, single.train) and part.sha256 == single.sha256
+        assert part.documents == single.documents
         pieces = np.split(part.train, part.train_starts[1:])
         assert all(piece[-1] == tokenizer.end for piece in pieces[:-1]) and part.train_starts[0] == 0
+    assert [part.documents for part in corpus.parts] == [30, 1]
     stop = [tokenizer.end]
     assert corpus.train.tolist() == alone[0].train.tolist() + stop + alone[1].train.tolist()
     assert corpus.validation.tolist() == alone[0].validation.tolist() + stop + alone[1].validation.tolist()

@@ -23,6 +23,7 @@ GOLDEN: dict[str, list[float]] = {
     "bandit-mixture": [4.2850],
     "choose-growth": [3.2441, 1.9440],
     "context-growth": [4.1854, 3.2159],
+    "dataset-decomposition": [4.2729, 3.3028],
     "first-text": [4.8747],
     "greedy-stages": [3.8222, 3.4237, 3.2843, 2.7516],
     "grow-on-plateau": [3.2441, 2.1430, 1.4577],
@@ -38,8 +39,8 @@ GOLDEN_CHOSEN = {"rho-1": [4.3587], "rho-loss": [4.2388]}
 
 
 def test_all_recipes_are_here() -> None:
-    texts = ["attention-window", "bandit-mixture", "choose-growth", "context-growth", "first-text", "greedy-stages"]
-    texts += ["grow-on-plateau", "importance", "quickstart", "quickstart-static"]
+    texts = ["attention-window", "bandit-mixture", "choose-growth", "context-growth", "dataset-decomposition"]
+    texts += ["first-text", "greedy-stages", "grow-on-plateau", "importance", "quickstart", "quickstart-static"]
     assert sorted(RECIPES) == sorted([*texts, *synthetic_tasks.RECIPES])
     assert RECIPES.keys() | EXTENSIONS.keys() | CHOOSING.keys() == built_in().keys()
 
@@ -63,6 +64,12 @@ def test_golden_losses(name: str, tmp_path: Path) -> None:
     short = [f"stages.{i}.{key}" for i in range(len(schedule.stages)) for key in keys]
     short += [f"stages.{i}.probe=1 step" for i, stage in enumerate(schedule.stages) if stage.trials]
     text = [] if name in synthetic_tasks.RECIPES else [f"data.source={corpus_file(tmp_path)}"]
+    if recipe.data.packing == "decompose":  # documents of several lengths
+        (tmp_path / "texts").mkdir()
+        whole = corpus_file(tmp_path).read_text()
+        for number in range(40):
+            (tmp_path / "texts" / f"{number:02}.txt").write_text(whole[number * 500 :][: 100 + number * 97])
+        text = [f"data.source={tmp_path / 'texts'}"]
     if recipe.data.mixture:
         (tmp_path / "other").mkdir()
         text = [

@@ -14,8 +14,10 @@ from growkit.config.recipe import Recipe, StartConfig
 from growkit.errors import ConfigError
 from growkit.models.config import to_json
 from growkit.models.presets import PRESETS
+from growkit.schedule.pieces import same_pieces
 from growkit.schedule.plan import growth_schedule
 from growkit.schedule.progress import Progress
+from growkit.schedule.stage import GrowthSchedule
 
 
 def extended_recipe(manifest: Manifest, source: str, text: str, overrides: Sequence[str], *, name: str) -> Recipe:
@@ -65,11 +67,12 @@ def _start(manifest: Manifest, source: str) -> StartConfig:
     )
 
 
-def first_progress(manifest: Manifest, recipe: Recipe, corpus_sha256: str) -> Progress:
+def first_progress(manifest: Manifest, recipe: Recipe, schedule: GrowthSchedule, corpus_sha256: str) -> Progress:
     """Where the extended run begins. The data go on where the checkpoint's stopped if they are the same in the same
     order, and start afresh if not."""
     assert recipe.start is not None
     same = manifest.corpus.get("sha256") == corpus_sha256 and _order(manifest.recipe) == _order_of(recipe)
+    same = same and same_pieces(schedule.lengths, manifest.progress.data)
     data = manifest.progress.data if same else {}
     return dataclasses.replace(
         manifest.progress, stage=recipe.start.stage, stage_step=0, data=data, micro_batch_size=None, decisions=()

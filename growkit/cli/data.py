@@ -19,6 +19,7 @@ from growkit.config.mixture import names_of
 from growkit.config.recipe import BYTES, DataConfig
 from growkit.data.bpe import require_trainable, train_bpe
 from growkit.data.corpus import Corpus, Part, load_corpus, load_part
+from growkit.data.pieces import Pieces, pieces_of, require_pieces
 from growkit.data.screen import ScreenReport
 from growkit.data.tokenizer import load_tokenizer
 from growkit.duration import quantity
@@ -70,6 +71,24 @@ def prepare_data(name: str, overrides: Sequence[str], workers: int | None) -> No
         console.print(ScreenReport.from_json(corpus.screened).table())
     for part in parts:
         console.print(f"{part.name}: {part.folder}", soft_wrap=True, markup=False)
+    if recipe.data.packing == "decompose":
+        for part in parts:
+            pieces = pieces_of(part.train_starts, len(part.train) - 1, schedule.lengths)
+            console.print(_buckets(part.name, pieces))
+            require_pieces(pieces, part.name)
+
+
+def _buckets(name: str, pieces: Pieces) -> Table:
+    """What each bucket holds: odds in these shares train on every token as often."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for header in (escape(name), "pieces", "tokens", "share"):
+        table.add_column(header, justify="right")
+    whole = sum(pieces.pairs(length) for length in pieces.begins)
+    for length in sorted(pieces.begins):
+        pairs = pieces.pairs(length)
+        table.add_row(f"{length}", f"{len(pieces.begins[length]):,}", quantity(pairs), f"{pairs / whole:.1%}")
+    table.add_row("left of documents", "joined", quantity(pieces.tail_pairs), f"{pieces.tail_pairs / whole:.1%}")
+    return table
 
 
 def _row(part: Part, seconds: float, *, made: bool) -> tuple[str, ...]:

@@ -32,6 +32,7 @@ from growkit.report.curve import draw_curves
 from growkit.report.page import write_report
 from growkit.report.run_summary import RunSummary
 from growkit.schedule.arms import same_arms
+from growkit.schedule.pieces import same_pieces
 from growkit.schedule.plan import growth_schedule, settled
 from growkit.schedule.stage import GrowthSchedule
 from growkit.train import hardware, loggers
@@ -122,7 +123,7 @@ def extend(source: Path, name: str, overrides: Sequence[str], from_step: int | N
     folder = RunFolder.create(_new_folder(recipe, path), to_yaml(recipe), parent=parent)
     first = dataclasses.replace(
         manifest,
-        progress=first_progress(manifest, recipe, data.sha256),
+        progress=first_progress(manifest, recipe, schedule, data.sha256),
         recipe=to_yaml(recipe),
         corpus=data.record,
         log_bytes=len(log),
@@ -151,6 +152,10 @@ def _require_same(checkpoint: Checkpoint, schedule: GrowthSchedule, data: RunDat
     if at.stage_step and not same_arms(schedule.stage(at.stage).arms, at.data):
         problem = f"does not say what chose the steps that led to {checkpoint.folder.name}"
         mend = "undo the changes to data.bandit and to what it chooses among; a new run may have others"
+        raise CheckpointError("recipe-changed", problem, key=str(folder.recipe), mend=mend)
+    if not same_pieces(schedule.lengths, at.data):
+        problem = f"has steps of other lengths than those that documents were cut into up to {checkpoint.folder.name}"
+        mend = "undo the changes to the lengths of its stages, later ones too; a new run may have others"
         raise CheckpointError("recipe-changed", problem, key=str(folder.recipe), mend=mend)
     if schedule.model_at(at) != manifest.model:
         problem = f"does not describe the model and the stage {at.stage + 1} that {checkpoint.folder.name} holds"

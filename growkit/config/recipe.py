@@ -85,7 +85,7 @@ class DataConfig:
     validation_fraction: float = 0.05  # of the bytes, 0..0.5
     shuffle: bool = True  # blocks in a new random order each epoch
     block_tokens: int | None = None  # what is shuffled as one piece; default: the longest context of the stages
-    packing: str = "none"  # none: rows cut anywhere | documents: attention ends with each | best_fit: whole ones
+    packing: str = "none"  # none: cut anywhere | documents: attention ends with each | best_fit: whole ones | decompose
     screen: ScreenConfig = field(default_factory=ScreenConfig)  # which documents are left out
     workers: int = 0  # processes that make batches; 0: the one that trains
     prefetch: int = 2  # steps that each of those workers makes ahead

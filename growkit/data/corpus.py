@@ -47,6 +47,7 @@ NOT_CONTENT = frozenset(
         "end_token",
         "shuffle",
         "block_tokens",
+        "packing",
         "screen",
         "select",
     }

@@ -140,25 +140,30 @@ class TokenStream:
 
     def rows_at(self, at: NDArray[np.int64]) -> Rows:
         """The rows at the positions ``at`` (rows, context) of the corpus."""
-        segments = None if self._ends is None else torch.from_numpy(self._segments(at, self._ends))
-        return Rows(*self._at(at), segments, at.size)
-
-    def _segments(self, at: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int32]:
-        """``at`` (rows, context): positions in the corpus. ``ends``: of the end tokens."""
-        document = np.searchsorted(ends, at, side="right")
-        new = np.zeros(at.shape, dtype=bool)
-        new[:, 1:] = (np.diff(document, axis=1) != 0) | (np.diff(at, axis=1) != 1)
-        return new.cumsum(axis=1, dtype=np.int32)
+        return rows_at(self.tokens, at, self._ends)
 
     def read(self, start: int, rows: int, context_length: int) -> tuple[Tensor, Tensor]:
         """(tokens, targets), each int64 (rows, context_length), from stream position ``start``."""
-        return self._at(self.positions(start, rows * context_length).reshape(rows, context_length))
+        rows_here = self.rows_at(self.positions(start, rows * context_length).reshape(rows, context_length))
+        return rows_here.tokens, rows_here.targets
 
-    def _at(self, at: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        return (
-            torch.from_numpy(self.tokens[at].astype(np.int64)),
-            torch.from_numpy(self.tokens[at + 1].astype(np.int64)),
-        )
+
+def rows_at(tokens: NDArray[np.integer], at: NDArray[np.int64], ends: NDArray[np.int64] | None) -> Rows:
+    """The rows at the positions ``at`` (rows, context) of ``tokens``. ``ends``: of the end tokens; then they have
+    segments."""
+    return Rows(
+        torch.from_numpy(tokens[at].astype(np.int64)),
+        torch.from_numpy(tokens[at + 1].astype(np.int64)),
+        None if ends is None else torch.from_numpy(_segments(at, ends)),
+        at.size,
+    )
+
+
+def _segments(at: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int32]:
+    document = np.searchsorted(ends, at, side="right")
+    new = np.zeros(at.shape, dtype=bool)
+    new[:, 1:] = (np.diff(document, axis=1) != 0) | (np.diff(at, axis=1) != 1)
+    return new.cumsum(axis=1, dtype=np.int32)
 
 
 def require_pairs(tokens: NDArray[np.integer]) -> int:
@@ -170,8 +175,17 @@ def require_pairs(tokens: NDArray[np.integer]) -> int:
 
 def padding(state: State) -> int | None:
     """Positions that were padding so far, of all sources; None where no source pads its rows."""
-    parts = [padding(own) for own in state.get("sources", [])]
-    known = [count for count in (state.get("padding"), *parts) if count is not None]
+    return _counted(state, "padding")
+
+
+def joined(state: State) -> int | None:
+    """Tokens so far in rows of what is left of documents, of all sources; None where none decomposes documents."""
+    return _counted(state, "joined")
+
+
+def _counted(state: State, name: str) -> int | None:
+    parts = [_counted(own, name) for own in state.get("sources", [])]
+    known = [count for count in (state.get(name), *parts) if count is not None]
     return sum(known) if known else None
 
 

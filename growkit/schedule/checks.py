@@ -11,7 +11,7 @@ from growkit.duration import Duration
 from growkit.errors import ConfigError
 from growkit.schedule.lr import LR_BY
 
-PACKINGS = ("none", "documents", "best_fit")
+PACKINGS = ("none", "documents", "best_fit", "decompose")
 
 
 def check_sections(recipe: Recipe) -> None:

@@ -21,6 +21,7 @@ from growkit.schedule.checks import at_least, blamed, check_sections, whole_step
 from growkit.schedule.curriculum import CONSTANT, HOW, Pace, Rising, curricula
 from growkit.schedule.decisions import Decision, end_of
 from growkit.schedule.lr import LRSchedule
+from growkit.schedule.pieces import check_pieces
 from growkit.schedule.selection import Selection, check_block, check_stage, selection_of
 from growkit.schedule.stage import GrowthSchedule, Stage
 from growkit.schedule.until import trigger_of
@@ -71,7 +72,8 @@ def _schedule(recipe: Recipe, decisions: tuple[Decision, ...]) -> GrowthSchedule
             stages[position] = dataclasses.replace(stage, until=trigger)
     _find_parts(recipe, stages)
     _check_graphs(recipe, stages)
-    _check_lengths(recipe.data, stages)
+    _check_lengths(recipe, stages)
+    check_pieces(recipe, stages)
     own, longest = recipe.data.block_tokens, max(stage.context_length for stage in stages)
     block = own if own is not None else longest
     save_every = whole_steps(recipe.trainer.save_every, "trainer.save_every")
@@ -97,15 +99,16 @@ def _check_vocabulary(data: DataConfig, model: ModelConfig) -> None:
         )
 
 
-def _check_lengths(data: DataConfig, stages: Sequence[Stage]) -> None:
-    """Raises ConfigError for a stage whose sequences are too short for the task."""
-    if (data.source or "").startswith(SYNTHETIC):
+def _check_lengths(recipe: Recipe, stages: Sequence[Stage]) -> None:
+    """Raises ConfigError for a stage whose sequences, or the shortest of them, are too short for the task."""
+    if (recipe.data.source or "").startswith(SYNTHETIC):
         from growkit.data.synthetic.tasks import task_of
 
-        task = task_of(data)
+        task = task_of(recipe.data)
         assert task is not None
-        for position, stage in enumerate(stages):
-            task.require_length(stage.context_length, f"stages.{position}.context_length")
+        for position, (config, stage) in enumerate(zip(recipe.stages, stages, strict=True)):
+            name = "context_length" if config.context is None else "context.start"
+            task.require_length(min(stage.lengths.values), f"stages.{position}.{name}")
 
 
 def _check_graphs(recipe: Recipe, stages: Sequence[Stage]) -> None:

@@ -94,6 +94,9 @@ def _check_data(recipe: Recipe, kind: str) -> None:
         if data.mixture:
             problem = "draws blocks by their losses alone, and data.mixture says how much of each source there is to be"
             raise _does_not_fit(kind, problem, "use one source, or another kind")
+        if data.packing == "decompose":
+            problem = "draws rows anywhere in a block, and data.packing=decompose has cut documents beforehand"
+            raise _does_not_fit(kind, problem, "use packing none or documents, or another kind")
         if not data.shuffle:
             problem = "draws at random, and data.shuffle=false asks for the order of the text"
             raise _does_not_fit(kind, problem, "drop data.shuffle, or use another kind")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -209,3 +210,12 @@ class GrowthSchedule:
     @property
     def max_context_length(self) -> int:
         return max(stage.context_length for stage in self.stages)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return lengths_of(self.stages)
+
+
+def lengths_of(stages: Iterable[Stage]) -> tuple[int, ...]:
+    """Of the rows that any step has, rising."""
+    return tuple(sorted({length for stage in stages for length in stage.lengths.values}))

@@ -13,7 +13,7 @@ import lightning as L
 import torch
 
 from growkit import faults
-from growkit.data.stream import Batch, padding
+from growkit.data.stream import Batch, joined, padding
 from growkit.errors import TrainingError
 from growkit.eval.ngram import bits
 from growkit.train import hardware
@@ -158,6 +158,7 @@ class AfterStep(L.Callback):
             **module.stage.moving(module.stage_step - 1, batch.tokens.shape[1]),
             **(self.choices.record(batch, gain) if self.choices is not None else {}),
             **({} if (padded := padding(run.progress.data)) is None else {"padding": padded}),
+            **({} if (tails := joined(run.progress.data)) is None else {"joined_tokens": tails}),
         )
         self._window_start, self._window_tokens, self._window_flops = time.perf_counter(), 0, 0.0
         return loss

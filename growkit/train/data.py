@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from growkit.checkpoint.reference import Reference, load_reference
 from growkit.config.recipe import BYTES, Recipe
 from growkit.data.corpus import Corpus, Part, load_corpus
+from growkit.data.decomposed import Decomposed
 from growkit.data.importance import drawn_blocks, require_block
 from growkit.data.mixture import Mixture
 from growkit.data.packing import Packed
+from growkit.data.pieces import pieces_of, require_pieces
 from growkit.data.stream import DataSource, TokenStream, validation_windows, windows
 from growkit.data.synthetic.source import TaskSource
 from growkit.data.synthetic.tasks import VALIDATION_SEED, Task, task_of
@@ -137,8 +139,10 @@ class TextData:
 
 def _rows_of(part: Part, recipe: Recipe, schedule: GrowthSchedule) -> DataSource:
     """As ``data.packing`` has them."""
-    order: dict[str, Any] = {"block_tokens": schedule.block_tokens, "seed": recipe.run.seed}
-    order["shuffle"] = recipe.data.shuffle
+    order: dict[str, Any] = {"seed": recipe.run.seed, "shuffle": recipe.data.shuffle}
+    if recipe.data.packing == "decompose":
+        return Decomposed(part.train, part.train_starts, lengths=schedule.lengths, **order)
+    order["block_tokens"] = schedule.block_tokens
     if recipe.data.packing == "best_fit":
         return Packed(part.train, part.train_starts, **order)
     bounded = recipe.data.packing == "documents"
@@ -212,6 +216,9 @@ def prepare_data(recipe: Recipe, schedule: GrowthSchedule) -> RunData:
     tokenizer.require_room(schedule.start_model.vocab_size)
     corpus = load_corpus(recipe.data, tokenizer)
     corpus.require(schedule.max_context_length)
+    if recipe.data.packing == "decompose":
+        for part in corpus.parts:
+            require_pieces(pieces_of(part.train_starts, len(part.train) - 1, schedule.lengths), part.name)
     if recipe.data.select is not None and recipe.data.select.kind == "importance":
         require_block(corpus.name, corpus.train_tokens, schedule.block_tokens)
     return TextData(corpus, load_reference(recipe.data.select, corpus, recipe.trainer.backend))

@@ -213,6 +213,15 @@ CURRICULUM_CASES = [
         "'root'",
         "keep one",
     ),
+    Case(
+        "a bucket too short for the task",
+        "train recipe.yaml run.name=new 'data={source: synthetic/needle}' "
+        "'stages.0.context={schedule: buckets, start: 8, odds: [1, 1]}'",
+        "context-too-short",
+        "stages.0.context.start",
+        "8",
+        "or more",
+    ),
     train("a batch below one row", "stages.0.global_batch_tokens=8", "batch-not-whole", "8", "such as 16"),
     train("a base of zero", "stages.1.grow={rope_base: 0}", "bad-target", "0", "above 0", "stages.1.grow.rope_base"),
     train(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,15 @@ def prepared(name: str, file: str, arrange: Arrange) -> Case:
     return Case(name, "train recipe.yaml run.name=new data.cache=cache", "cache-damaged", file, file, "delete", arrange)
 
 
+BUCKETS = "stages.0.context={schedule: buckets, start: 8, odds: [1, 1]}"
+
+
+def decomposed(name: str, more: str, code: str, key: str, value: str, mend: str) -> Case:
+    """A row for documents cut into rows of 8 and 16 tokens, unless ``more`` says otherwise."""
+    words = f"train recipe.yaml run.name=new data.packing=decompose {shlex.quote(BUCKETS)} {more}".strip()
+    return Case(name, words, code, key, value, mend)
+
+
 PREPARE_CASES = [
     source("a broken line", "rows.jsonl", "broken-line", "data.source", "'rows.jsonl, line 3'", "mend the line",
            _rows(GOOD + "\n" + '{"text": "ab\n' + GOOD)),
@@ -103,6 +113,20 @@ PREPARE_CASES = [
     Case("a column of a mixture that is not there",
          "train recipe.yaml run.name=new 'data={mixture: [{source: stdlib}, {source: rows.jsonl, text_field: body}]}'",
          "no-text-field", "data.mixture.1.text_field", "'body'", "text, n", _rows(GOOD)),
+    # Packing.
+    train("a packing there is not", "data.packing=first_fit", "unknown-choice", "'first_fit'", "best_fit, decompose"),
+    train("pieces of one length", "data.packing=decompose", "pieces-do-not-fit", "rows of 16", "buckets"),
+    decomposed("pieces of no multiple", "stages.1.context_length=24 stages.1.global_batch_tokens=48",
+               "pieces-do-not-fit", "data.packing", "8, 16, 24", "start · 2^n"),
+    decomposed("pieces of lengths by the step", "'stages.1.context={schedule: linear, start: 8}'",
+               "pieces-do-not-fit", "stages.1.context.schedule", "'linear'", "buckets or discrete"),
+    decomposed("pieces that are cut", "stages.0.context.how=truncate", "pieces-do-not-fit", "stages.0.context.how",
+               "'truncate'", "rechunk"),
+    decomposed("blocks of pieces", "data.select.kind=importance", "selection-does-not-fit", "data.select.kind",
+               "data.packing=decompose", "none or documents"),
+    Case("documents that are too short for a bucket",
+         f"train recipe.yaml run.name=new data.source=rows.jsonl data.packing=decompose {shlex.quote(BUCKETS)}",
+         "bucket-empty", "data.packing", "a piece of 16 tokens", "shorter", _rows('{"text": "0123456789"}\n' * 40)),
     # The cache.
     prepared("a shard cut short", "train.ids", _cut_shard),
     prepared("a shard that was changed", "validation.ids", _changed_shard),

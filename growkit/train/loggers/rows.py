@@ -30,6 +30,7 @@ METRICS = {
         "window": "growth/window",
         "cut_tokens": "growth/cut_tokens",
         "padding": "data/padding",
+        "joined_tokens": "data/joined_tokens",
         "passed_over_tokens": "data/passed_over_tokens",
         "kept": "data/kept",
         "excess": "data/excess",
