@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from growkit.config.recipe import DataConfig
+from growkit.data.decomposed import Decomposed
 from growkit.data.mixture import Mixture
 from growkit.data.shape import StepShape
 from growkit.data.stream import Batch, Batches, DataSource, TokenStream
@@ -36,6 +37,7 @@ SOURCES: dict[str, Callable[[], DataSource]] = {
     "stream": lambda: stream(bounded=False),
     "documents": lambda: stream(bounded=True),
     "best_fit": lambda: packed(SIZES, BLOCK, 3),
+    "decompose": lambda: Decomposed(*corpus(SIZES), lengths=(4, 8), seed=3),
     "mixture": lambda: Mixture([stream(bounded=False), packed(SIZES, BLOCK, 5)], [3.0, 1.0]),
     "task": lambda: TaskSource(task_of(DataConfig(source="synthetic/induction")), 7),  # type: ignore[arg-type]
 }
@@ -45,6 +47,10 @@ def growing(step: int) -> StepShape:
     """Another length every second step; of some, rows are cut from longer ones."""
     length = (32, 64)[step // 2 % 2]
     return StepShape(4, length, None, 64 if step % 3 == 1 else None, 64 // length if step % 3 == 1 else 1)
+
+
+def of_buckets(step: int) -> StepShape:
+    return StepShape(4, (4, 8)[step // 2 % 2])
 
 
 def first(batches: Batches | InWorkers, count: int = COUNT) -> list[Batch]:
@@ -63,17 +69,17 @@ def assert_same(mine: list[Batch], theirs: list[Batch]) -> None:
 @pytest.mark.parametrize("kind", SOURCES)
 @pytest.mark.parametrize(("workers", "prefetch", "accumulate"), [(1, 1, 1), (3, 2, 2)])
 def test_they_are_the_same_batches(kind: str, workers: int, prefetch: int, accumulate: int) -> None:
-    source = SOURCES[kind]()
-    batches = Batches(source, source.begin(), growing, accumulate=accumulate)
+    source, shape = SOURCES[kind](), of_buckets if kind == "decompose" else growing
+    batches = Batches(source, source.begin(), shape, accumulate=accumulate)
     wanted = first(batches)
     state = torch.get_rng_state()
     assert_same(first(InWorkers(batches, workers, prefetch)), wanted)
     assert torch.equal(torch.get_rng_state(), state), "what dropout draws next is another number"
     # Gone on from a state within, by another number of workers and as one of two processes.
     done = 2 * accumulate
-    later = Batches(source, wanted[done - 1].state, growing, 2, accumulate)
+    later = Batches(source, wanted[done - 1].state, shape, 2, accumulate)
     assert_same(first(InWorkers(later, workers + 1, prefetch), COUNT - done), wanted[done:])
-    half = Batches(source, wanted[done - 1].state, growing, 2, accumulate, rank=1, world_size=2)
+    half = Batches(source, wanted[done - 1].state, shape, 2, accumulate, rank=1, world_size=2)
     assert_same(first(InWorkers(half, workers, prefetch), 4), first(half, 4))
 
 
