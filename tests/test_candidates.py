@@ -113,7 +113,9 @@ def test_what_was_tried_leaves_its_cost_alone(whole: tuple[Path, Path], plain: d
     mine.remove(made)
     trials = [r for r in mine if r["kind"] == "trial"]
     assert [(r["candidate"], r.get("loss")) for r in trials] == [
-        said for name, way in decision.evidence["candidates"].items() for said in ((name, None), (name, way["loss"]))
+        (trial.name, loss)
+        for trial in planned(whole[0]).stages[1].trials
+        for loss in (None, decision.evidence["candidates"][trial.name]["loss"])
     ]
     mine = [r for r in mine if r["kind"] != "trial"]
     assert made["flops"] == decision.flops == mine[mine.index(records(whole[1], "stage")[1])]["flops"]
