@@ -3,12 +3,14 @@ and what was tried leaves no trace but its cost and the decision; stopped anywhe
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from growkit.checkpoint.run_folder import RunFolder
 from growkit.cli.recipes import read
@@ -18,8 +20,10 @@ from growkit.models.presets import PRESETS
 from growkit.schedule.decisions import CANDIDATES, NONE, Decision
 from growkit.schedule.plan import growth_schedule
 from growkit.schedule.stage import GrowthSchedule, Stage
+from growkit.train.display import Display
 from growkit.train.loggers.rows import Rows
 from growkit.train.run import Run
+from scripts import decisions
 from tests.support import cli, in_child, recipe_dict, records, write_recipe
 from tests.test_resume import TIMING, assert_same_run
 
@@ -107,6 +111,13 @@ def test_what_was_tried_leaves_its_cost_alone(whole: tuple[Path, Path], plain: d
     mine, theirs = records(whole[1]), records(plain[str(decision.chosen)])
     (made,) = (r for r in mine if r["kind"] == "decision")
     mine.remove(made)
+    trials = [r for r in mine if r["kind"] == "trial"]
+    assert [(r["candidate"], r.get("loss")) for r in trials] == [
+        (trial.name, loss)
+        for trial in planned(whole[0]).stages[1].trials
+        for loss in (None, decision.evidence["candidates"][trial.name]["loss"])
+    ]
+    mine = [r for r in mine if r["kind"] != "trial"]
     assert made["flops"] == decision.flops == mine[mine.index(records(whole[1], "stage")[1])]["flops"]
     mine, theirs = ([r for r in log if r["kind"] != "validation" or r["end_of_stage"]] for log in (mine, theirs))
     assert len(mine) == len(theirs)
@@ -251,8 +262,31 @@ def test_what_is_shown(whole: tuple[Path, Path]) -> None:
     assert [way["name"] for way in stage["candidates"]] == [NONE, "deeper", "wider"]
     assert stage["flops"] == pytest.approx(planned(path).stages[1].total_flops + stage["probe_flops"])
     assert "wider?" in cli("validate", path)[1]
+    screen = io.StringIO()
+    display = Display(lambda: planned(path, decision), "plain", Console(file=screen, width=200))
+    for record in records(run, "trial")[:2]:
+        display(record)
+    begun, ended = screen.getvalue().splitlines()
+    assert begun.startswith("trial 1/3 of choice, none: ") and "held-out loss" in ended
     last = {"kind": "ngram", "step": 99, "tokens": 0, "flops": 0.0, "bits_per_byte": 1.0}
     rows = list(Rows().gather([*records(run), last]))
+    assert rows == list(Rows().gather([r for r in [*records(run), last] if r["kind"] != "trial"])), (
+        "no rows of their own"
+    )
     (row,) = (row for row in rows if "growth/decision" in row.values)
     assert row.step == decision.step + 1 and row.values["growth/mark"] == 1.0
     assert row.values["growth/candidate/none"] == decision.evidence["candidates"][NONE]["loss"]
+
+
+def test_the_page_tells_what_was_measured() -> None:
+    """The table is that of the script's results, and these are of the recipes as they are now."""
+    rows = json.loads(decisions.RESULTS.read_text())["rows"]
+    assert [row["recipe"] for row in rows] == list(decisions.RECIPES)
+    assert decisions.table(rows) in (decisions.ROOT / "docs" / "how-to" / "growth-that-decides.md").read_text()
+    for row in rows:
+        made = [Decision(**{k: v for k, v in one.items() if k != "kind"}) for one in row["decisions"]]
+        schedule = growth_schedule(read(row["recipe"], [])[0], made)
+        assert [(stage.steps, stage.model.num_params()) for stage in schedule.stages] == [
+            (part["steps"], part["parameters"]) for part in row["stages"]
+        ]
+        assert schedule.flops == pytest.approx(row["flops_training"] + row["flops_probes"])

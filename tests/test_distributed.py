@@ -28,12 +28,16 @@ FSDP = ("trainer.strategy=fsdp", "trainer.devices=2")
 
 def start_two(*words: object, run: Path, env: dict[str, str] | None = None) -> list[BaseProcess]:
     """Starts ``growkit words...`` as processes 0 and 1 of one job."""
+    return [start_child(*words, env=rank | (env or {})) for rank in two_ranks(run)]
+
+
+def two_ranks(run: Path) -> list[dict[str, str]]:
+    """The environments of processes 0 and 1 of one job."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"} | (env or {})
-    ranks = [job | {"LOCAL_RANK": str(rank), "GROWKIT_RUN_FOLDER": str(run)} for rank in range(2)]
-    return [start_child(*words, env=env) for env in ranks]
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    return [job | {"LOCAL_RANK": str(rank), "GROWKIT_RUN_FOLDER": str(run)} for rank in range(2)]
 
 
 def finish(children: list[BaseProcess]) -> list[int]:

@@ -26,10 +26,14 @@ def choose(run: Run, stage: Stage) -> Decision | None:
     ``probe_least``; None if the run was asked to stop meanwhile. State, progress and data stay where they are: the
     probes' training is thrown away, and what is chosen is grown again, to the same weights."""
     losses: dict[str, float] = {}
-    for trial in stage.trials:
+    for number, trial in enumerate(stage.trials, start=1):
+        # Of the log, so that a resumed run, which tries again, has them once: it is cut back to the checkpoint before.
+        place = {"name": stage.name, "candidate": trial.name, "number": number, "of": len(stage.trials)}
+        run.record("trial", **place, steps=trial.steps, parameters=trial.stage.model.num_params())
         loss = _probe(run, trial)
         if loss is None:
             return None
+        run.record("trial", **place, steps=trial.steps, loss=loss)
         losses[trial.name] = loss if math.isfinite(loss) else math.inf
         faults.point("mid_probe")
     best = min((name for name in losses if name != NONE), key=lambda name: losses[name])

@@ -73,6 +73,7 @@ class Display:
                 "stage": self._show_stage,
                 "validation": self._show_validation,
                 "growth": self._show_growth,
+                "trial": self._show_trial,
                 "decision": self._show_decision,
                 "sample": self._show_sample,
             }
@@ -111,6 +112,14 @@ class Display:
             f"{quantity(record['parameters'])} parameters, context {record['context_length']}, "
             f"{'at most ' if record.get('at_most') else ''}{record['planned_steps']} steps"
         )
+
+    def _show_trial(self, record: Record) -> None:
+        name = f"trial {record['number']}/{record['of']} of {escape(record['name'])}, {escape(record['candidate'])}"
+        if "loss" in record:
+            loss = "not finite" if record["loss"] is None else f"{record['loss']:.4g} nats"
+            self.print(f"{name}: held-out loss {loss} after {record['steps']} steps")
+        else:
+            self.print(f"{name}: {quantity(record['parameters'])} parameters, {record['steps']} steps")
 
     def _show_decision(self, record: Record) -> None:
         self.print(f"[bold]{escape(decided(record))}[/bold]")

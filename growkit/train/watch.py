@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 
 class Watch:
     """Of one stage that has a trigger. The first process looks, and tells the others. In a resumed run the losses from
-    before come from the log, which is cut back to the checkpoint. Raises CheckpointError if they are not there."""
+    before come from the log, which is cut back to the checkpoint. Raises CheckpointError, in every process alike, if
+    they are not there."""
 
     def __init__(self, run: Run, stage: Stage) -> None:
         assert stage.until is not None
         self.run, self.stage, self.trigger = run, stage, stage.until
-        self.measured: list[Measured] = list(self._logged()) if run.rank == 0 and run.progress.stage_step else []
+        # In all of them: one that found its log whole would wait for a first one that did not.
+        self.measured: list[Measured] = list(self._logged()) if run.progress.stage_step else []
 
     def _logged(self) -> Iterator[Measured]:
         """What was measured up to now: the steps that every run logs, and not those of a save or a stop."""

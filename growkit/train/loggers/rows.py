@@ -95,6 +95,8 @@ class Rows:
     def gather(self, records: Iterable[Record]) -> Iterator[Row]:
         """The rows that ``records`` complete."""
         for record in records:
+            if record["kind"] == "trial":  # what it comes to is in the decision
+                continue
             step = record["step"] + (record["kind"] in ("stage", "growth") or record.get("by") == CANDIDATES)
             if self.open is not None and step > self.open.step:
                 yield self.open
