@@ -44,8 +44,8 @@ def choose(run: Run, stage: Stage) -> Decision | None:
     }
     evidence = without_nan({CANDIDATES: tried, "least": stage.probe_least})
     at, spent = run.progress, stage.probe_flops
-    place = (0, at.step, at.tokens, at.flops + spent)
-    return Decision(CANDIDATES, stage.index, stage.name, *place, evidence, chosen, spent, stage.probe_tokens)
+    where = (0, at.step, at.tokens, at.flops + spent)
+    return Decision(CANDIDATES, stage.index, stage.name, *where, evidence, chosen, spent, stage.probe_tokens)
 
 
 def _probe(run: Run, trial: Trial) -> float | None:
