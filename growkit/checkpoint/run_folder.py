@@ -8,9 +8,11 @@ import os
 import re
 import shutil
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -138,7 +140,7 @@ class RunFolder:
         handle.write(str(os.getpid()))
         handle.flush()
         self._lock = handle
-        os.register_at_fork(after_in_child=handle.close)  # a worker that outlives this process must not keep the run
+        os.register_at_fork(after_in_child=partial(_let_go, weakref.ref(handle)))
 
     def writer(self) -> str | None:
         """The process, another than this one, that is writing the run now; None if none is."""
@@ -245,6 +247,13 @@ class RunFolder:
             shutil.copytree(checkpoint.folder, new.checkpoint(step))
             new.metrics.write_bytes(log_before(checkpoint.folder, checkpoint.manifest))
         return new
+
+
+def _let_go(lock: weakref.ref[IO[str]]) -> None:
+    """In a process that this one has forked, a worker for one: when it outlives this one, it must not keep the run."""
+    handle = lock()
+    if handle is not None:
+        handle.close()
 
 
 def run_of(checkpoint: Path) -> RunFolder | None:
