@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from growkit.schedule.bandit import GAINS_KEPT, LAG, Exp3S, scaled_reward
+from growkit.data.shape import LAG
+from growkit.schedule.bandit import GAINS_KEPT, Exp3S, scaled_reward
 
 gains = st.floats(-10, 10)
 

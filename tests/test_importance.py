@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from growkit.checkpoint.run_folder import RunFolder
 from growkit.cli.recipes import read
-from growkit.data.importance import LAG, DrawnBlocks, LossTable
-from growkit.data.shape import StepShape
+from growkit.data.importance import DrawnBlocks, LossTable
+from growkit.data.shape import LAG, StepShape
 from growkit.data.stream import Batch, Batches, TokenStream
 from growkit.models.decoder import build
 from growkit.schedule.selection import Selection

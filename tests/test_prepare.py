@@ -3,6 +3,7 @@ kind of source gives the same documents."""
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -26,7 +27,7 @@ from growkit.config.load import parse_data
 from growkit.config.recipe import DataConfig, SourceConfig
 from growkit.data import cache, prepare
 from growkit.data.bpe import END_OF_TEXT, train_bpe
-from growkit.data.corpus import Corpus, load_corpus, whole_text
+from growkit.data.corpus import NOT_CONTENT, Corpus, load_corpus, whole_text
 from growkit.data.document import Document
 from growkit.data.sources import file_or_folder
 from growkit.data.tokenizer import END, Encoded, FastTokenizer, Tokenizer, decoded, load_tokenizer
@@ -449,6 +450,12 @@ def test_sources_of_one_name_have_names_of_their_own() -> None:
     from growkit.config.mixture import names_of
 
     assert names_of(parse_data(overrides)) == ["a (*.py)", "a (*.md)", "b"]
+
+
+def test_every_setting_of_data_is_known_to_decide_what_is_prepared_or_not() -> None:
+    """A new one that is forgotten would have every text tokenised again."""
+    decides = {"validation_fraction", "task"}  # a task is not prepared
+    assert {field.name for field in dataclasses.fields(DataConfig)} == NOT_CONTENT | decides
 
 
 # Commands.

@@ -30,7 +30,7 @@ def file_hash(path: Path) -> str:
 
 def _hash_mapped(digest: xxhash.xxh3_128, file: int, size: int) -> bool:
     """Adds the whole file to ``digest`` where it lies in the kernel's cache: copying it from there, as reading does,
-    takes ten times as long as hashing it. False, with nothing added, where the kernel cannot say beforehand that a page
+    takes longer than hashing it. False, with nothing added, where the kernel cannot say beforehand that a page
     cannot be read: to find that out by touching it would kill the process."""
     if sys.platform != "linux":
         return False

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from growkit.checkpoint.hf.folder import ModelFolder
-from growkit.checkpoint.opening import open_any as open_any
+from growkit.checkpoint.opening import open_any
 from growkit.checkpoint.store import Checkpoint
 from growkit.config.load import parse_recipe
 from growkit.config.recipe import BYTES, DataConfig

@@ -15,7 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from growkit.checkpoint.manifest import Manifest
-from growkit.cli.checkpoints import open_any, tokenizer_of
+from growkit.checkpoint.opening import open_any
+from growkit.cli.checkpoints import tokenizer_of
 from growkit.cli.reports import refuse_other_file
 from growkit.cli.synthetic import evaluate_task, task_to_score
 from growkit.config.load import parse_recipe

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from growkit.checkpoint.hf.export import DTYPES, FAMILIES, export
 from growkit.checkpoint.hf.folder import ModelFolder, refuse_existing
-from growkit.cli.checkpoints import open_any, tokenizer_of
+from growkit.checkpoint.opening import open_any
+from growkit.cli.checkpoints import tokenizer_of
 from growkit.cli.evaluate import recipe_of, trained_context
 from growkit.errors import ConfigError
 

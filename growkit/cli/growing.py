@@ -17,9 +17,10 @@ from growkit.checkpoint.hf.folder import ModelFolder, refuse_existing, rounding,
 from growkit.checkpoint.hf.tokenformer import read_published
 from growkit.checkpoint.manifest import Manifest
 from growkit.checkpoint.metrics_log import encoded
+from growkit.checkpoint.opening import open_any
 from growkit.checkpoint.run_folder import log_before, run_of
 from growkit.checkpoint.store import Checkpoint
-from growkit.cli.checkpoints import open_any, tokenizer_of
+from growkit.cli.checkpoints import tokenizer_of
 from growkit.config.load import apply_override
 from growkit.config.recipe import DataConfig
 from growkit.data.corpus import whole_text

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from growkit.checkpoint import manifest as manifests
+from growkit.checkpoint.opening import open_any
 from growkit.checkpoint.run_folder import MARK
-from growkit.cli.checkpoints import open_any, tokenizer_of
+from growkit.cli.checkpoints import tokenizer_of
 from growkit.cli.evaluate import recipe_of, trained_context
 from growkit.config.recipe import TrainerConfig
 from growkit.eval.tasks import check_tasks, load_folder, score_tasks

@@ -17,11 +17,11 @@ from rich.markup import escape
 from growkit.checkpoint import store
 from growkit.checkpoint.extension import extended_recipe, first_progress, same_tokenizer
 from growkit.checkpoint.metrics_log import read_log
+from growkit.checkpoint.opening import open_any
 from growkit.checkpoint.reference import described
 from growkit.checkpoint.run_folder import RunFolder, log_before, run_of
 from growkit.checkpoint.store import Checkpoint
 from growkit.cli import recipes
-from growkit.cli.checkpoints import open_any
 from growkit.config.load import load_recipe, read_text, to_yaml
 from growkit.config.recipe import BYTES, Recipe
 from growkit.data.screen import ScreenReport

@@ -50,6 +50,8 @@ NOT_CONTENT = frozenset(
         "packing",
         "screen",
         "select",
+        "workers",
+        "prefetch",
     }
 )
 

@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from growkit.data.shape import LAG
 from growkit.data.stream import Rows, State, TokenStream
 from growkit.errors import DataError
-
-LAG = 2  # steps between a loss and the first draw that knows of it: a trainer fetches a step ahead
 
 
 class LossTable:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+LAG = 2  # steps between what training has found and the first step drawn by it: a trainer fetches a step ahead
+
 
 @dataclass(frozen=True)
 class StepShape:

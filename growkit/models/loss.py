@@ -5,6 +5,7 @@ Legend: N tokens, D embed, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -35,14 +36,8 @@ def each_cross_entropy(
     h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, *, logit_scale: float, z_loss: float, chunk_tokens: int
 ) -> EachLoss:
     """CE + z_loss · log² Z of each target, (N,); chunks as of ``chunked_cross_entropy``."""
-    if chunk_tokens <= 0 or chunk_tokens >= targets_N.numel():
-        ce, z = _each(h_ND, head_VD, targets_N, logit_scale, z_loss > 0)
-    else:
-        parts = [
-            checkpoint(_each, h, head_VD, t, logit_scale, z_loss > 0, use_reentrant=False)
-            for h, t in zip(torch.split(h_ND, chunk_tokens), torch.split(targets_N, chunk_tokens), strict=True)
-        ]
-        ce, z = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    parts = _in_chunks(_each, h_ND, head_VD, targets_N, logit_scale, z_loss > 0, chunk_tokens)
+    ce, z = (torch.cat(of) for of in zip(*parts, strict=True))
     return EachLoss(ce + z_loss * z if z_loss else ce, ce)
 
 
@@ -61,15 +56,8 @@ def chunked_cross_entropy(
     float32 at least."""
     # A share of a step without any: its sums are zero, and so is its mean.
     count = (targets_N != UNSCORED).sum().clamp(min=1) if unscored else targets_N.numel()
-    if chunk_tokens <= 0 or chunk_tokens >= targets_N.numel():
-        ce, z = _sums(h_ND, head_VD, targets_N, logit_scale, z_loss > 0)
-    else:
-        parts = [
-            checkpoint(_sums, h, head_VD, t, logit_scale, z_loss > 0, use_reentrant=False)
-            for h, t in zip(torch.split(h_ND, chunk_tokens), torch.split(targets_N, chunk_tokens), strict=True)
-        ]
-        ce = torch.stack([part[0] for part in parts]).sum()
-        z = torch.stack([part[1] for part in parts]).sum()
+    parts = _in_chunks(_sums, h_ND, head_VD, targets_N, logit_scale, z_loss > 0, chunk_tokens)
+    ce, z = (torch.stack(of).sum() for of in zip(*parts, strict=True))
     ce, z = ce / count, z / count
     return TokenLoss(ce + z_loss * z if z_loss else ce, ce)
 
@@ -80,6 +68,24 @@ def _sums(h: Tensor, head: Tensor, targets: Tensor, logit_scale: float, with_z: 
     if not with_z:
         return ce, ce.new_zeros(())
     return ce, logits.logsumexp(-1).square().mul(targets != UNSCORED).sum()
+
+
+def _in_chunks(
+    part: Callable[..., tuple[Tensor, Tensor]],
+    h: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    logit_scale: float,
+    with_z: bool,
+    tokens: int,
+) -> list[tuple[Tensor, Tensor]]:
+    """``part`` of each chunk of ``tokens``, recomputed in backward; of all at once, and kept, for 0."""
+    if tokens <= 0 or tokens >= targets.numel():
+        return [part(h, head, targets, logit_scale, with_z)]
+    return [
+        checkpoint(part, some, head, of, logit_scale, with_z, use_reentrant=False)
+        for some, of in zip(torch.split(h, tokens), torch.split(targets, tokens), strict=True)
+    ]
 
 
 def _each(h: Tensor, head: Tensor, targets: Tensor, logit_scale: float, with_z: bool) -> tuple[Tensor, Tensor]:

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from growkit.data.shape import LAG
+
 GAINS_KEPT = 512  # of the last, whose quantiles scale a reward
 LOW, HIGH = 0.2, 0.8  # quantiles of gains that are rewards −1 and 1 (section 3.3)
-LAG = 2  # steps between a gain and the first choice that knows of it: a trainer fetches a step ahead
 
 
 @dataclass(frozen=True)
