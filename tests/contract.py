@@ -73,6 +73,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "qk_norm": True,
         "rope_scaling": YarnRope(4.0, 64, 1.1),
     },
+    # AltUp: every order, recycled and full, tied and not, over linear maps and parameter tokens.
+    "altup": {"preset": "transformer", "mlp_dim": 20, "altup_blocks": 2},
+    "altup-tokens": {"preset": "tokenformer", "altup_blocks": 2, "altup_order": "paper", "altup_variant": "full"},
+    "altup-full": {"preset": "transformer", "altup_blocks": 2, "altup_variant": "full", "tied_head": False},
+    "altup-free": {"preset": "transformer", "altup_blocks": 2, "altup_order": "free", "norm": "layernorm"},
+    "altup-free-tokens": {"preset": "tokenformer", "altup_blocks": 2, "altup_order": "free", "token_norm": "shared"},
+    "altup-round_robin": {"preset": "transformer", "altup_blocks": 2, "altup_order": "round_robin", "mlp": "gelu"},
+    "altup-round_robin-tokens": {"preset": "tokenformer", "altup_blocks": 2, "altup_order": "round_robin"},
+    "altup-routed": {"preset": "transformer", "altup_blocks": 2, "altup_coefficients": "routed", "qk_norm": True},
+    "altup-routed-tokens": {
+        "preset": "tokenformer",
+        "altup_blocks": 2,
+        "altup_coefficients": "routed",
+        "altup_order": "paper",
+        "altup_variant": "full",
+    },
+    "altup-stride": {"preset": "transformer", "num_layers": 3, "altup_stride": 4, "mlp_dim": 20},
+    "altup-stride-tokens": {"preset": "tokenformer", "num_layers": 3, "altup_stride": 2},
 }
 
 # A small target for each operator, as a stage's ``grow:`` would say it. A new operator must add itself here.
@@ -95,6 +113,15 @@ TARGETS: dict[str, list[dict[str, Any]]] = {
     "experts": [{"num_experts": 4}, {"num_experts": 8}, {"num_experts": 8, "experts_per_token": 4}],
     "heads": [{"num_heads": 8}, {"num_heads": 8, "num_kv_heads": 4}],
     "vocab": [{"vocab_size": 57}],
+    "altup": [
+        {"altup_blocks": 2},
+        {"altup_blocks": 4},
+        {"altup_blocks": 3, "altup_variant": "full"},
+        {"altup_blocks": 4, "altup_order": "paper", "altup_variant": "full"},
+        {"altup_blocks": 4, "altup_order": "free"},
+        {"altup_blocks": 4, "altup_coefficients": "routed"},
+        {"altup_variant": "full"},
+    ],
     "rope": [{"rope_base": 500000}, {"rope_factor": 4}, {"rope_factor": 4, "rope_context": 8}],
 }
 

@@ -21,7 +21,7 @@ import yaml
 from growkit.cli.main import main
 from growkit.growth.state import Moments, TrainState
 from growkit.models.config import ModelConfig
-from growkit.models.decoder import build
+from growkit.models.decoder import build, constant
 from growkit.models.presets import PRESETS
 from growkit.models.rope import RopeScaling
 from growkit.models.spec import param_specs
@@ -62,6 +62,8 @@ def _trained_like(config: ModelConfig, seed: int, dtype: torch.dtype) -> TrainSt
             params[name] = 0.3 * normal(spec.shape)
         elif spec.role in ("embedding", "head"):
             params[name] = 0.5 * normal(spec.shape)
+        elif spec.constant is not None:
+            params[name] = constant(spec, torch.float64) + 0.3 * normal(spec.shape)
         else:
             params[name] = 0.3 * normal(spec.shape)
     params = {name: tensor.to(dtype) for name, tensor in params.items()}

@@ -23,10 +23,13 @@ from growkit.models.loss import chunked_cross_entropy
 from growkit.models.norm import Normalize
 from growkit.models.ramp import stream_mask
 from growkit.models.spec import param_specs
+from growkit.models.stream import Ends
 
 PROBE_STEPS = 3  # gradients taken at most by the dead-parameter check
 PROBE_SIZE = 1e-3  # sign step between them, about one Adam step at lr 1e-3
 HELD_BYTES = 64 << 20  # signs of smaller models stay in memory
+
+_FIRST = frozenset({"embedding.weight", "stream.enter"})  # before all layers
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -118,8 +121,10 @@ def _backward(
 ) -> Iterator[tuple[str, Tensor]]:
     # Autograd records nothing on the way up, but is on: ops choose their path by it, and it is to be training's.
     positions = torch.arange(tokens.shape[1], device=tokens.device)
-    x, mask = params.rows("embedding.weight", tokens), stream_mask(config)
-    x = x if mask is None else mask(x)
+    x, mask = params.rows("embedding.weight", tokens), stream_mask(config, parts=config.parts)
+    parts = x = x if mask is None else mask(x)
+    ends = fill(empty_ends(config), params, "stream.", x.dtype).requires_grad_(False) if config.stream else None
+    x = x if ends is None else ends.entered(x)
     streams = []
     for spec in config.layers:
         streams.append(x)
@@ -128,22 +133,25 @@ def _backward(
         del layer  # before the next one is there
     norm = fill(empty_norm(config), params, "final_norm.", x.dtype)
     last = _wanted(norm, "final_norm.", of)
+    if ends is not None and "stream.leave" in of:
+        last = {"stream.leave": ends.leave.requires_grad_(), **last}
     head_name = "embedding.weight" if config.tied_head else "head.weight"
     head, x = params[head_name].detach().requires_grad_(head_name in of), x.requires_grad_()
+    h = norm(x if ends is None else ends.left(x))
     loss = chunked_cross_entropy(
-        norm(x).flatten(0, 1), head, targets.flatten(), logit_scale=config.logit_scale, z_loss=0.0, chunk_tokens=0
+        h.flatten(0, 1), head, targets.flatten(), logit_scale=config.logit_scale, z_loss=0.0, chunk_tokens=0
     )
     wanted = [head] if head_name in of else []
     along, *gradients = torch.autograd.grad(loss.total, [x, *wanted, *last.values()])
     tied = gradients.pop(0) if wanted else None
-    del head, wanted, loss
+    del head, wanted, loss, h
     yield from _last_first(list(last), gradients)
     if tied is not None and not config.tied_head:
         yield head_name, tied
         tied = None
     left = {name.split(".")[1] for name in of if name.startswith("layers.")}  # layers that have any
     for spec in reversed(config.layers):
-        if not left and "embedding.weight" not in of:
+        if not left and _FIRST.isdisjoint(of):
             return
         left.discard(str(spec.id))
         prefix, x = f"layers.{spec.id}.", streams.pop().requires_grad_()
@@ -155,13 +163,20 @@ def _backward(
         names = list(named)
         del layer, named, out
         yield from _last_first(names, gradients)
+    if ends is not None:
+        ends.enter.requires_grad_()
+        entered = (ends.entered(parts.requires_grad_()) * along).sum()
+        along, of_enter = torch.autograd.grad(entered, [parts, ends.enter])
+        if "stream.enter" in of:
+            yield "stream.enter", of_enter
     if "embedding.weight" not in of:
         return
     along = along if mask is None else mask(along)
     # A look-up's gradient lies in the rows that were looked up, each summed before it joins the tied head's.
     rows, place = torch.unique(tokens, return_inverse=True)
-    summed = along.new_zeros(len(rows), config.embed_dim).index_add_(0, place.flatten(), along.flatten(0, 1))
-    embedding = tied if tied is not None else along.new_zeros(config.vocab_size, config.embed_dim)
+    width = along.shape[-1]
+    summed = along.new_zeros(len(rows), width).index_add_(0, place.flatten(), along.flatten(0, 1))
+    embedding = tied if tied is not None else along.new_zeros(config.vocab_size, width)
     yield "embedding.weight", embedding.index_add_(0, rows, summed)
 
 
@@ -185,7 +200,13 @@ def empty_layer(spec: LayerSpec, config: ModelConfig) -> Layer:
 
 def empty_norm(config: ModelConfig) -> Normalize:
     with torch.device("meta"):
-        return Normalize(config.final_norm, config.embed_dim)
+        return Normalize(config.final_norm, config.embed_dim, config.parts)
+
+
+def empty_ends(config: ModelConfig) -> Ends:
+    assert config.stream is not None
+    with torch.device("meta"):
+        return Ends(config.stream)
 
 
 def fill(module: M, params: Mapping[str, Tensor], prefix: str, dtype: torch.dtype) -> M:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from growkit.growth.gradients import empty_layer, empty_norm, fill
+from growkit.growth.gradients import empty_ends, empty_layer, empty_norm, fill
 from growkit.growth.state import TrainState
 from growkit.models.config import LayerSpec, ModelConfig
 from growkit.models.layers import rope_table
@@ -80,8 +80,10 @@ class _Pass:
         self.config, self.params = config, params
         self.work = torch.float32 if dtype == torch.bfloat16 else dtype
         x = F.embedding(tokens, params["embedding.weight"]).to(self.work)
-        mask = stream_mask(config)
-        self.x = x if mask is None else mask(x)
+        mask = stream_mask(config, parts=config.parts)
+        x = x if mask is None else mask(x)
+        self.ends = fill(empty_ends(config), params, "stream.", self.work) if config.stream is not None else None
+        self.x = x if self.ends is None else self.ends.entered(x)
         self.positions = torch.arange(tokens.shape[1], device=x.device)
 
     def through(self, spec: LayerSpec) -> None:
@@ -89,7 +91,7 @@ class _Pass:
         self.x, _ = layer(self.x, rope_table(spec.mixer, self.positions, self.x.dtype))
 
     def logits(self) -> Tensor:
-        config, x = self.config, self.x
+        config, x = self.config, self.x if self.ends is None else self.ends.left(self.x)
         h = fill(empty_norm(config), self.params, "final_norm.", self.work)(x)
         head = self.params["embedding.weight" if config.tied_head else "head.weight"]
         logits = h.new_empty(*x.shape[:-1], config.vocab_size, dtype=torch.promote_types(self.work, torch.float32))

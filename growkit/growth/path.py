@@ -9,14 +9,28 @@ from typing import Any
 
 from growkit.errors import ConfigError
 from growkit.growth.operator import OPERATORS, Exactness, GrowthOperator
-from growkit.growth.operators import consolidate, dense, depth, experts, head_dim, param_tokens, rope, vocab, width
+from growkit.growth.operators import (
+    altup,
+    consolidate,
+    dense,
+    depth,
+    experts,
+    head_dim,
+    param_tokens,
+    rope,
+    vocab,
+    width,
+)
 from growkit.models.config import ModelConfig, is_masked, to_json, unmasked
 from growkit.registry import closest
 
 # Deep before wide: what is then appended to inserted layers is drawn for them, not copied, and a zero that keeps a step
 # exact (an inserted layer's values, say) is not copied into a place where another zero would make it dead.
-ORDER = ("depth", "width", "mlp", "experts", "heads", "head_dim", "consolidate", "param_tokens", "vocab", "rope")
-assert set(ORDER) <= set(OPERATORS), (consolidate, dense, depth, experts, head_dim, param_tokens, rope, vocab, width)
+ORDER = (
+    "depth", "width", "altup", "mlp", "experts", "heads", "head_dim", "consolidate", "param_tokens", "vocab", "rope",
+)  # fmt: skip
+_LOADED = (altup, consolidate, dense, depth, experts, head_dim, param_tokens, rope, vocab, width)
+assert set(ORDER) <= set(OPERATORS), _LOADED
 
 
 @dataclass(frozen=True)

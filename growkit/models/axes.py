@@ -14,7 +14,7 @@ from functools import cached_property
 
 NAMES = (
     "vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "experts", "param_tokens",
-    "inner", "state", "dt_rank", "conv", "blocks",
+    "inner", "state", "dt_rank", "conv", "blocks", "parts", "taps",
 )  # fmt: skip
 
 # What a grown axis holds: axis name -> for each of its positions an old index, or NEW. Default: the old at the front.
@@ -69,9 +69,12 @@ def index_map(old: AnyAxis, new: AnyAxis, placement: Placement | None = None) ->
 
     An ``Axis`` keeps its indices at the front unless ``placement`` says otherwise, and every old index is held at least
     once: more often, if it is cloned. In a ``Product`` the maps of the factors combine row-major; in a ``Concat`` each
-    part keeps to itself.
+    part keeps to itself. Where there was an ``Axis`` and a ``Product`` with it has taken its place, the other factors
+    were of size 1.
     """
     placement = placement or {}
+    if isinstance(old, Axis) and isinstance(new, Product):
+        old = Product(tuple(old if axis.name == old.name else Axis(axis.name, 1) for axis in new.axes))
     if isinstance(old, Axis) and isinstance(new, Axis):
         assert old.name == new.name and old.size <= new.size, (old, new)
         front = [*range(old.size), *[NEW] * (new.size - old.size)]

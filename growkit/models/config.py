@@ -17,9 +17,11 @@ from growkit.models.rope import RopeScaling
 Theta = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
 NormKind = Literal["rmsnorm", "layernorm", "layernorm_gainless"]
 MLPKind = Literal["swiglu", "gelu", "gelu_tanh"]
+StreamOrder = Literal["gemma", "paper", "free", "round_robin"]
 THETAS: tuple[str, ...] = get_args(Theta)
 NORM_KINDS: tuple[str, ...] = get_args(NormKind)
 MLP_KINDS: tuple[str, ...] = get_args(MLPKind)
+STREAM_ORDERS: tuple[str, ...] = get_args(StreamOrder)
 MOST_LAYERS = 10_000  # every layer is written out, so a slip of the keyboard could fill the memory
 
 
@@ -135,10 +137,33 @@ class PattentionMLP:
 
 
 @dataclass(frozen=True)
+class AltUp:
+    """A token is ``blocks`` vectors of embed_dim between layers, of which a layer computes on one combination
+    (AltUp, arXiv 2301.13310; models/stream.py has the equations and what ``order`` names).
+
+    ``full``: embedding and head have a part for every block; else (recycled) one part that all blocks share.
+    ``routed``: the coefficients of each token come from a router (Gemma 3n), which multiplies what it reads by
+    ``router_scale``: 1/embed_dim at the model's start, and kept when it is widened.
+    """
+
+    blocks: int
+    full: bool = False
+    order: StreamOrder = "gemma"
+    routed: bool = False
+    router_scale: float = 1.0
+
+    @property
+    def parts(self) -> int:
+        """Of the embedding and of the head, embed_dim each."""
+        return self.blocks if self.full else 1
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """One layer. ``origin``: the layer it was copied from, if it was inserted by growth. ``parallel``: attention and
     MLP read the same residual stream, x + attention(norm x) + mlp(norm′ x) (GPT-NeoX), not one after the other.
-    ``ramped``: all it writes is under the mask."""
+    ``ramped``: all it writes is under the mask. ``block``: of an AltUp stream, the one the layer works on.
+    ``stride``: the layer runs on every so many tokens (Sequence-AltUp, section 4.2 of the paper)."""
 
     id: int
     mixer: Attention
@@ -146,11 +171,13 @@ class LayerSpec:
     origin: int | None = None
     parallel: bool = False
     ramped: bool = False
+    block: int = 0
+    stride: int = 1
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A language model: embedding → layers (residual stream) → final norm → head × ``logit_scale``.
+    """A language model: embedding → layers (residual stream, or AltUp's) → final norm → head × ``logit_scale``.
 
     ``ramp``: 0..1, what everything under a mask is multiplied by (models/ramp.py). ``steady_dim``: how many dimensions
     of the residual stream, from the first, are not under the mask; None: all.
@@ -166,6 +193,12 @@ class ModelConfig:
     dropout: float = 0.0
     ramp: float = 1.0
     steady_dim: int | None = None
+    stream: AltUp | None = None
+
+    @property
+    def parts(self) -> int:
+        """Of embedding, final norm and head, of embed_dim each: one, but for a full AltUp stream."""
+        return 1 if self.stream is None else self.stream.parts
 
     def layer(self, layer_id: int) -> LayerSpec:
         return next(layer for layer in self.layers if layer.id == layer_id)
@@ -183,14 +216,28 @@ class ModelConfig:
     def forward_flops_per_token(self, context_length: int) -> float:
         """Forward FLOPs per token: 2 per weight of every matrix product (logits included, embedding look-up not; of
         the experts those that a token goes through), and 4·context·heads·head_dim per attention layer (all pairs, as
-        PyTorch's counter has it)."""
+        PyTorch's counter has it). A layer of stride k costs 1/k of that, its pairs 1/k². AltUp's blocks: 2 per
+        coefficient and embed_dim."""
         from growkit.models.spec import param_specs
 
-        weights = sum(spec.numel_per_token for spec in param_specs(self).values() if spec.is_matmul)
+        strides = {layer.id: layer.stride for layer in self.layers}
+        weights = 0.0
+        for spec in param_specs(self).values():
+            if spec.is_matmul:
+                weights += spec.numel_per_token / (strides[spec.layer] if spec.layer is not None else 1)
         if self.tied_head:
-            weights += self.vocab_size * self.embed_dim
-        pairs = sum(layer.mixer.num_heads * layer.mixer.head_dim for layer in self.layers)
-        return 2.0 * weights + 4.0 * context_length * pairs
+            weights += self.vocab_size * self.parts * self.embed_dim
+        pairs = sum(layer.mixer.num_heads * layer.mixer.head_dim / layer.stride**2 for layer in self.layers)
+        return 2.0 * (weights + self.mixed_per_token()) + 4.0 * context_length * pairs
+
+    def mixed_per_token(self) -> int:
+        """Multiply-adds that a token's blocks take to be read, mixed and written: K² + 2K of embed_dim in each layer
+        (K less where the paper's order just picks a block), and K for every part they come from and go to."""
+        if self.stream is None:
+            return 0
+        K = self.stream.blocks
+        of_layer = K * K + K + (K if self.stream.order != "paper" else 0)
+        return self.embed_dim * (len(self.layers) * of_layer + 2 * K * self.stream.parts)
 
 
 FLOPS_CONVENTION = 1

@@ -20,6 +20,7 @@ from growkit.models.loss import EachLoss, TokenLoss, chunked_cross_entropy, each
 from growkit.models.norm import Normalize
 from growkit.models.ramp import Ramp, stream_mask
 from growkit.models.spec import ParamSpec, param_specs
+from growkit.models.stream import Ends
 from growkit.models.unset import Embedding, Linear
 
 if TYPE_CHECKING:
@@ -44,12 +45,15 @@ class DecoderLM(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_layers = checkpoint_layers
-        self.embedding = Embedding(config.vocab_size, config.embed_dim)
-        self.embedding_mask = stream_mask(config)
+        width = config.parts * config.embed_dim
+        self.embedding = Embedding(config.vocab_size, width)
+        self.embedding_mask = stream_mask(config, parts=config.parts)
+        if config.stream is not None:
+            self.stream = Ends(config.stream)
         self.layers = nn.ModuleDict({str(spec.id): Layer(spec, config, backend) for spec in config.layers})
-        self.final_norm = Normalize(config.final_norm, config.embed_dim)
+        self.final_norm = Normalize(config.final_norm, config.embed_dim, config.parts)
         if not config.tied_head:
-            self.head = Linear(config.embed_dim, config.vocab_size, bias=False)
+            self.head = Linear(width, config.vocab_size, bias=False)
 
     def set_ramp(self, ramp: float) -> None:
         """Puts everything that is under a mask to ``ramp``, 0..1, in place; ``config`` says so afterwards."""
@@ -76,7 +80,8 @@ class DecoderLM(nn.Module):
         positions: Tensor | None = None,
         mask: Tensor | BlockMask | None = None,
     ) -> Tensor:
-        """Final-norm output (B, T, D). With ``cache``, tokens continue the cached positions.
+        """Final-norm output (B, T, D), with a full AltUp stream (B, T, K · D). With ``cache``, tokens continue the
+        cached positions.
 
         For rows that hold padding: ``positions`` (B, T) of the tokens, and ``mask`` (B, 1, T, cached + T), bool: the
         keys that each query sees.
@@ -95,6 +100,8 @@ class DecoderLM(nn.Module):
         x = self.embedding(tokens_BT)
         if self.embedding_mask is not None:
             x = self.embedding_mask(x)
+        if self.config.stream is not None:
+            x = self.stream.entered(x)
         past = cache.length if cache is not None else 0
         length = past + tokens_BT.shape[1] if positions is None else None  # then the positions say it
         if positions is None:
@@ -113,11 +120,13 @@ class DecoderLM(nn.Module):
                 balances.append(balance)
         if cache is not None:
             cache.length += tokens_BT.shape[1]
+        if self.config.stream is not None:
+            x = self.stream.left(x)
         return self.final_norm(x), balances
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, D)."""
+        """(V, D), with a full AltUp stream (V, K · D)."""
         return self.embedding.weight if self.config.tied_head else self.head.weight
 
     def logits(self, h_BTD: Tensor) -> Tensor:
@@ -157,10 +166,18 @@ class DecoderLM(nn.Module):
 
 
 def init_tensor(spec: ParamSpec, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A parameter's start: N(0, init_std²), or its constant."""
+    """A parameter's start: N(0, init_std²), its constant, or both added."""
     if spec.init_std is None:
+        return constant(spec, dtype)
+    drawn = torch.empty(spec.shape, dtype=dtype).normal_(0.0, spec.init_std, generator=generator)
+    return drawn if spec.constant is None else drawn.add_(constant(spec, dtype))
+
+
+def constant(spec: ParamSpec, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The values that a parameter has before any noise."""
+    if spec.constant is None:
         return torch.full(spec.shape, spec.starts_at(), dtype=dtype)
-    return torch.empty(spec.shape, dtype=dtype).normal_(0.0, spec.init_std, generator=generator)
+    return torch.tensor(spec.constant, dtype=dtype).view(spec.shape)
 
 
 def init_params(config: ModelConfig, generator: torch.Generator) -> dict[str, Tensor]:

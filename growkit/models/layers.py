@@ -25,6 +25,7 @@ from growkit.models.experts import MixtureFeedForward
 from growkit.models.norm import Normalize
 from growkit.models.ramp import Ramp, head_mask, mask, stream_mask
 from growkit.models.rope import inverse_frequencies
+from growkit.models.stream import Blocks, RoutedBlocks, Strided
 from growkit.models.visible import attention
 from growkit.ops.elementwise import rotate
 from growkit.ops.pattention import Tokens, pattention
@@ -80,10 +81,14 @@ def project(projections: list[nn.Module], x: Tensor) -> list[Tensor]:
 
 
 class LayerCache:
-    """Keys and values of one layer for decoding, in buffers that double when full."""
+    """Keys and values of one layer for decoding, in buffers that double when full.
+
+    Of a layer with a stride also how many tokens it has ``seen``, and ``anchor``: of the last of them that it ran on,
+    what it read and what it made of it, (B, 1, D) each."""
 
     def __init__(self) -> None:
-        self.length = 0
+        self.length = self.seen = 0
+        self.anchor: tuple[Tensor, Tensor] | None = None
         self._k: Tensor | None = None
         self._v: Tensor | None = None
 
@@ -203,9 +208,10 @@ class TokenFeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)), or both from one x: pre-norm residual block.
+    """x + mixer(norm(x)), then x + mlp(norm(x)), or both from one x: pre-norm residual block, on the residual stream or
+    on what models/stream.py has it read.
 
-    Returns the residual stream and, of a mixture of experts in training, its balance loss: returned, and not left on
+    Returns the stream and, of a mixture of experts in training, its balance loss: returned, and not left on
     the module, so that a layer that is computed again in backward does not count it twice.
     """
 
@@ -222,6 +228,12 @@ class Layer(nn.Module):
             self.mlp = TokenFeedForward(spec.mlp, config.embed_dim, backend, config.ramp)
         self.write_mask = stream_mask(config, ramped=spec.ramped)
         self.dropout, self.parallel = config.dropout, spec.parallel
+        self.stream: Blocks | RoutedBlocks | Strided | None = None
+        if spec.stride > 1:
+            self.stream = Strided(spec)
+        elif config.stream is not None:
+            routed = config.stream.routed
+            self.stream = RoutedBlocks(spec, config.stream, config) if routed else Blocks(spec, config.stream)
 
     def forward(
         self,
@@ -229,6 +241,21 @@ class Layer(nn.Module):
         rope: tuple[Tensor, Tensor],
         cache: LayerCache | None = None,
         mask: Tensor | BlockMask | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """x (B, T, D), with an AltUp stream (K, B, T, D)."""
+        if self.stream is None:
+            return self._block(x, rope, cache, mask)
+        if not isinstance(self.stream, Strided):
+            return self.stream(x, lambda z: self._block(z, rope, cache, mask))
+        at = self.stream.runs_on(cache)
+        cos, sin = rope[0][:, at], rope[1][:, at]
+        if mask is not None:
+            assert isinstance(mask, Tensor) and cache is None and len(cos) == 1, "a stride knows no padding"
+            mask = mask[..., at, at]
+        return self.stream(x, lambda z: self._block(z, (cos, sin), cache, mask), cache)
+
+    def _block(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None, mask: Tensor | BlockMask | None
     ) -> tuple[Tensor, Tensor | None]:
         mixed = x + self._written(self.attention(self.attention_norm(x), rope, cache, mask))
         y, balance = self.mlp(self.mlp_norm(x if self.parallel else mixed)), None

@@ -11,7 +11,9 @@ from growkit.models.config import (
     MLP_KINDS,
     MOST_LAYERS,
     NORM_KINDS,
+    STREAM_ORDERS,
     THETAS,
+    AltUp,
     Attention,
     DenseMLP,
     LayerSpec,
@@ -72,6 +74,33 @@ def mixture(block: DenseMLP | MoEMLP, experts: int, per_token: int, balance_loss
     return MoEMLP(block.dim, experts, per_token, float(balance_loss), kind)
 
 
+MOST_BLOCKS = 64  # K² coefficients in every layer
+
+
+def check_blocks(blocks: int, key: str) -> None:
+    """Raises ConfigError naming ``key`` for more blocks than a stream may have."""
+    if blocks > MOST_BLOCKS:
+        raise ConfigError("too-large", f"must be at most {MOST_BLOCKS}", key=key, value=blocks)
+
+
+def check_order(order: Any, key: str, allowed: tuple[str, ...], of: str) -> None:
+    """Raises ConfigError naming ``key`` for an order that is not among those ``allowed`` for ``of``."""
+    if order not in allowed:
+        mend = f"allowed for {of}: {', '.join(allowed)}"
+        raise ConfigError("unknown-choice", "is not allowed", key=key, value=order, mend=mend)
+
+
+def check_routed(blocks: int, order: str, key: str) -> None:
+    """Raises ConfigError naming ``key`` where the coefficients of a stream cannot be routed."""
+    if blocks == 1:
+        problem = "has nothing to route: there is one block"
+        mend = "set altup_blocks to 2 or more, or use static coefficients"
+        raise ConfigError("nothing-to-route", problem, key=key, value="routed", mend=mend)
+    if order not in ("gemma", "paper"):
+        problem, mend = f"does not go with the order {order}", "use the order gemma or paper, or static coefficients"
+        raise ConfigError("nothing-to-route", problem, key=key, value="routed", mend=mend)
+
+
 @dataclass
 class _Common:
     """Fields every preset has."""
@@ -91,8 +120,15 @@ class _Common:
     qk_norm: bool = False
     tied_head: bool = True
     dropout: float = 0.0  # on every residual write, 0..1
+    altup_blocks: int = 1  # K: a token is so many vectors of embed_dim between layers, at one layer's cost
+    altup_variant: str = "recycled"  # recycled: blocks share one embedding and head | full: each has its own part
+    altup_order: str = "gemma"  # gemma | paper | free (hyper-connections) | round_robin
+    altup_active: str = "alternating"  # the block a layer works on: alternating | same (always the first)
+    altup_coefficients: str = "static"  # static | routed (each token its own, as Gemma 3n; gemma and paper only)
+    altup_stride: int = 1  # Sequence-AltUp: all layers but first and last run on every so many tokens
 
     def _check(self) -> None:
+        self._check_stream()
         _positive(self, "vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "norm_eps")
         _positive(self, "rope_base")
         if self.num_layers > MOST_LAYERS:
@@ -130,6 +166,31 @@ class _Common:
                 mend="choose head_dim and rope_fraction so that their product is even",
             )
 
+    def _check_stream(self) -> None:
+        _positive(self, "altup_blocks", "altup_stride")
+        _choice(self.altup_variant, ("recycled", "full"), "altup_variant")
+        check_order(self.altup_order, "model.altup_order", STREAM_ORDERS, "a stream")
+        _choice(self.altup_active, ("alternating", "same"), "altup_active")
+        _choice(self.altup_coefficients, ("static", "routed"), "altup_coefficients")
+        check_blocks(self.altup_blocks, "model.altup_blocks")
+        if self.altup_coefficients == "routed":
+            check_routed(self.altup_blocks, self.altup_order, "model.altup_coefficients")
+        if self.altup_stride > 1 and self.altup_blocks > 1:
+            problem, mend = "does not go with model.altup_blocks above 1", "leave one of the two out"
+            raise ConfigError("streams-exclude", problem, key="model.altup_stride", value=self.altup_stride, mend=mend)
+
+    def _stream(self) -> AltUp | None:
+        if self.altup_blocks == 1:
+            return None
+        routed = self.altup_coefficients == "routed"
+        scale = 1 / self.embed_dim if routed else 1.0
+        return AltUp(self.altup_blocks, self.altup_variant == "full", self.altup_order, routed, scale)  # type: ignore[arg-type]
+
+    def _layer(self, place: int, **parts: Any) -> LayerSpec:
+        block = place % self.altup_blocks if self.altup_active == "alternating" else 0
+        inside = 0 < place < self.num_layers - 1
+        return LayerSpec(place, **parts, block=block, stride=self.altup_stride if inside else 1)
+
     @property
     def _head_dim(self) -> int:
         return self.head_dim or self.embed_dim // self.num_heads
@@ -140,11 +201,12 @@ class _Common:
         return ModelConfig(
             vocab_size=self.vocab_size,
             embed_dim=self.embed_dim,
-            layers=tuple(LayerSpec(i, mixer, mlp, parallel=parallel) for i in range(self.num_layers)),
+            layers=tuple(self._layer(i, mixer=mixer, mlp=mlp, parallel=parallel) for i in range(self.num_layers)),
             norm=Norm(self.norm, self.norm_eps),  # type: ignore[arg-type]
             final_norm=Norm(self.final_norm or self.norm, self.norm_eps),  # type: ignore[arg-type]
             tied_head=self.tied_head,
             dropout=self.dropout,
+            stream=self._stream(),
         )
 
     def _attention(self, q: Any, k: Any, v: Any, o: Any) -> Attention:

@@ -46,13 +46,13 @@ def mask(steady: Sequence[bool], ramp: float) -> Ramp:
     return Ramp([float(stays) for stays in steady], [1.0] * len(steady), ramp)
 
 
-def stream_mask(config: ModelConfig, *, ramped: bool = False) -> Ramp | None:
-    """Of what is written to the residual stream, (embed_dim,): new dimensions, and of a ``ramped`` layer all of them.
-    None where nothing is under the ramp."""
+def stream_mask(config: ModelConfig, *, ramped: bool = False, parts: int = 1) -> Ramp | None:
+    """Of what is written to the residual stream, (parts × embed_dim,): new dimensions, and of a ``ramped`` layer all of
+    them. None where nothing is under the ramp."""
     if config.steady_dim is None and not ramped:
         return None
     steady = 0 if ramped else config.steady_dim or 0
-    return mask([i < steady for i in range(config.embed_dim)], config.ramp)
+    return mask([i < steady for i in range(config.embed_dim)] * parts, config.ramp)
 
 
 def head_mask(spec: Attention, ramp: float) -> Ramp | None:

@@ -13,6 +13,7 @@ from typing import Literal
 
 from growkit.models.axes import AnyAxis, Axis, Concat, Product
 from growkit.models.config import (
+    AltUp,
     Attention,
     DenseMLP,
     LayerSpec,
@@ -24,14 +25,18 @@ from growkit.models.config import (
     Projection,
 )
 
-Role = Literal["embedding", "head", "weight", "keys", "values", "gain", "bias"]
-Component = Literal["embedding", "attention", "mlp", "norm", "head"]
+Role = Literal[
+    "embedding", "head", "weight", "keys", "values", "gain", "bias",
+    "enter", "leave", "read", "mix", "write",  # of AltUp's blocks (models/stream.py)
+]  # fmt: skip
+Component = Literal["embedding", "attention", "mlp", "norm", "head", "stream"]
 INIT_STD = 0.02  # embeddings and linear maps: GPT-2's choice
 
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One parameter. ``axes``: one per dimension. ``init_std``: None means a constant (gains 1, biases 0).
+    """One parameter. ``axes``: one per dimension. ``init_std``: None means a constant (gains 1, biases 0, or
+    ``constant``, row-major), which is what there is besides the noise if there is both.
 
     ``layer``/``local``: which layer it belongs to and its name there, so that an inserted layer finds its origin's.
     ``experts_per_token``: of its first axis, where that is experts and a token goes through some of them.
@@ -45,6 +50,8 @@ class ParamSpec:
     local: str = ""
     bank: int | None = None
     experts_per_token: int | None = None
+    constant: tuple[float, ...] | None = None
+    routed: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -64,20 +71,21 @@ class ParamSpec:
     @property
     def is_matmul(self) -> bool:
         """Whether a matrix product reads it (an embedding is looked up; a norm is elementwise)."""
-        return self.role in ("head", "weight", "keys", "values")
+        return self.role in ("head", "weight", "keys", "values") or self.routed
 
     @property
     def out_dim(self) -> int | None:
         """The dimension it writes: of a linear weight (out, in) or (experts, out, in) the last but one, 0 of its bias,
-        1 of values and of an embedding table. None of what a norm has, which scales and shifts what it reads."""
-        if self.component == "norm":
+        1 of values and of an embedding table. None of what a norm has, which scales and shifts what it reads, and of
+        what mixes blocks."""
+        if self.component in ("norm", "stream"):
             return None
         return {"weight": len(self.axes) - 2, "bias": 0, "values": 1, "embedding": 1}.get(self.role)
 
     @property
     def writes_residual(self) -> bool:
         """Whether it, or its product, is added to the residual stream (or starts it)."""
-        return self.out_dim is not None and self.axes[self.out_dim].names == {"embed"}
+        return self.out_dim is not None and "embed" in self.axes[self.out_dim].names
 
     def starts_at(self) -> float:
         """The constant an elementwise parameter starts at."""
@@ -88,14 +96,16 @@ class ParamSpec:
 def _specs(config: ModelConfig) -> tuple[tuple[str, ParamSpec], ...]:
     embed = Axis("embed", config.embed_dim)
     vocab = Axis("vocab", config.vocab_size)
-    table = [("embedding.weight", ParamSpec((vocab, embed), "embedding", "embedding", INIT_STD))]
+    wide: AnyAxis = Product((Axis("parts", config.parts), embed)) if config.parts > 1 else embed
+    table = [("embedding.weight", ParamSpec((vocab, wide), "embedding", "embedding", INIT_STD))]
+    table += _ends(config.stream) if config.stream is not None else []
     depth = len(config.layers)
     for layer in config.layers:
         for local, spec in _layer(layer, config, embed, depth):
             table.append((f"layers.{layer.id}.{local}", spec))
-    table += [(f"final_norm.{name}", spec) for name, spec in _norm(config.final_norm, embed)]
+    table += [(f"final_norm.{name}", spec) for name, spec in _norm(config.final_norm, wide)]
     if not config.tied_head:
-        table.append(("head.weight", ParamSpec((vocab, embed), "head", "head", INIT_STD)))
+        table.append(("head.weight", ParamSpec((vocab, wide), "head", "head", INIT_STD)))
     return tuple(table)
 
 
@@ -104,7 +114,7 @@ def param_specs(config: ModelConfig) -> dict[str, ParamSpec]:
     return dict(_specs(config))
 
 
-def _norm(norm: Norm, axis: Axis, local: str = "", layer: int | None = None) -> list[tuple[str, ParamSpec]]:
+def _norm(norm: Norm, axis: AnyAxis, local: str = "", layer: int | None = None) -> list[tuple[str, ParamSpec]]:
     rows: list[tuple[str, ParamSpec]] = []
     if norm.kind != "layernorm_gainless":
         rows.append(("gain", ParamSpec((axis,), "gain", "norm", None, layer, f"{local}gain")))
@@ -116,7 +126,7 @@ def _norm(norm: Norm, axis: Axis, local: str = "", layer: int | None = None) -> 
 def _layer(layer: LayerSpec, config: ModelConfig, embed: Axis, depth: int) -> list[tuple[str, ParamSpec]]:
     rows: list[tuple[str, ParamSpec]] = []
 
-    def norm(prefix: str, kind: Norm, axis: Axis) -> None:
+    def norm(prefix: str, kind: Norm, axis: AnyAxis) -> None:
         rows.extend((prefix + name, spec) for name, spec in _norm(kind, axis, prefix, layer.id))
 
     def dense(prefix: str, kind: Projection, inp: AnyAxis, out: AnyAxis, part: Component) -> None:
@@ -143,6 +153,76 @@ def _layer(layer: LayerSpec, config: ModelConfig, embed: Axis, depth: int) -> li
             dense("mlp.down.", Linear(mlp.bias), Axis("mlp", mlp.dim), embed, "mlp")
     else:
         dense("mlp.tokens.", mlp.projection, embed, embed, "mlp")
+    if layer.stride > 1:
+        rows += _coefficients(layer.id, mix=((Axis("taps", 2),), (1.0, 0.0)), write=((Axis("taps", 1),), (1.0,)))
+    elif config.stream is not None:
+        if config.stream.routed:
+            rows += _routed(layer.id, config.stream.blocks, embed)
+            norm("stream.router_norm.", config.norm, embed)
+        else:
+            rows += _static(layer, config.stream)
+    return rows
+
+
+Coefficients = tuple[tuple[AnyAxis, ...], tuple[float, ...]]
+MIX_STD = 0.02  # of a fresh stream's mixing: blocks that start alike would stay so
+
+
+def _ends(stream: AltUp) -> list[tuple[str, ParamSpec]]:
+    """Fresh: every block is the embedding and the head reads their mean; in a full stream each has its own part. Of a
+    round robin, whose layers read all blocks, the first block is the embedding and the head reads their sum."""
+    K, P = stream.blocks, stream.parts
+    if P > 1:
+        enter = leave = _unit(K)
+    elif stream.order == "round_robin":
+        enter, leave = (1.0, *[0.0] * (K - 1)), (1.0,) * K
+    else:
+        enter, leave = (1.0,) * K, (1 / K,) * K
+    blocks, parts = Axis("blocks", K), Axis("parts", P)
+    return [
+        ("stream.enter", ParamSpec((blocks, parts), "enter", "stream", None, constant=enter)),
+        ("stream.leave", ParamSpec((parts, blocks), "leave", "stream", None, constant=leave)),
+    ]
+
+
+def _unit(size: int) -> tuple[float, ...]:
+    return tuple(float(i == j) for i in range(size) for j in range(size))
+
+
+def _static(layer: LayerSpec, stream: AltUp) -> list[tuple[str, ParamSpec]]:
+    """Fresh: every block keeps what it is and gets what the layer changed; the layer reads its own block, or all."""
+    K = stream.blocks
+    blocks = Axis("blocks", K)
+    given: dict[Role, Coefficients] = {}
+    if stream.order == "round_robin":
+        given["read"] = (blocks,), (1.0,) * K
+    elif stream.order == "free":
+        given["read"] = (blocks,), tuple(float(i == layer.block) for i in range(K))
+    if stream.order != "round_robin":
+        given["mix"], given["write"] = ((blocks, blocks), _unit(K)), ((blocks,), (1.0,) * K)
+    return _coefficients(layer.id, **given)
+
+
+def _coefficients(layer: int, **given: Coefficients) -> list[tuple[str, ParamSpec]]:
+    rows = []
+    for role, (axes, constant) in given.items():
+        local, std = f"stream.{role}", MIX_STD if axes[-1].names == {"blocks"} and role == "mix" else None
+        rows.append((local, ParamSpec(axes, role, "stream", std, layer, local, constant=constant)))  # type: ignore[arg-type]
+    return rows
+
+
+def _routed(layer: int, K: int, embed: Axis) -> list[tuple[str, ParamSpec]]:
+    blocks = Axis("blocks", K)
+    given: dict[Role, tuple[tuple[AnyAxis, ...], Role]] = {
+        "weight": ((blocks, embed), "weight"),
+        "mix": ((Product((blocks, blocks)), blocks), "mix"),
+        "write": ((blocks, blocks), "write"),
+    }
+    rows = []
+    for name, (axes, role) in given.items():
+        local = "stream.router" if name == "weight" else f"stream.{name}"
+        spec = ParamSpec(axes, role, "stream", INIT_STD, layer, local, routed=role != "weight")
+        rows.append((local, spec))
     return rows
 
 

@@ -84,9 +84,11 @@ class Depth(GrowthOperator):
         if growth.old is not None:
             return Grown(growth.old)
         assert growth.origin is not None, "a new layer has an origin"
-        copy = growth.origin.clone()
-        if growth.method == "identity" and growth.spec.writes_residual:
+        copy, spec = growth.origin.clone(), growth.spec
+        if growth.method == "identity" and spec.writes_residual:
             copy.zero_()
+        if growth.method in ("identity", "masked") and spec.role == "mix":  # AltUp's blocks pass as they are
+            copy = copy.zero_() if spec.constant is None else copy.new_tensor(spec.constant).view(spec.shape)
         return Grown(copy)
 
 

@@ -89,7 +89,7 @@ class Width(Dense):
     def grow_tensor(self, growth: TensorGrowth) -> Grown:
         if growth.method not in PADDED:
             return _cloned(growth)
-        if growth.spec.role not in ("gain", "bias") or growth.spec.axes[0].names != self.axes:
+        if growth.spec.role not in ("gain", "bias") or not growth.spec.axes[0].names >= self.axes:
             return super().grow_tensor(growth)
         assert growth.old is not None and growth.old_spec is not None
         if growth.spec.role == "bias":
@@ -108,7 +108,7 @@ def _cloned(growth: TensorGrowth) -> Grown:
     one has the readers' share of it: 1/n, but for noise and splits, which have no common factor."""
     spec, old, old_spec = growth.spec, growth.old, growth.old_spec
     assert old is not None and old_spec is not None, "width adds no parameters"
-    wide = next((dim for dim, axis in enumerate(spec.axes) if axis.names == {"embed"}), None)
+    wide = next((dim for dim, axis in enumerate(spec.axes) if "embed" in axis.names), None)
     if wide is None:
         return Grown(old)
     width, clones = old.shape[wide], spec.shape[wide] // old.shape[wide]
