@@ -17,7 +17,7 @@ from growkit.errors import ConfigError
 from growkit.growth.engine import Chain, grow, lazy_states
 from growkit.growth.logits import stream_logits
 from growkit.growth.operator import EXACT_FLOAT64, OPERATORS
-from growkit.growth.path import grown_config, path
+from growkit.growth.path import Link, grown_config, path
 from growkit.growth.state import Moments, TrainState
 from growkit.growth.verify import TRAINING_TOLERANCE, with_new_tokens
 from growkit.models.config import ModelConfig
@@ -28,7 +28,9 @@ from tests.support import model_config, probe, trained_like
 
 LR = 1e-3
 GRADIENT_TOLERANCE = 1e-9  # relative, of a carried moment and the gradient it stands for, both in float64
-UNEVEN = ("clone_noise", "clone_split")  # clones share their gradient unevenly; moments know its mean only
+# Relative, where clones share their gradient unevenly, of which moments know the mean only; cloned blocks are a few,
+# and one of them may be read five times as much as the other.
+UNEVEN = {("width", "clone_noise"): 1.0, ("width", "clone_split"): 1.0, ("altup", "clone"): 5.0}
 NOT_EXACT = 1e-6  # what is labelled not exact moves the logits by far more than rounding
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -261,12 +263,11 @@ def moments_are_those_of_the_gradients(case: Case) -> None:
         if upcycled:  # the experts' gradients add up to the block's
             whole = now.exp_avg.sum(0)
             assert float((after[name].sum(0) - whole).norm()) <= GRADIENT_TOLERANCE * float(whole.norm()), name
-        uneven = case.method in UNEVEN or normed or upcycled  # a norm shares with clones, too
-        tolerance = 1.0 if uneven else GRADIENT_TOLERANCE
+        exactly = 1.0 if normed or upcycled else GRADIENT_TOLERANCE  # a norm shares with clones, too
+        tolerance = UNEVEN.get((case.operator, case.method), exactly)
         assert float((gradient - wanted).norm()) <= tolerance * float(gradient.norm()), name
-        assert float((gradient.square() - now.exp_avg_sq[carried]).norm()) <= tolerance * float(
-            gradient.square().norm()
-        ), name
+        squared, wanted = gradient.square(), now.exp_avg_sq[carried]
+        assert float((squared - wanted).norm()) <= max(tolerance, tolerance**2) * float(squared.norm()), name
 
 
 def _gradients(config: ModelConfig, state: TrainState, tokens: Tensor, vocab_size: int) -> dict[str, Tensor]:
@@ -366,20 +367,18 @@ def two_steps_keep_it_as_well(case: Case) -> None:
     }
     moments = {n: Moments(torch.zeros_like(t), torch.ones_like(t), 3.0) for n, t in noisy.items()}
     state = TrainState(dataclasses.replace(case.target, ramp=1.0), noisy, moments)
-    further = _further(case, state.config)
-    if further is None:
-        return
-    again = path(state.config, further, case.methods)
-    if any(link.exactness.kind != "exact" for link in again):
+    again = _further(case, state.config)
+    if not again or any(link.exactness.kind != "exact" for link in again):
         return  # a dense block's first step is exact, clones that are not all chosen are not
     twice = lazy_states(state, again, generator(6), stage=2, probe=probe(case.source))[-1].materialized()
     assert relative_change(state, twice, probe(case.source), torch.float64) <= EXACT_FLOAT64
 
 
-def _further(case: Case, config: ModelConfig) -> ModelConfig | None:
-    """The same growth of ``config`` once more, twice as far; None where there is nothing beyond."""
+def _further(case: Case, config: ModelConfig) -> list[Link]:
+    """The same growth of ``config`` once more, twice as far, by the default method where that of the case is only for
+    a start; nothing where there is nothing beyond."""
     if case.operator in BEFORE:
-        return None
+        return []
     fields = {}
     for key, value in case.fields:
         if key == "insert_at" and isinstance(value, list):
@@ -388,7 +387,13 @@ def _further(case: Case, config: ModelConfig) -> ModelConfig | None:
             fields[key] = value * 2 if isinstance(value, int) else value
     if isinstance(fields.get("insert_at"), list):
         fields["num_layers"] = len(config.layers) + len(fields["insert_at"])
-    return grown_config(config, fields, case.methods)
+    for methods in (case.methods, {}):
+        try:
+            return path(config, grown_config(config, fields, methods), methods)
+        except ConfigError as refused:
+            if refused.code not in ("method-does-not-fit", "nothing-grows"):
+                raise
+    return []
 
 
 CLAUSES = (

@@ -87,6 +87,10 @@ class Blocks(GrowthOperator):
             problem = f"is not a multiple of the {old.blocks} blocks that are cloned"
             raise ConfigError("bad-target", problem, key="grow.altup_blocks", value=blocks, mend=mend)
 
+        if old is not None and old.order == "round_robin" and method == "passive" and blocks > old.blocks:
+            problem, mend = "makes blocks that no layer of a round robin would ever write", "use the method clone"
+            raise ConfigError("method-does-not-fit", problem, key="methods.altup", value=method, mend=mend)
+
         def block(index: int) -> int:
             if old is None:
                 return 0 if method == "same" else index % blocks
@@ -125,7 +129,7 @@ class Blocks(GrowthOperator):
             return Grown(_start(growth))
         if spec.role == "weight":  # a router of tokens to more routes
             return Grown(expand(old, growth.old_spec.axes, growth.fresh(), spec.axes))  # type: ignore[union-attr]
-        return Grown(_lift(growth, old))
+        return _lift(growth, old)
 
 
 def _full(variant: Any, blocks: int, old: AltUp | None) -> bool:
@@ -242,13 +246,15 @@ def _without_first(rows: Tensor) -> Tensor:
     return rows
 
 
-def _lift(growth: TensorGrowth, old: Tensor) -> Tensor:
-    """A coefficient of more blocks from that of fewer, or of as many whose parts are more."""
+def _lift(growth: TensorGrowth, old: Tensor) -> Grown:
+    """A coefficient of more blocks from that of fewer, or of as many whose parts are more. Moments of what clones share
+    are an even share: which of them will be read more, nothing says."""
     spec, source, target = growth.spec, growth.source.stream, growth.target.stream
     assert source is not None and target is not None and growth.old_spec is not None
     K, more, clones = source.blocks, target.blocks, growth.method == "clone"
     split = clones and source.order == "round_robin"  # a block's content is shared out, not copied
     copies = more // K if clones else 1
+    shared = 1 / copies
     if spec.role == "enter":
         value = old.new_zeros(spec.shape).fill_diagonal_(1)
         value[:, : old.shape[1]] = 0
@@ -256,19 +262,19 @@ def _lift(growth: TensorGrowth, old: Tensor) -> Tensor:
             value[at : at + K, : old.shape[1]] = old
         if not clones and not source.full:
             value[K:, 0] = 1
-        return value
+        return Grown(value, gradient=shared)
     if spec.role == "leave":
         value = old.new_zeros(spec.shape).fill_diagonal_(1)
         value[: len(old)] = 0
         for at in range(0, K * copies, K):
             value[: len(old), at : at + K] = old if split else old / copies
-        return value
+        return Grown(value, gradient=shared if split else 1.0)
     if spec.role == "read":
         value = old.new_zeros(spec.shape)
         for at in range(0, K * copies, K):
             value[at : at + K] = old if split else old / copies
-        return value
-    return _lifted_mixing(growth, old, K, more, clones)
+        return Grown(value, gradient=shared if split else 1.0)
+    return Grown(_lifted_mixing(growth, old, K, more, clones), gradient=shared)
 
 
 def _lifted_mixing(growth: TensorGrowth, old: Tensor, K: int, more: int, clones: bool) -> Tensor:

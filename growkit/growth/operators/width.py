@@ -111,8 +111,8 @@ def _cloned(growth: TensorGrowth) -> Grown:
     wide = next((dim for dim, axis in enumerate(spec.axes) if "embed" in axis.names), None)
     if wide is None:
         return Grown(old)
-    width, clones = old.shape[wide], spec.shape[wide] // old.shape[wide]
-    placement = {"embed": [i % width for i in range(spec.shape[wide])]}
+    width, clones = growth.source.embed_dim, spec.shape[wide] // old.shape[wide]
+    placement = {"embed": [i % width for i in range(growth.target.embed_dim)]}
     value = expand(old, old_spec.axes, old.new_empty(spec.shape), spec.axes, placement)
     if wide == spec.out_dim or spec.role in ("gain", "bias"):  # a tied embedding too: its head has the logit scale
         return Grown(value, gradient=1 / clones, placement=placement)
@@ -124,11 +124,12 @@ def _cloned(growth: TensorGrowth) -> Grown:
 def _uneven(growth: TensorGrowth, old: Tensor, value: Tensor, wide: int, clones: int) -> Tensor:
     """What reads the clones along dimension ``wide``, divided so that no two clones are read alike."""
     assert growth.spec.init_std is not None
-    shape = (*old.shape[:wide], clones, *old.shape[wide:])
+    width = growth.source.embed_dim
+    shape = (*old.shape[:wide], old.shape[wide] // width, clones, width, *old.shape[wide + 1 :])  # in every part
     drawn = (growth.fresh() / growth.spec.init_std).view(shape)
     if growth.method == "clone_split":
-        return value * (SPREAD * drawn).softmax(wide).flatten(wide, wide + 1)
-    noise = (drawn - drawn.mean(wide, keepdim=True)).flatten(wide, wide + 1)
+        return value * (SPREAD * drawn).softmax(wide + 1).flatten(wide, wide + 2)
+    noise = (drawn - drawn.mean(wide + 1, keepdim=True)).flatten(wide, wide + 2)
     return (value + NOISE * old.square().mean().sqrt() * noise) / clones
 
 
