@@ -111,6 +111,8 @@ def test_by_hand() -> None:
     assert index_map(heads, wider) == [0, 1, -1, -1, 2, 3, -1, -1, -1, -1, -1, -1]
     assert index_map(heads, wider, {"heads": [1, -1, 0]}) == [2, 3, -1, -1, -1, -1, -1, -1, 0, 1, -1, -1]
     assert index_map(heads, wider, {"heads": [1, 0, 1]}) == [2, 3, -1, -1, 0, 1, -1, -1, 2, 3, -1, -1]
+    parts = Product((Axis("parts", 2), Axis("embed", 3)))
+    assert index_map(Axis("embed", 2), parts) == [0, 1, -1, -1, -1, -1]  # which had one part
     gate_up = Concat((Axis("mlp", 2), Axis("mlp", 2)))
     assert index_map(gate_up, Concat((Axis("mlp", 3), Axis("mlp", 3)))) == [0, 1, -1, 2, 3, -1]
     assert (heads.size, gate_up.size, Concat((heads, Axis("mlp", 3))).size) == (4, 4, 7)
@@ -126,7 +128,8 @@ def test_by_hand() -> None:
         (Axis("mlp", 2), Axis("mlp", 4), {"mlp": [0, 1, -1]}),  # one place is left out
         (Axis("mlp", 2), Axis("mlp", 4), {"mlp": [1, 1, -1, -1]}),  # an old one is lost
         (Axis("mlp", 2), Axis("mlp", 4), {"mlp": [0, 1, -2, -1]}),  # before the start
-        (Axis("mlp", 2), Product((Axis("mlp", 2),)), None),  # another structure
+        (Axis("mlp", 2), Concat((Axis("mlp", 2),)), None),  # another structure
+        (Axis("mlp", 2), Product((Axis("parts", 2), Axis("embed", 2))), None),  # which has not the axis
     ],
 )
 def test_what_makes_no_sense_is_refused(old: AnyAxis, new: AnyAxis, placement: Placements | None) -> None:

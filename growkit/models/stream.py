@@ -87,9 +87,12 @@ class Blocks(nn.Module):
         return a, self.mix - torch.outer(self.write, a), self.write
 
     def forward(self, R_KBTD: Tensor, compute: Compute) -> tuple[Tensor, Tensor | None]:
+        if self.order == "round_robin":
+            z = read_blocks(self.read, R_KBTD)
+            y, balance = compute(z)
+            return R_KBTD.select_scatter(R_KBTD[self.block] + (y - z), 0, self.block), balance
         a, N, b = self.coefficients()
-        z = R_KBTD[self.block] if self.order == "paper" else read_blocks(a, R_KBTD)
-        y, balance = compute(z)
+        y, balance = compute(R_KBTD[self.block] if self.order == "paper" else read_blocks(a, R_KBTD))
         return write_blocks(N, b, R_KBTD, y), balance
 
 

@@ -163,10 +163,14 @@ class Adapter:
         """Refuses what no other family's configuration says; returns the MLP of every layer."""
         first = config.layers[0]
         if any(
-            (layer.mixer, layer.mlp, layer.parallel) != (first.mixer, first.mlp, first.parallel)
+            (layer.mixer, layer.mlp, layer.parallel, layer.stride)
+            != (first.mixer, first.mlp, first.parallel, first.stride)
             for layer in config.layers
         ):
             raise self.cannot("layers", "layers that differ")
+        if config.stream is not None or first.stride > 1:
+            what = "a stride" if config.stream is None else f"an AltUp stream of {config.stream.blocks} blocks"
+            raise self.cannot("stream", what, "keep it as a growkit checkpoint (--as growkit)")
         if config.logit_scale != 1:
             problem = f"logits multiplied by {config.logit_scale:g}, which cloned width leaves under a tied head"
             raise self.cannot("logit_scale", problem)
