@@ -119,8 +119,8 @@ def test_counts_by_hand() -> None:
 
 @every_config
 def test_flops_are_pytorchs(config: ModelConfig) -> None:
-    """Exactly, forward and with the backward pass, of rows that strides divide. The math backend of attention is made of products that the counter
-    sees; it counts fused attention on a CPU as nothing."""
+    """Exactly, forward and with the backward pass, of rows that strides divide. The math backend of attention is made
+    of products that the counter sees; it counts fused attention on a CPU as nothing."""
     model = trained(dataclasses.replace(config, dropout=0.0), torch.float32)
     tokens = probe(config, rows=2, context=12)
     with sdpa_kernel(SDPBackend.MATH):

@@ -74,6 +74,7 @@ def index_map(old: AnyAxis, new: AnyAxis, placement: Placement | None = None) ->
     """
     placement = placement or {}
     if isinstance(old, Axis) and isinstance(new, Product):
+        assert old.name in new.names, (old, new)
         old = Product(tuple(old if axis.name == old.name else Axis(axis.name, 1) for axis in new.axes))
     if isinstance(old, Axis) and isinstance(new, Axis):
         assert old.name == new.name and old.size <= new.size, (old, new)
