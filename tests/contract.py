@@ -391,7 +391,7 @@ def _further(case: Case, config: ModelConfig) -> list[Link]:
         try:
             return path(config, grown_config(config, fields, methods), methods)
         except ConfigError as refused:
-            if refused.code not in ("method-does-not-fit", "nothing-grows"):
+            if refused.code not in ("method-does-not-fit", "nothing-grows", "too-large"):
                 raise
     return []
 

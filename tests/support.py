@@ -70,11 +70,18 @@ def _trained_like(config: ModelConfig, seed: int, dtype: torch.dtype) -> TrainSt
     model = build(config, {name: p.double() for name, p in params.items()})
     tokens = probe(config)
     assert float(model(tokens[:, :-1]).detach().std()) >= 1, "not a trained-like state"
-    model(tokens[:, :-1], tokens[:, 1:]).total.backward()
+    squares = dict.fromkeys(params, 0.0)
+    # Of a few coefficients of blocks, one batch may have a gradient of next to nothing.
+    batches = [tokens] if config.stream is None else [probe(config, seed=seed) for seed in range(1, 9)]
+    for batch in batches:
+        model.zero_grad()
+        model(batch[:, :-1], batch[:, 1:]).total.backward()
+        for name, p in model.named_parameters():
+            assert p.grad is not None
+            squares[name] += float(p.grad.square().mean()) / len(batches)
     moments = {}
     for name, p in model.named_parameters():
-        assert p.grad is not None
-        size = p.grad.square().mean()  # every entry its own noise, none zero
+        size = torch.tensor(squares[name], dtype=torch.float64)  # every entry its own noise, none zero
         exp_avg = 0.3 * size.sqrt() * normal(p.shape)
         moments[name] = Moments(exp_avg.to(dtype), (size * (0.5 + normal(p.shape).square())).to(dtype), 1000.0)
     return TrainState(config, params, moments)

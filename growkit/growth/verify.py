@@ -14,6 +14,7 @@ from growkit.growth.gradients import PROBE_STEPS, probe_gradients
 from growkit.growth.logits import Pair, stream_logits
 from growkit.growth.operator import Exactness
 from growkit.growth.state import TrainState
+from growkit.growth.ties import Ties
 
 # Relative Δlogits of an exact step, measured in the dtype of training: the same function in another order of sums.
 # 1e-4 is about 1000 float32 roundings of 6e-8; 5e-2 is some ten bf16 roundings of 4e-3.
@@ -38,7 +39,7 @@ class Certificate:
     steps, and on a third if some have none by then (one operator's do; in a chain, a zero inside a zero may not);
     ``dead``: parameters whose new entries get none on any. ``locked_rows``: wholly new rows (columns, experts) that
     equal another one of their parameter in value and, up to rounding, in gradient on the last of these steps, so that
-    training cannot tell them apart.
+    training cannot tell them apart. ``tied_blocks``: pairs of an AltUp stream's blocks that are alike in the same way.
     """
 
     exact: bool
@@ -54,6 +55,7 @@ class Certificate:
     new_grad_norms: tuple[float, ...]
     dead: tuple[str, ...]
     locked_rows: int
+    tied_blocks: tuple[tuple[int, int], ...] = ()
 
     @property
     def delta_loss(self) -> float:
@@ -81,7 +83,7 @@ def certify(
     wide_before, wide_after = pair.logits(tokens, torch.float64) if wide is None else wide
     run_before, run_after = pair.logits(tokens, dtype)
     read = with_new_tokens(probe, *sizes)
-    norms, alive, locked = _new_gradients(after, read, new)
+    norms, alive, locked, tied = _new_gradients(after, read, new)
     certificate = Certificate(
         exact=exact,
         reason="; ".join(dict.fromkeys(claim.reason for claim in claims)),
@@ -96,6 +98,7 @@ def certify(
         new_grad_norms=norms,
         dead=tuple(name for name in new if name not in alive),
         locked_rows=locked,
+        tied_blocks=tied,
     )
     if exact:
         stored = next(iter(after.params.values())).dtype
@@ -143,13 +146,13 @@ def _not_preserved(reason: str, measured: float, tolerance: float, where: str) -
 
 def _new_gradients(
     state: TrainState, probe: Tensor, new: Mapping[str, Tensor]
-) -> tuple[tuple[float, ...], set[str], int]:
+) -> tuple[tuple[float, ...], set[str], int, tuple[tuple[int, int], ...]]:
     """Of the ``new`` entries: the norm of their gradients on each step of the probe, the parameters in which any of
-    them has one, and the locked rows on the last step."""
+    them has one, and the locked rows and tied blocks on the last step."""
     if not new:
-        return (), set(), 0
+        return (), set(), 0, ()
     norms: list[dict[str, Tensor]] = [{} for _ in range(PROBE_STEPS)]
-    locked = [0] * PROBE_STEPS
+    locked, ties = [0] * PROBE_STEPS, [Ties(state, new) for _ in range(PROBE_STEPS)]
     alive: set[str] = set()
     rows = probe[: max(1, GRADIENT_TOKENS // (probe.shape[1] - 1)), : GRADIENT_TOKENS + 1]
 
@@ -164,8 +167,10 @@ def _new_gradients(
             alive.add(name)
         if step >= LIVE_BY - 1:
             locked[step] += _locked(state.params[name], gradient, at)
+            ties[step].look(name, state.params[name], gradient)
     taken = [torch.stack([of[name] for name in new]).norm() for of in norms if of]
-    return tuple(map(float, taken)), alive, locked[len(taken) - 1]
+    last = len(taken) - 1
+    return tuple(map(float, taken)), alive, locked[last], tuple(sorted(ties[last].pairs))
 
 
 def _everywhere(new: Tensor) -> bool:

@@ -14,7 +14,7 @@ from functools import cached_property
 
 NAMES = (
     "vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "experts", "param_tokens",
-    "inner", "state", "dt_rank", "conv", "blocks", "parts", "taps",
+    "inner", "state", "dt_rank", "conv", "blocks", "parts", "routes", "taps",
 )  # fmt: skip
 
 # What a grown axis holds: axis name -> for each of its positions an old index, or NEW. Default: the old at the front.

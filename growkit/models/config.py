@@ -143,7 +143,7 @@ class AltUp:
 
     ``full``: embedding and head have a part for every block; else (recycled) one part that all blocks share.
     ``routed``: the coefficients of each token come from a router (Gemma 3n), which multiplies what it reads by
-    ``router_scale``: 1/embed_dim at the model's start, and kept when it is widened.
+    ``router_scale``: 1/√embed_dim at the model's start (1/embed_dim in Gemma 3n), and kept when it is widened.
     """
 
     blocks: int

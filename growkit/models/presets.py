@@ -90,6 +90,18 @@ def check_order(order: Any, key: str, allowed: tuple[str, ...], of: str) -> None
         raise ConfigError("unknown-choice", "is not allowed", key=key, value=order, mend=mend)
 
 
+def check_round_robin(blocks: int, order: str, layers: int, key: str) -> None:
+    """Raises ConfigError naming ``key`` where a round robin never comes to some of its blocks."""
+    if order == "round_robin" and blocks > layers:
+        problem, mend = f"leaves blocks that none of the {layers} layers writes", f"use {layers} or fewer"
+        raise ConfigError("too-large", problem, key=key, value=blocks, mend=mend)
+
+
+def router_scale(embed_dim: int) -> float:
+    """Of a stream that growkit makes: with weights of size 1 a token's routes are then of size 1."""
+    return 1 / math.sqrt(embed_dim)
+
+
 def check_routed(blocks: int, order: str, key: str) -> None:
     """Raises ConfigError naming ``key`` where the coefficients of a stream cannot be routed."""
     if blocks == 1:
@@ -173,6 +185,7 @@ class _Common:
         _choice(self.altup_active, ("alternating", "same"), "altup_active")
         _choice(self.altup_coefficients, ("static", "routed"), "altup_coefficients")
         check_blocks(self.altup_blocks, "model.altup_blocks")
+        check_round_robin(self.altup_blocks, self.altup_order, self.num_layers, "model.altup_blocks")
         if self.altup_coefficients == "routed":
             check_routed(self.altup_blocks, self.altup_order, "model.altup_coefficients")
         if self.altup_stride > 1 and self.altup_blocks > 1:
@@ -183,7 +196,7 @@ class _Common:
         if self.altup_blocks == 1:
             return None
         routed = self.altup_coefficients == "routed"
-        scale = 1 / self.embed_dim if routed else 1.0
+        scale = router_scale(self.embed_dim) if routed else 1.0
         return AltUp(self.altup_blocks, self.altup_variant == "full", self.altup_order, routed, scale)  # type: ignore[arg-type]
 
     def _layer(self, place: int, **parts: Any) -> LayerSpec:

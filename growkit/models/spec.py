@@ -165,6 +165,7 @@ def _layer(layer: LayerSpec, config: ModelConfig, embed: Axis, depth: int) -> li
 
 
 Coefficients = tuple[tuple[AnyAxis, ...], tuple[float, ...]]
+ROUTER_STD = 0.5  # routes that differ from token to token, and that tanh does not flatten
 MIX_STD = 0.02  # of a fresh stream's mixing: blocks that start alike would stay so
 
 
@@ -212,16 +213,17 @@ def _coefficients(layer: int, **given: Coefficients) -> list[tuple[str, ParamSpe
 
 
 def _routed(layer: int, K: int, embed: Axis) -> list[tuple[str, ParamSpec]]:
-    blocks = Axis("blocks", K)
+    blocks, routes = Axis("blocks", K), Axis("routes", K)
     given: dict[Role, tuple[tuple[AnyAxis, ...], Role]] = {
-        "weight": ((blocks, embed), "weight"),
-        "mix": ((Product((blocks, blocks)), blocks), "mix"),
-        "write": ((blocks, blocks), "write"),
+        "weight": ((routes, embed), "weight"),
+        "mix": ((Product((blocks, blocks)), routes), "mix"),
+        "write": ((blocks, routes), "write"),
     }
     rows = []
     for name, (axes, role) in given.items():
         local = "stream.router" if name == "weight" else f"stream.{name}"
-        spec = ParamSpec(axes, role, "stream", INIT_STD, layer, local, routed=role != "weight")
+        std = ROUTER_STD if role == "weight" else INIT_STD
+        spec = ParamSpec(axes, role, "stream", std, layer, local, routed=role != "weight")
         rows.append((local, spec))
     return rows
 

@@ -172,5 +172,8 @@ def growth_table(record: Record) -> Table:
         notes.append(f"warning: {len(certificate['dead'])} new parameters get no gradient")
     if certificate["locked_rows"]:
         notes.append(f"warning: {certificate['locked_rows']} new rows are copies that training cannot tell apart")
+    if certificate.get("tied_blocks"):
+        pairs = ", ".join(f"{a} and {b}" for a, b in certificate["tied_blocks"])
+        notes.append(f"warning: training cannot tell the blocks {pairs} apart")
     table.caption = "\n".join(notes)
     return table

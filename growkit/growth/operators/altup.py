@@ -25,7 +25,7 @@ from growkit.growth.operator import (
     whole_number,
 )
 from growkit.models.config import AltUp, ModelConfig
-from growkit.models.presets import check_blocks, check_order, check_routed
+from growkit.models.presets import check_blocks, check_order, check_round_robin, check_routed, router_scale
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +52,7 @@ class Blocks(GrowthOperator):
         "pull": "from one block: layers take turns on the blocks, each reads the block that the layer before wrote",
         "push": "from one block: layers take turns on the blocks, each writes the block that the next one reads",
         "same": "from one block: all layers stay on the first block, the others go beside it",
-        "copies": "from one block: every block starts as the old stream, and layers and head read a mean of them",
+        "copies": "from one block: every block starts as the old stream, and layers and head read them together",
         "round_robin": "from one block: layers read the sum of all blocks, and each adds to the next one",
         "clone": "from several blocks: all of them once more, layers take turns on the clones",
         "passive": "from several blocks: new ones that read the old, on which no layer works",
@@ -81,7 +81,10 @@ class Blocks(GrowthOperator):
             problem = "starts from one block" if old is not None else "starts from several blocks, and there is one"
             mend = f"use {', '.join(allowed)}"
             raise ConfigError("method-does-not-fit", problem, key="methods.altup", value=method, mend=mend)
-        stream = _started(config, blocks, full, fields, method) if old is None else _lifted(old, blocks, full, fields)
+        if old is None:
+            stream = _started(config, blocks, full, fields, method)
+        else:
+            stream = _lifted(old, blocks, full, fields, len(config.layers))
         if old is not None and method == "clone" and blocks % old.blocks:
             mend = f"use a multiple of {old.blocks}, or the method passive"
             problem = f"is not a multiple of the {old.blocks} blocks that are cloned"
@@ -155,15 +158,17 @@ def _started(config: ModelConfig, blocks: int, full: bool, fields: Mapping[str, 
             problem = f"does not go with the method {method}, which takes another block from layer to layer"
             mend = "use the method same or copies, or static coefficients"
             raise ConfigError("nothing-to-route", problem, key="grow.altup_coefficients", value="routed", mend=mend)
-    return AltUp(blocks, full, order, routed, 1 / config.embed_dim if routed else 1.0)
+    check_round_robin(blocks, order, len(config.layers), "grow.altup_blocks")
+    return AltUp(blocks, full, order, routed, router_scale(config.embed_dim) if routed else 1.0)
 
 
-def _lifted(old: AltUp, blocks: int, full: bool, fields: Mapping[str, Any]) -> AltUp:
+def _lifted(old: AltUp, blocks: int, full: bool, fields: Mapping[str, Any], layers: int) -> AltUp:
     check_order(fields.get("altup_order", old.order), "grow.altup_order", (old.order,), "a stream of that order")
     if _routed(fields) and not old.routed:
         mend = "leave it out: a stream keeps the coefficients it has"
         problem = "cannot be reached from static coefficients"
         raise ConfigError("bad-target", problem, key="grow.altup_coefficients", value="routed", mend=mend)
+    check_round_robin(blocks, old.order, layers, "grow.altup_blocks")
     return dataclasses.replace(old, blocks=blocks, full=full)
 
 
@@ -192,12 +197,15 @@ def _start(growth: TensorGrowth) -> Tensor:
     value = growth.fresh().zero_() if role != "weight" else growth.fresh()
     if role == "enter":
         value.fill_diagonal_(1)  # of a full stream: every part its block
-        value[:, 0] = 0 if method == "round_robin" or (stream.full and method != "copies") else 1
-        value[0, 0] = 1
+        if method == "copies":
+            value[:, 0] = 1
+        elif not stream.full and method != "round_robin":  # the old embedding, in every block another share of it
+            value[:, 0] = value.new_tensor([1 - k / K for k in range(K)])
     elif role == "leave":
         value.fill_diagonal_(1)
-        if method == "copies":
-            value[0] = 1 / K
+        if method == "copies":  # shares, not alike either: what the last layer's blocks are for would be one thing
+            shares = value.new_tensor([1 + k / K for k in range(K)])
+            value[0] = shares / shares.sum()
         elif method == "round_robin":
             value[0] = 1
         else:
@@ -232,7 +240,7 @@ def _mixing(growth: TensorGrowth, K: int, index: int) -> Tensor:
 
 def _routing(growth: TensorGrowth, K: int) -> Tensor:
     """``mix`` and ``write`` that are made for each token: of the first block, or of copies, they change nothing."""
-    value = growth.fresh()
+    value = _noise(growth) * (SPREAD / math.sqrt(len(growth.target.layers)))
     if growth.spec.role == "write":
         return value.zero_() if growth.method == "copies" else _without_first(value)
     rows = value.view(K, K, K)
@@ -290,7 +298,7 @@ def _lifted_mixing(growth: TensorGrowth, old: Tensor, K: int, more: int, clones:
             value[(*(slice(at, at + K) for _ in blocks), slice(old.shape[-1]))] = old
         return value.view(spec.shape)
     if spec.routed:
-        value = growth.fresh()
+        value = _noise(growth) * (SPREAD / math.sqrt(len(growth.target.layers)))
     elif spec.role == "write":
         value = growth.fresh().fill_(1)
     else:
