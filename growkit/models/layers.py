@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from growkit.errors import ConfigError
 from growkit.models.config import (
     Attention,
     DenseMLP,
@@ -250,9 +251,9 @@ class Layer(nn.Module):
         at = self.stream.runs_on(cache)
         cos, sin = rope[0][:, at], rope[1][:, at]
         if mask is not None:
-            assert isinstance(mask, Tensor) and cache is None and len(cos) == 1, "a stride knows no padding"
-            mask = mask[..., at, at]
-        return self.stream(x, lambda z: self._block(z, (cos, sin), cache, mask), cache)
+            problem, mend = "hides tokens that layers of a stride carry on", "pass whole rows, without padding"
+            raise ConfigError("streams-exclude", problem, key="attention_mask", mend=mend)
+        return self.stream(x, lambda z: self._block(z, (cos, sin), cache, None), cache)
 
     def _block(
         self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None, mask: Tensor | BlockMask | None

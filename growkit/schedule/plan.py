@@ -24,6 +24,7 @@ from growkit.schedule.lr import LRSchedule
 from growkit.schedule.pieces import check_pieces
 from growkit.schedule.selection import Selection, check_block, check_stage, selection_of
 from growkit.schedule.stage import GrowthSchedule, Stage
+from growkit.schedule.strides import check_strides
 from growkit.schedule.until import trigger_of
 
 MOST_TOKENS = 2**62  # of a stage: positions in the data are 64-bit integers
@@ -74,6 +75,7 @@ def _schedule(recipe: Recipe, decisions: tuple[Decision, ...]) -> GrowthSchedule
     _check_graphs(recipe, stages)
     _check_lengths(recipe, stages)
     check_pieces(recipe, stages)
+    check_strides(recipe, stages)
     own, longest = recipe.data.block_tokens, max(stage.context_length for stage in stages)
     block = own if own is not None else longest
     save_every = whole_steps(recipe.trainer.save_every, "trainer.save_every")
