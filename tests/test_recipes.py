@@ -18,6 +18,10 @@ from tests.support import cli, corpus_file, records
 # order, which fifteen steps amplify to about 1e-3; a change of an initialisation or a schedule moves them by 1e-2.
 GOLDEN_TOLERANCE = 3e-3
 GOLDEN: dict[str, list[float]] = {
+    "altup": [0.0],
+    "altup-stride": [0.0],
+    "altup-tokens": [0.0],
+    "altup-vocabulary": [0.0],
     "associative-recall": [2.9291],
     "attention-window": [4.2104],
     "bandit-mixture": [4.2850],
@@ -39,7 +43,17 @@ GOLDEN_CHOSEN = {"rho-1": [4.3587], "rho-loss": [4.2388]}
 
 
 def test_all_recipes_are_here() -> None:
-    texts = ["attention-window", "bandit-mixture", "choose-growth", "context-growth", "dataset-decomposition"]
+    texts = [
+        "altup",
+        "altup-stride",
+        "altup-tokens",
+        "altup-vocabulary",
+        "attention-window",
+        "bandit-mixture",
+        "choose-growth",
+        "context-growth",
+        "dataset-decomposition",
+    ]
     texts += ["first-text", "greedy-stages", "grow-on-plateau", "importance", "quickstart", "quickstart-static"]
     assert sorted(RECIPES) == sorted([*texts, *synthetic_tasks.RECIPES])
     assert RECIPES.keys() | EXTENSIONS.keys() | CHOOSING.keys() == built_in().keys()
@@ -75,6 +89,10 @@ def test_golden_losses(name: str, tmp_path: Path) -> None:
         text = [
             f"data.mixture=[{{source: {corpus_file(tmp_path)}}}, {{source: {corpus_file(tmp_path / 'other', 30)}}}]"
         ]
+    if recipe.data.tokenizer != "bytes":
+        words = ("--vocab-size", "300", "-o", tmp_path / "bpe")
+        assert cli("tokenizer", "train", corpus_file(tmp_path), *words)[0] == 0
+        text += [f"data.tokenizer={tmp_path / 'bpe'}", "model.vocab_size=300"]
     options = [
         *text,
         f"run.folder={tmp_path}",

@@ -1,9 +1,10 @@
 """Which parameters share a learning rate and a decay, and which stand still. No torch here.
 
-A *selector* names parameters by what they are: ``embedding``, ``head``, ``attention``, ``mlp``, ``norm`` (components),
-``attention.q``, ``mlp.gate_up`` (parts of a layer), ``keys``, ``values`` (roles), ``bank:1``, ``layer:3``, ``old``
-(born before this stage), ``new``, ``old_banks`` (old parameter tokens), ``old_layers`` (what is old in layers), and, to
-freeze only, ``old_entries`` (as ``old``, but of what this stage enlarged, the entries that were there).
+A *selector* names parameters by what they are: ``embedding``, ``head``, ``attention``, ``mlp``, ``norm``, ``stream``
+(components; of a stream what reads and mixes its blocks), ``attention.q``, ``mlp.gate_up`` (parts of a layer),
+``keys``, ``values`` (roles), ``bank:1``, ``layer:3``, ``old`` (born before this stage), ``new``, ``old_banks`` (old
+parameter tokens), ``old_layers`` (what is old in layers), and, to freeze only, ``old_entries`` (as ``old``, but of what
+this stage enlarged, the entries that were there).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from growkit.errors import ConfigError
 from growkit.models.spec import ParamSpec
 
 OLD_ENTRIES = "old_entries"
-_COMPONENTS = ("embedding", "head", "attention", "mlp", "norm")
+_COMPONENTS = ("embedding", "head", "attention", "mlp", "norm", "stream")
 _ROLES = ("keys", "values")
 _AGES = ("old", "new", "old_banks", "old_layers", OLD_ENTRIES)
 _WORDS = (*_COMPONENTS, *_ROLES, *_AGES)
