@@ -33,7 +33,7 @@ from growkit.train import hardware
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results" / "altup_study.json"
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # 97.5 % points of t, by degrees of freedom
-WHOLE = ["stages.1.grow=null", "stages.2.grow=null"]  # of a control that does not grow
+WHOLE = ["stages.1.grow={}", "stages.2.grow={}"]  # of a control that does not grow
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ ARMS = [
     Arm("altup-tokens", "tokens and K = 2"),
     Arm("altup-tokens", "tokens alone", ("stages.1.grow={attention_tokens: 64, mlp_tokens: 256}",)),
     Arm("altup-vocabulary", "K = 4, recycled"),
-    Arm("altup-vocabulary", "one block throughout", ("stages.1.grow=null",)),
+    Arm("altup-vocabulary", "one block throughout", ("stages.1.grow={}",)),
     Arm("altup-stride", "stride 4"),
     Arm("altup-stride", "stride 2", ("model.altup_stride=2",)),
     Arm("altup-stride", "every token", ("model.altup_stride=1",)),

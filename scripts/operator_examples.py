@@ -80,6 +80,22 @@ FAMILIES = {
         {"num_layers": 4, "mlp_dim": 128},
         [({"num_layers": 6}, ALL), ({"num_layers": 8}, ("interleave",))],
     ),
+    "transformer, blocks": Family(
+        "transformer",
+        {"num_layers": 4, "mlp_dim": 128},
+        [
+            ({"altup_blocks": 2}, ALL),
+            ({"altup_blocks": 2, "altup_variant": "full"}, ("pull",)),
+            ({"altup_blocks": 4}, ("pull", "copies")),
+            ({"altup_blocks": 4, "altup_order": "free"}, ("copies",)),
+            ({"altup_blocks": 4, "altup_coefficients": "routed"}, ("same",)),
+        ],
+    ),
+    "transformer, two blocks": Family(
+        "transformer",
+        {"num_layers": 4, "mlp_dim": 128, "altup_blocks": 2},
+        [({"altup_blocks": 4}, ALL), ({"altup_variant": "full"}, ("clone",))],
+    ),
     "transformer, other angles": Family(
         "transformer",
         {"num_layers": 2, "mlp_dim": 128},
