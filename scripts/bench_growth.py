@@ -71,7 +71,7 @@ def main() -> None:
     rows = []
     print(f"{'parameters':>29}{'GB':>16}{'peak MiB':>11}{'copy GB/s':>14}{'grow':>9}{'of copy':>9}{'seconds':>9}")
     for size in options.sizes:
-        config = PRESETS.get("transformer", key="")(**SIZES[size]).expand()
+        config = PRESETS.get("transformer", key="")(**SIZES[size]).written_out()
         rows.append({"size": size} | measure(config, options.growth, options.probe_tokens, options.folder))
         row = rows[-1]
         print(

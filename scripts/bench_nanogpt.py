@@ -106,7 +106,7 @@ def nanogpt(seed: int) -> tuple[nn.Module, Groups]:
 def growkit(seed: int) -> tuple[nn.Module, Groups]:
     """The ``transformer`` preset with growkit's own initialisation and parameter groups."""
     preset = PRESETS.get("transformer", key="preset")
-    config = preset(embed_dim=EMBED_DIM, num_layers=NUM_LAYERS, num_heads=NUM_HEADS).expand()
+    config = preset(embed_dim=EMBED_DIM, num_layers=NUM_LAYERS, num_heads=NUM_HEADS).written_out()
     model = build(config, init_params(config, torch.Generator().manual_seed(seed)))
     parameters = dict(model.named_parameters())
     groups = param_groups(param_specs(config), {}, 0, weight_decay=WEIGHT_DECAY, decay_embedding=False, lr_scale={})

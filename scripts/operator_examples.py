@@ -56,7 +56,7 @@ class Family:
     halfway: Sizes = field(default_factory=dict)
 
     def source(self) -> ModelConfig:
-        return PRESETS.get(self.preset, key="preset")(embed_dim=64, num_heads=2, **self.fields).expand()
+        return PRESETS.get(self.preset, key="preset")(embed_dim=64, num_heads=2, **self.fields).written_out()
 
 
 TOKENS, MORE_TOKENS, FEWER_TOKENS = ({"attention_tokens": n, "mlp_tokens": 2 * n} for n in (64, 128, 32))

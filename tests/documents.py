@@ -88,5 +88,5 @@ def schedule_of(block: Block) -> GrowthSchedule:
     overrides = [word for word in block.info.split() if word.startswith("model.")]
     recipe = parse_recipe(yaml.safe_dump(raw), overrides, PRESETS, name=str(block))
     if recipe.data.select is not None and recipe.data.select.reference is not None:  # it is not there: like the model
-        recipe.data.select.reference_model = to_json(recipe.model.expand())
+        recipe.data.select.reference_model = to_json(recipe.model.written_out())
     return growth_schedule(recipe)

@@ -34,7 +34,7 @@ def model_config(preset: str, *, rope_scaling: RopeScaling | None = None, **fiel
     small = {"vocab_size": 48, "embed_dim": 24, "num_layers": 2, "num_heads": 2}
     if preset == "tokenformer":
         small |= {"attention_tokens": 10, "mlp_tokens": 14}
-    config = PRESETS.get(preset, key="preset")(**(small | fields)).expand()
+    config = PRESETS.get(preset, key="preset")(**(small | fields)).written_out()
     layers = (replace(layer, mixer=replace(layer.mixer, rope_scaling=rope_scaling)) for layer in config.layers)
     return replace(config, layers=tuple(layers))
 

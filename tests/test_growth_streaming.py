@@ -255,7 +255,7 @@ def grow_and_report(source: Path, folder: Path, pipe: Connection) -> None:
 
 
 def test_memory_holds_a_few_tensors_never_a_state(tmp_path: Path) -> None:
-    config: ModelConfig = bench_growth.PRESETS.get("transformer", key="")(**DEEP).expand()
+    config: ModelConfig = bench_growth.PRESETS.get("transformer", key="")(**DEEP).written_out()
     bench_growth.write_source(tmp_path / "deep", config)
     ours, theirs = context.Pipe(duplex=False)
     child = context.Process(target=grow_and_report, args=(tmp_path / "deep", tmp_path, theirs))

@@ -124,7 +124,7 @@ def test_building_a_model_does_not_load_the_compiler() -> None:
         "import sys, torch\n"
         "from growkit.models.decoder import build, init_params\n"
         "from growkit.models.presets import PRESETS\n"
-        "config = PRESETS.get('transformer', key='')(embed_dim=8, num_layers=1, num_heads=1).expand()\n"
+        "config = PRESETS.get('transformer', key='')(embed_dim=8, num_layers=1, num_heads=1).written_out()\n"
         "build(config, init_params(config, torch.Generator()))\n"
         "assert 'torch._dynamo' not in sys.modules\n"
     )

@@ -439,7 +439,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     kind = PRESETS.get(preset, key="preset")
     said = {"preset", "embed_dim", "num_heads", "num_kv_heads", "head_dim", *fields}
     assert said == {field.name for field in dataclasses.fields(kind)}, "a field has no strategy"
-    return kind(**sizes, **fields).expand()
+    return kind(**sizes, **fields).written_out()
 
 
 @given(configs())

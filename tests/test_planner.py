@@ -51,11 +51,11 @@ def by_name(model: DecoderLM) -> dict[str, int]:
 
 def stages() -> list[Any]:
     models = [(f"recipe {name}, {stage.name}", stage.model) for name in RECIPES for stage in read(name, [])[1].stages]
-    models += [(f"preset {name}", kind().expand()) for name, kind in PRESETS.items()]
+    models += [(f"preset {name}", kind().written_out()) for name, kind in PRESETS.items()]
     odd = {"qk_norm": True, "num_kv_heads": 2, "tied_head": False, "norm": "layernorm", "vocab_size": 300}
-    models += [(f"preset {name}, odd", kind(**odd).expand()) for name, kind in PRESETS.items()]
+    models += [(f"preset {name}, odd", kind(**odd).written_out()) for name, kind in PRESETS.items()]
     experts = {"num_experts": 5, "experts_per_token": 3, "mlp": "gelu", "mlp_dim": 33}
-    models += [("experts", PRESETS.get("transformer", key="")(**experts).expand())]
+    models += [("experts", PRESETS.get("transformer", key="")(**experts).written_out())]
     return [pytest.param(model, id=name) for name, model in models]
 
 
@@ -72,7 +72,7 @@ def test_parameters_and_flops_are_those_of_the_built_model(model: Any) -> None:
 
 def test_what_the_flop_counter_does_not_see() -> None:
     """As docs/plan.md says: fused attention on a CPU counts as nothing."""
-    model = PRESETS.get("transformer", key="")(num_layers=2).expand()
+    model = PRESETS.get("transformer", key="")(num_layers=2).written_out()
     built, tokens = DecoderLM(model), torch.zeros(1, 64, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         built(tokens)

@@ -21,7 +21,7 @@ from growkit.duration import quantity
 from growkit.errors import ConfigError, DataError
 from growkit.eval.generate import sample_text
 from growkit.eval.ngram import bits
-from growkit.models.config import DenseMLP, MoEMLP, PattentionMLP
+from growkit.models.config import DenseMLP, Mamba, MoEMLP, PattentionMLP
 from growkit.models.decoder import build
 from growkit.models.presets import PRESETS
 from growkit.schedule.decisions import decided
@@ -63,11 +63,14 @@ def inspect_checkpoint(folder: Path) -> None:
         f"step {at.step} (stage {at.stage + 1}), {quantity(at.tokens)} tokens, {quantity(at.flops)} FLOPs; "
         f"{config.num_params():,} parameters, {len(config.layers)} layers of width {config.embed_dim}"
     )
-    table = Table("layer", "copied from", "attention", "MLP")
+    table = Table("layer", "copied from", "mixer", "MLP")
     for layer in config.layers:
         mixer = layer.mixer
-        heads = f"{mixer.num_heads} heads × {mixer.head_dim}, {mixer.num_kv_heads} kv; q {_projection(mixer.q)}"
-        table.add_row(str(layer.id), "–" if layer.origin is None else str(layer.origin), heads, _mlp(layer.mlp))
+        if isinstance(mixer, Mamba):
+            mixes = f"mamba, {mixer.inner} channels × {mixer.state}; in {_projection(mixer.in_proj)}"
+        else:
+            mixes = f"{mixer.num_heads} heads × {mixer.head_dim}, {mixer.num_kv_heads} kv; q {_projection(mixer.q)}"
+        table.add_row(str(layer.id), "–" if layer.origin is None else str(layer.origin), mixes, _mlp(layer.mlp))
     console.print(table)
     for entry in manifest.lineage:
         if entry["kind"] == "growth":
@@ -97,7 +100,9 @@ def generate_text(folder: Path, prompt: str, tokens: int, temperature: float, to
     console.print(text, markup=False, soft_wrap=True)
 
 
-def _mlp(spec: DenseMLP | MoEMLP | PattentionMLP) -> str:
+def _mlp(spec: DenseMLP | MoEMLP | PattentionMLP | None) -> str:
+    if spec is None:
+        return "–"
     if isinstance(spec, PattentionMLP):
         return _projection(spec.projection)
     if isinstance(spec, DenseMLP):

@@ -98,7 +98,7 @@ def _ask(answers: Answers) -> None:
 def _parameters(size: Size) -> int:
     """Of the TokenFormer of that size; the transformer has about as many."""
     text, _ = _model("tokenformer", size, 1)
-    return parse_recipe(text, [], PRESETS, name="size").model.expand().num_params()
+    return parse_recipe(text, [], PRESETS, name="size").model.written_out().num_params()
 
 
 def recipe_text(*, data: str, preset: str, size: str, budget: str | None, stages: int) -> tuple[str, GrowthSchedule]:

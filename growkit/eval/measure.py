@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from growkit.data.stream import validation_windows
 from growkit.data.tokenizer import Ends
 from growkit.eval.validate import position_losses, target_sizes, unscored
-from growkit.models.config import ModelConfig
+from growkit.models.config import Attention, ModelConfig
 from growkit.models.decoder import Cache, DecoderLM
 
 WARM_UP = 3  # passes and tokens before the clock starts
@@ -105,5 +105,6 @@ def _now(device: torch.device) -> float:
 
 
 def cache_bytes_per_token(config: ModelConfig, element_size: int = 4) -> int:
-    """Keys and values that one token of one sequence keeps."""
-    return sum(2 * layer.mixer.num_kv_heads * layer.mixer.head_dim for layer in config.layers) * element_size
+    """Keys and values that one token of one sequence keeps; Mamba's state is of the sequence, whatever its length."""
+    attention = (layer.mixer for layer in config.layers if isinstance(layer.mixer, Attention))
+    return sum(2 * mixer.num_kv_heads * mixer.head_dim for mixer in attention) * element_size

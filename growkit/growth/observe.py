@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from growkit.growth.state import TrainState
+from growkit.models.config import PROJECTIONS, Attention
 from growkit.models.decoder import build
 from growkit.models.layers import Layer
 
@@ -46,9 +47,14 @@ def observe(state: TrainState, probe: Tensor) -> Mapping[str, Seen]:
     for layer in state.config.layers:
         prefix, module = f"layers.{layer.id}.", model.layers[str(layer.id)]
         assert isinstance(module, Layer)
-        watch(module.attention, *(f"{prefix}attention.{part}." for part in "qkv"))  # the three share their op
-        watch(module.attention.o, f"{prefix}attention.o.")
-        watch(module.mlp, f"{prefix}mlp.")
+        if isinstance(layer.mixer, Attention):
+            watch(module.attention, *(f"{prefix}attention.{part}." for part in "qkv"))  # the three share their op
+            watch(module.attention.o, f"{prefix}attention.o.")
+        else:
+            for part in PROJECTIONS["mamba"]:
+                watch(getattr(module.mamba, part), f"{prefix}mamba.{part}.")
+        if module.mlp is not None:
+            watch(module.mlp, f"{prefix}mlp.")
     model(probe[:, :-1], probe[:, 1:]).total.backward()
     seen = {}
     for prefix, given in inputs.items():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from growkit.errors import ConfigError
 from growkit.growth.state import Moments
 from growkit.models.axes import Placement
-from growkit.models.config import LayerSpec, ModelConfig
+from growkit.models.config import Attention, LayerSpec, ModelConfig
 from growkit.models.spec import ParamSpec
 from growkit.registry import Registry, closest
 
@@ -122,6 +122,37 @@ def each_layer(
     wanted = {layer.id: layer for layer in target.layers}
     layers = (change(layer, wanted[layer.id]) if layer.id in wanted else layer for layer in config.layers)
     return dataclasses.replace(config, layers=tuple(layers))
+
+
+def attention_layers(config: ModelConfig, field: str, value: Any) -> tuple[LayerSpec, ...]:
+    """Those that mix tokens by attention. Raises ConfigError for ``grow.field`` where there are none."""
+    found = tuple(layer for layer in config.layers if isinstance(layer.mixer, Attention))
+    if not found:
+        mend = "grow d_state, expand, dt_rank or d_conv, or start from a model with attention"
+        raise ConfigError("nothing-to-grow", "the model has no attention", key=f"grow.{field}", value=value, mend=mend)
+    return found
+
+
+def each_attention(
+    config: ModelConfig, target: ModelConfig, change: Callable[[Attention, Attention], Attention]
+) -> ModelConfig:
+    """``config`` with every attention mixer made by ``change`` from it and that of the target's layer of the same
+    id."""
+
+    def changed(layer: LayerSpec, wanted: LayerSpec) -> LayerSpec:
+        if isinstance(layer.mixer, Attention) and isinstance(wanted.mixer, Attention):
+            return dataclasses.replace(layer, mixer=change(layer.mixer, wanted.mixer))
+        return layer
+
+    return each_layer(config, target, changed)
+
+
+def attention_of(config: ModelConfig, layer: int | None) -> Attention:
+    """The mixer of a layer that is known to have attention."""
+    assert layer is not None
+    mixer = config.layer(layer).mixer
+    assert isinstance(mixer, Attention)
+    return mixer
 
 
 def whole_number(value: Any, field: str) -> int:

@@ -16,6 +16,7 @@ from growkit.growth.operators import (
     depth,
     experts,
     head_dim,
+    mamba,
     param_tokens,
     rope,
     vocab,
@@ -27,9 +28,10 @@ from growkit.registry import closest
 # Deep before wide: what is then appended to inserted layers is drawn for them, not copied, and a zero that keeps a step
 # exact (an inserted layer's values, say) is not copied into a place where another zero would make it dead.
 ORDER = (
-    "depth", "width", "altup", "mlp", "experts", "heads", "head_dim", "consolidate", "param_tokens", "vocab", "rope",
+    "depth", "width", "altup", "mlp", "experts", "heads", "head_dim", "inner", "state", "dt_rank", "conv",
+    "consolidate", "param_tokens", "vocab", "rope",
 )  # fmt: skip
-_LOADED = (altup, consolidate, dense, depth, experts, head_dim, param_tokens, rope, vocab, width)
+_LOADED = (altup, consolidate, dense, depth, experts, head_dim, mamba, param_tokens, rope, vocab, width)
 assert set(ORDER) <= set(OPERATORS), _LOADED
 
 

@@ -8,6 +8,7 @@ their names and optimizer state its keys whatever is inserted between them.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -97,6 +98,29 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class Mamba:
+    """A selective state space over ``inner`` channels of ``state`` states each (Mamba, arXiv 2312.00752, section 3.4):
+    ``in_proj`` to x | z, a causal convolution of ``conv`` taps, ``x_proj`` to the ``dt_rank`` of Δ | B | C, ``dt_proj``
+    to Δ, the scan, ``out_proj``. ``inner_norm``: eps of a norm without gain on each of Δ's rank, B and C
+    (FalconMamba)."""
+
+    inner: int
+    state: int
+    dt_rank: int
+    conv: int
+    in_proj: Projection
+    x_proj: Projection
+    dt_proj: Projection
+    out_proj: Projection
+    conv_bias: bool = True
+    inner_norm: float | None = None
+    kind: Literal["mamba"] = "mamba"
+
+
+Mixer = Union[Attention, Mamba]
+
+
+@dataclass(frozen=True)
 class DenseMLP:
     """``swiglu``: down(silu(gate x) ⊙ up x); ``gelu``: down(gelu(up x)), by erf, ``gelu_tanh`` by its tanh form.
     ``steady_dim``: how many hidden units, from the first, are not under the mask; None: all."""
@@ -163,11 +187,12 @@ class LayerSpec:
     """One layer. ``origin``: the layer it was copied from, if it was inserted by growth. ``parallel``: attention and
     MLP read the same residual stream, x + attention(norm x) + mlp(norm′ x) (GPT-NeoX), not one after the other.
     ``ramped``: all it writes is under the mask. ``block``: of an AltUp stream, the one the layer works on.
-    ``stride``: the layer runs on every so many tokens (Sequence-AltUp, section 4.2 of the paper)."""
+    ``stride``: the layer runs on every so many tokens (Sequence-AltUp, section 4.2 of the paper). ``mlp``: None where
+    the mixer is all there is, as in Mamba."""
 
     id: int
-    mixer: Attention
-    mlp: DenseMLP | MoEMLP | PattentionMLP
+    mixer: Mixer
+    mlp: DenseMLP | MoEMLP | PattentionMLP | None
     origin: int | None = None
     parallel: bool = False
     ramped: bool = False
@@ -217,7 +242,7 @@ class ModelConfig:
         """Forward FLOPs per token: 2 per weight of every matrix product (logits included, embedding look-up not; of
         the experts those that a token goes through), and 4·context·heads·head_dim per attention layer (all pairs, as
         PyTorch's counter has it). A layer of stride k costs 1/k of that, its pairs 1/k². AltUp's blocks: 2 per
-        coefficient and embed_dim."""
+        coefficient and embed_dim. Mamba: SCAN_FLOPS per state and channel, 2 per tap."""
         from growkit.models.spec import param_specs
 
         strides = {layer.id: layer.stride for layer in self.layers}
@@ -227,8 +252,14 @@ class ModelConfig:
                 weights += spec.numel_per_token / (strides[spec.layer] if spec.layer is not None else 1)
         if self.tied_head:
             weights += self.vocab_size * self.parts * self.embed_dim
-        pairs = sum(layer.mixer.num_heads * layer.mixer.head_dim / layer.stride**2 for layer in self.layers)
-        return 2.0 * (weights + self.mixed_per_token()) + 4.0 * context_length * pairs
+        pairs, scanned = 0.0, 0.0
+        for layer in self.layers:
+            mixer = layer.mixer
+            if isinstance(mixer, Mamba):
+                scanned += mixer.inner * (SCAN_FLOPS * mixer.state + 2 * mixer.conv) / layer.stride
+            else:
+                pairs += mixer.num_heads * mixer.head_dim / layer.stride**2
+        return 2.0 * (weights + self.mixed_per_token()) + 4.0 * context_length * pairs + scanned
 
     def mixed_per_token(self) -> int:
         """Multiply-adds that a token's blocks take to be read, mixed and written: K² + 2K of embed_dim in each layer
@@ -241,6 +272,8 @@ class ModelConfig:
         return self.embed_dim * (len(self.layers) * of_layer + 2 * K * self.stream.parts)
 
 
+# Of one state for one token: Δ A, its exponential, times h, Δ x times B, their sum, and two for C h.
+SCAN_FLOPS = 7
 FLOPS_CONVENTION = 1
 
 
@@ -260,9 +293,9 @@ def is_masked(config: ModelConfig) -> bool:
 
 
 def _unmasked_layer(layer: LayerSpec) -> LayerSpec:
-    mixer, mlp = layer.mixer, layer.mlp
-    q, k, v, o = (_unmasked_tokens(projection) for projection in (mixer.q, mixer.k, mixer.v, mixer.o))
-    mixer = dataclasses.replace(mixer, q=q, k=k, v=v, o=o, steady_heads=None)
+    mixer, mlp = with_projections(layer.mixer, _unmasked_tokens), layer.mlp
+    if isinstance(mixer, Attention):
+        mixer = dataclasses.replace(mixer, steady_heads=None)
     if isinstance(mlp, DenseMLP):
         mlp = dataclasses.replace(mlp, steady_dim=None)
     elif isinstance(mlp, PattentionMLP):
@@ -271,6 +304,18 @@ def _unmasked_layer(layer: LayerSpec) -> LayerSpec:
 
 
 P = TypeVar("P", bound=Projection)
+PROJECTIONS = {"attention": ("q", "k", "v", "o"), "mamba": ("in_proj", "x_proj", "dt_proj", "out_proj")}
+
+
+def projections(mixer: Mixer) -> dict[str, Projection]:
+    """The dense maps of a mixer by their names, which are those of its fields and of its parameters."""
+    return {name: getattr(mixer, name) for name in PROJECTIONS[mixer.kind]}
+
+
+def with_projections(mixer: Mixer, change: Callable[[Projection], Projection]) -> Mixer:
+    """``mixer`` with each of its dense maps changed."""
+    made: dict[str, Any] = {name: change(projection) for name, projection in projections(mixer).items()}
+    return dataclasses.replace(mixer, **made)
 
 
 def _unmasked_tokens(projection: P) -> P:

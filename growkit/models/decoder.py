@@ -7,24 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from growkit.models.config import ModelConfig
+from growkit.models.config import Attention, ModelConfig
 from growkit.models.layers import Layer, LayerCache, rope_table
 from growkit.models.loss import EachLoss, TokenLoss, chunked_cross_entropy, each_cross_entropy
+from growkit.models.mamba import mamba_start
 from growkit.models.norm import Normalize
 from growkit.models.ramp import Ramp, stream_mask
 from growkit.models.spec import ParamSpec, param_specs
 from growkit.models.stream import Ends
 from growkit.models.unset import Embedding, Linear
-
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
+from growkit.models.visible import Visible
 
 
 class Cache:
@@ -78,13 +76,13 @@ class DecoderLM(nn.Module):
         cache: Cache | None = None,
         *,
         positions: Tensor | None = None,
-        mask: Tensor | BlockMask | None = None,
+        mask: Visible | None = None,
     ) -> Tensor:
         """Final-norm output (B, T, D), with a full AltUp stream (B, T, K · D). With ``cache``, tokens continue the
         cached positions.
 
-        For rows that hold padding: ``positions`` (B, T) of the tokens, and ``mask`` (B, 1, T, cached + T), bool: the
-        keys that each query sees.
+        ``mask``: what tokens see, where that is not all before them. For rows that hold padding also ``positions``
+        (B, T) of the tokens.
         """
         return self._hidden(tokens_BT, cache, positions, mask)[0]
 
@@ -93,7 +91,7 @@ class DecoderLM(nn.Module):
         tokens_BT: Tensor,
         cache: Cache | None,
         positions: Tensor | None = None,
-        mask: Tensor | BlockMask | None = None,
+        mask: Visible | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """``hidden``, and the balance losses of the layers that have one."""
         balances = []
@@ -106,10 +104,10 @@ class DecoderLM(nn.Module):
         length = past + tokens_BT.shape[1] if positions is None else None  # then the positions say it
         if positions is None:
             positions = torch.arange(past, past + tokens_BT.shape[1], device=x.device)
-        ropes: dict[object, tuple[Tensor, Tensor]] = {}
+        ropes: dict[object, tuple[Tensor, Tensor] | None] = {}
         for spec in self.config.layers:
             layer = self.layers[str(spec.id)]
-            key = spec.mixer.rope
+            key = spec.mixer.rope if isinstance(spec.mixer, Attention) else None
             if key not in ropes:
                 ropes[key] = rope_table(spec.mixer, positions, x.dtype, length=length)
             if self.checkpoint_layers and self.training:
@@ -140,7 +138,7 @@ class DecoderLM(nn.Module):
         targets: Tensor | None = None,
         *,
         cache: Cache | None = None,
-        mask: Tensor | BlockMask | None = None,
+        mask: Visible | None = None,
         unscored: bool = False,
         each: bool = False,
         z_loss: float = 0.0,
@@ -166,7 +164,9 @@ class DecoderLM(nn.Module):
 
 
 def init_tensor(spec: ParamSpec, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A parameter's start: N(0, init_std²), its constant, or both added."""
+    """A parameter's start: N(0, init_std²), its constant, or both added; what ``spec.start`` names, of Mamba."""
+    if spec.start != "normal":
+        return mamba_start(spec, generator).to(dtype)
     if spec.init_std is None:
         return constant(spec, dtype)
     drawn = torch.empty(spec.shape, dtype=dtype).normal_(0.0, spec.init_std, generator=generator)

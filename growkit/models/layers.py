@@ -1,4 +1,4 @@
-"""The parts of a layer: projections, attention, feed-forward.
+"""The parts of a layer: attention, feed-forward, and the layer itself.
 
 Legend: B batch, T tokens, D embed, H query heads, G kv heads, d head_dim.
 """
@@ -16,73 +16,29 @@ from growkit.models.config import (
     Attention,
     DenseMLP,
     LayerSpec,
+    Mamba,
+    Mixer,
     ModelConfig,
     MoEMLP,
-    Pattention,
     PattentionMLP,
-    Projection,
 )
 from growkit.models.experts import MixtureFeedForward
+from growkit.models.mamba import MambaMixer
 from growkit.models.norm import Normalize
-from growkit.models.ramp import Ramp, head_mask, mask, stream_mask
+from growkit.models.projections import LinearProjection, PattentionProjection, project, projection
+from growkit.models.ramp import head_mask, mask, stream_mask
 from growkit.models.rope import inverse_frequencies
 from growkit.models.stream import Blocks, RoutedBlocks, Strided
-from growkit.models.visible import attention
+from growkit.models.visible import Visible, attention
 from growkit.ops.elementwise import rotate
-from growkit.ops.pattention import Tokens, pattention
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 
-class LinearProjection(nn.Module):
-    def __init__(self, inp: int, out: int, bias: bool = False) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out, inp))
-        self.bias = nn.Parameter(torch.empty(out)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-
-class PattentionProjection(nn.Module):
-    """Banks of parameter tokens, each its own pair of parameters: ``keys.g`` (n_g, in), ``values.g`` (n_g, out)."""
-
-    def __init__(self, spec: Pattention, inp: int, out: int, backend: str, ramp: float) -> None:
-        super().__init__()
-        self.spec, self.op = spec, pattention(backend)
-        self.keys = nn.ParameterList(nn.Parameter(torch.empty(n, inp)) for n in spec.banks)
-        self.values = nn.ParameterList(nn.Parameter(torch.empty(n, out)) for n in spec.banks)
-        self.bank_mask = mask([False], ramp) if spec.steady_banks is not None else None
-        self.tau = Ramp(spec.tau_from, spec.taus, ramp) if spec.tau_from is not None else None
-
-    def tokens(self) -> Tokens:
-        spec, values = self.spec, list(self.values)
-        if self.bank_mask is not None:  # on the values: what a bank adds to the sum is linear in them, whatever Θ is
-            share = self.bank_mask.now[0]
-            values[spec.steady_banks :] = [v * share for v in values[spec.steady_banks :]]
-        taus: list[float | Tensor] = [*spec.taus] if self.tau is None else [*self.tau.now.unbind()]
-        return Tokens(list(self.keys), values, taus, spec.theta, spec.scope)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x, [self.tokens()])[0]
-
-
-def projection(spec: Projection, inp: int, out: int, backend: str, ramp: float) -> nn.Module:
-    if isinstance(spec, Pattention):
-        return PattentionProjection(spec, inp, out, backend, ramp)
-    return LinearProjection(inp, out, spec.bias)
-
-
-def project(projections: list[nn.Module], x: Tensor) -> list[Tensor]:
-    """Each projection of one x; those made of parameter tokens go through their op together."""
-    pattentions = [p for p in projections if isinstance(p, PattentionProjection)]
-    together = iter(pattentions[0].op(x, [p.tokens() for p in pattentions]) if pattentions else [])
-    return [next(together) if isinstance(p, PattentionProjection) else p(x) for p in projections]
-
-
 class LayerCache:
-    """Keys and values of one layer for decoding, in buffers that double when full.
+    """Keys and values of one layer for decoding, in buffers that double when full; of a Mamba mixer the last ``inputs``
+    of its convolution (B, taps − 1, inner) and its ``state`` (B, inner, states), which do not grow.
 
     Of a layer with a stride also how many tokens it has ``seen``, and ``anchor``: of the last of them that it ran on,
     what it read and what it made of it, (B, 1, D) each."""
@@ -90,6 +46,8 @@ class LayerCache:
     def __init__(self) -> None:
         self.length = self.seen = 0
         self.anchor: tuple[Tensor, Tensor] | None = None
+        self.inputs: Tensor | None = None
+        self.state: Tensor | None = None
         self._k: Tensor | None = None
         self._v: Tensor | None = None
 
@@ -157,11 +115,13 @@ class CausalAttention(nn.Module):
 
 
 def rope_table(
-    spec: Attention, positions: Tensor, dtype: torch.dtype, *, length: int | None = None
-) -> tuple[Tensor, Tensor]:
+    spec: Mixer, positions: Tensor, dtype: torch.dtype, *, length: int | None = None
+) -> tuple[Tensor, Tensor] | None:
     """cos and sin (1 or B, T, 1, rotated/2) of position · base^(−2i/rotated), or as ``spec.rope_scaling`` has it,
     positions (T,) or (B, T); angles in float32 at least. ``length``: of the whole sequence, cached positions included;
-    None: up to the last of ``positions``, which have to be read for it where the angles are scaled."""
+    None: up to the last of ``positions``, which have to be read for it where the angles are scaled. Mamba has none."""
+    if isinstance(spec, Mamba):
+        return None
     base, rotated, scaling = spec.rope
     wide = torch.promote_types(dtype, torch.float32)
     if scaling is None:
@@ -218,14 +178,21 @@ class Layer(nn.Module):
 
     def __init__(self, spec: LayerSpec, config: ModelConfig, backend: str) -> None:
         super().__init__()
-        self.attention_norm = Normalize(config.norm, config.embed_dim)
-        self.attention = CausalAttention(spec.mixer, config.embed_dim, backend, config.ramp)
-        self.mlp_norm = Normalize(config.norm, config.embed_dim)
+        if isinstance(spec.mixer, Mamba):
+            self.mamba_norm = Normalize(config.norm, config.embed_dim)
+            self.mamba = MambaMixer(spec.mixer, config.embed_dim, backend, config.ramp)
+        else:
+            self.attention_norm = Normalize(config.norm, config.embed_dim)
+            self.attention = CausalAttention(spec.mixer, config.embed_dim, backend, config.ramp)
+        self.kind = spec.mixer.kind
+        self.mlp: nn.Module | None = None
+        if spec.mlp is not None:
+            self.mlp_norm = Normalize(config.norm, config.embed_dim)
         if isinstance(spec.mlp, DenseMLP):
-            self.mlp: nn.Module = DenseFeedForward(spec.mlp, config.embed_dim, config.ramp)
+            self.mlp = DenseFeedForward(spec.mlp, config.embed_dim, config.ramp)
         elif isinstance(spec.mlp, MoEMLP):
             self.mlp = MixtureFeedForward(spec.mlp, config.embed_dim)
-        else:
+        elif spec.mlp is not None:
             self.mlp = TokenFeedForward(spec.mlp, config.embed_dim, backend, config.ramp)
         self.write_mask = stream_mask(config, ramped=spec.ramped)
         self.dropout, self.parallel = config.dropout, spec.parallel
@@ -239,26 +206,33 @@ class Layer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: tuple[Tensor, Tensor] | None,
         cache: LayerCache | None = None,
-        mask: Tensor | BlockMask | None = None,
+        mask: Visible | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """x (B, T, D), with an AltUp stream (K, B, T, D)."""
+        """x (B, T, D), with an AltUp stream (K, B, T, D). ``rope``: as of ``rope_table``."""
         if self.stream is None:
             return self._block(x, rope, cache, mask)
         if not isinstance(self.stream, Strided):
             return self.stream(x, lambda z: self._block(z, rope, cache, mask))
         at = self.stream.runs_on(cache)
-        cos, sin = rope[0][:, at], rope[1][:, at]
+        turned = None if rope is None else (rope[0][:, at], rope[1][:, at])
         if mask is not None:
             problem, mend = "hides tokens that layers of a stride carry on", "pass whole rows, without padding"
             raise ConfigError("streams-exclude", problem, key="attention_mask", mend=mend)
-        return self.stream(x, lambda z: self._block(z, (cos, sin), cache, None), cache)
+        return self.stream(x, lambda z: self._block(z, turned, cache, None), cache)
 
     def _block(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None, mask: Tensor | BlockMask | None
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: LayerCache | None, mask: Visible | None
     ) -> tuple[Tensor, Tensor | None]:
-        mixed = x + self._written(self.attention(self.attention_norm(x), rope, cache, mask))
+        if self.kind == "mamba":
+            made = self.mamba(self.mamba_norm(x), cache, mask.segments if mask is not None else None)
+        else:
+            assert rope is not None
+            made = self.attention(self.attention_norm(x), rope, cache, mask.mask if mask is not None else None)
+        mixed = x + self._written(made)
+        if self.mlp is None:
+            return mixed, None
         y, balance = self.mlp(self.mlp_norm(x if self.parallel else mixed)), None
         if isinstance(self.mlp, MixtureFeedForward):
             y, balance = y

@@ -1,8 +1,9 @@
-"""Short ways to say a whole model in a recipe. A preset's fields are sugar: ``expand`` writes out every layer."""
+"""Short ways to say a whole model in a recipe. A preset's fields are sugar: ``written_out`` has every layer."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -18,6 +19,7 @@ from growkit.models.config import (
     DenseMLP,
     LayerSpec,
     Linear,
+    Mamba,
     ModelConfig,
     MoEMLP,
     Norm,
@@ -28,7 +30,7 @@ from growkit.registry import Registry
 
 
 class Preset(Protocol):
-    def expand(self) -> ModelConfig: ...
+    def written_out(self) -> ModelConfig: ...
 
 
 PRESETS: Registry[type[Any]] = Registry("model preset")
@@ -148,6 +150,10 @@ class _Common:
             raise ConfigError("too-large", problem, key="model.num_layers", value=self.num_layers)
         _choice(self.norm, NORM_KINDS, "norm")
         _choice(self.final_norm or self.norm, NORM_KINDS, "final_norm")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError("out-of-range", "must be in [0, 1)", key="model.dropout", value=self.dropout)
+
+    def _check_heads(self) -> None:
         if self.head_dim is None and self.embed_dim % self.num_heads:
             raise ConfigError(
                 "heads-do-not-divide",
@@ -164,8 +170,6 @@ class _Common:
                 value=self.num_kv_heads,
                 mend=f"use a divisor of {self.num_heads}",
             )
-        if not 0 <= self.dropout < 1:
-            raise ConfigError("out-of-range", "must be in [0, 1)", key="model.dropout", value=self.dropout)
         if not 0 <= self.rope_fraction <= 1:
             raise ConfigError("out-of-range", "must be in [0, 1]", key="model.rope_fraction", value=self.rope_fraction)
         rotated = self._head_dim * self.rope_fraction  # 0.28 · 50 is 14.000000000000002
@@ -211,10 +215,14 @@ class _Common:
     def _model(
         self, mixer: Attention, mlp: DenseMLP | MoEMLP | PattentionMLP, *, parallel: bool = False
     ) -> ModelConfig:
+        return self._stacked([{"mixer": mixer, "mlp": mlp, "parallel": parallel}] * self.num_layers)
+
+    def _stacked(self, layers: Sequence[Mapping[str, Any]]) -> ModelConfig:
+        """A model of ``layers``, each by the fields of its LayerSpec that are its own."""
         return ModelConfig(
             vocab_size=self.vocab_size,
             embed_dim=self.embed_dim,
-            layers=tuple(self._layer(i, mixer=mixer, mlp=mlp, parallel=parallel) for i in range(self.num_layers)),
+            layers=tuple(self._layer(i, **layer) for i, layer in enumerate(layers)),
             norm=Norm(self.norm, self.norm_eps),  # type: ignore[arg-type]
             final_norm=Norm(self.final_norm or self.norm, self.norm_eps),  # type: ignore[arg-type]
             tied_head=self.tied_head,
@@ -252,8 +260,9 @@ class TokenFormer(_Common):
     theta: str = "l2_norm_gelu"  # l2_norm_gelu | gelu_l2_norm | softmax
     token_norm: str = "bank"  # bank: every bank normalised on its own; shared: over all tokens, as published
 
-    def expand(self) -> ModelConfig:
+    def written_out(self) -> ModelConfig:
         self._check()
+        self._check_heads()
         _positive(self, "attention_tokens", "q_tokens", "k_tokens", "v_tokens", "o_tokens", "mlp_tokens")
         _choice(self.theta, THETAS, "theta")
         _choice(self.token_norm, ("bank", "shared"), "token_norm")
@@ -280,8 +289,9 @@ class Transformer(_Common):
     bias: bool = False  # on every dense map of a layer
     parallel: bool = False  # attention and MLP of a layer read the same residual stream, as in GPT-NeoX
 
-    def expand(self) -> ModelConfig:
+    def written_out(self) -> ModelConfig:
         self._check()
+        self._check_heads()
         _positive(self, "mlp_dim")
         _choice(self.mlp, MLP_KINDS, "mlp")
         dim = self.mlp_dim or math.ceil(self.embed_dim * 8 / 3 / 16) * 16
@@ -290,3 +300,72 @@ class Transformer(_Common):
         if self.num_experts is not None:
             mlp = mixture(mlp, self.num_experts, self.experts_per_token, self.balance_loss, "model")
         return self._model(self._attention(linear, linear, linear, linear), mlp, parallel=self.parallel)
+
+
+@PRESETS.register("mamba")
+@dataclass
+class MambaLM(_Common):
+    """Mamba (arXiv 2312.00752), alone or with attention layers between, over linear maps or parameter tokens."""
+
+    preset: str = "mamba"
+    pattern: str | None = None  # mixers in order, such as mamba*7+attention, repeated to num_layers; default: mamba
+    d_state: int = 16  # states of each channel
+    expand: int = 2  # channels, in embed_dim
+    d_conv: int = 4  # taps of the convolution
+    dt_rank: int | None = None  # of what Δ is made of; default: embed_dim / 16, rounded up
+    conv_bias: bool = True
+    bias: bool = False  # on the projections into and out of the mixer
+    projection: str = "linear"  # linear | pattention: parameter tokens in place of every dense map of the mixers
+    mamba_tokens: int = 128  # parameter tokens of each projection of a Mamba layer
+    attention_tokens: int = 128  # of each of q, k, v and o, in attention layers
+    mlp_tokens: int = 512  # of the MLP that an attention layer has
+    mlp_dim: int | None = None  # of that MLP with linear maps, SwiGLU; default: 8/3 · embed_dim, up to a multiple of 16
+    theta: str = "l2_norm_gelu"  # l2_norm_gelu | gelu_l2_norm | softmax
+    token_norm: str = "bank"  # bank | shared
+
+    def written_out(self) -> ModelConfig:
+        self._check()
+        _positive(self, "d_state", "expand", "d_conv", "dt_rank", "mamba_tokens", "attention_tokens", "mlp_tokens")
+        _positive(self, "mlp_dim")
+        _choice(self.projection, ("linear", "pattention"), "projection")
+        _choice(self.theta, THETAS, "theta")
+        _choice(self.token_norm, ("bank", "shared"), "token_norm")
+        mixers = self._mixers()
+        if "attention" in mixers:
+            self._check_heads()
+        rank = self.dt_rank or math.ceil(self.embed_dim / 16)
+        around, inside = (self._map(self.mamba_tokens, bias) for bias in (self.bias, False))
+        sizes = self.expand * self.embed_dim, self.d_state, rank, self.d_conv
+        layers: dict[str, dict[str, Any]] = {
+            "mamba": {"mixer": Mamba(*sizes, around, inside, inside, around, self.conv_bias), "mlp": None}
+        }
+        if "attention" in mixers:
+            layers["attention"] = self._with_attention()
+        return self._stacked([layers[mixer] for mixer in mixers])
+
+    def _map(self, tokens: int, bias: bool = False) -> Linear | Pattention:
+        if self.projection == "linear":
+            return Linear(bias)
+        return Pattention((tokens,), (initial_tau(self.theta, tokens),), self.theta, self.token_norm)  # type: ignore[arg-type]
+
+    def _with_attention(self) -> dict[str, Any]:
+        token_mlp = self._map(self.mlp_tokens)
+        dim = self.mlp_dim or math.ceil(self.embed_dim * 8 / 3 / 16) * 16
+        mlp = PattentionMLP(token_mlp) if isinstance(token_mlp, Pattention) else DenseMLP(dim)
+        return {"mixer": self._attention(*[self._map(self.attention_tokens)] * 4), "mlp": mlp}
+
+    def _mixers(self) -> list[str]:
+        """The mixer of every layer, from ``pattern``."""
+        key, said = "model.pattern", self.pattern or "mamba"
+        mixers: list[str] = []
+        for part in said.split("+"):
+            name, _, count = (word.strip() for word in part.partition("*"))
+            if name not in ("mamba", "attention") or not (count.isdecimal() and int(count) if "*" in part else True):
+                mend = "write mixers and how often, such as mamba*7+attention"
+                raise ConfigError("bad-layers", "is no pattern of mamba and attention", key=key, value=said, mend=mend)
+            mixers += [name] * min(int(count or 1), MOST_LAYERS)
+        if self.num_layers % len(mixers):
+            problem = f"is of {len(mixers)} layers, which do not fit into model.num_layers = {self.num_layers}"
+            mend = f"use a pattern of fewer, or num_layers={-(-self.num_layers // len(mixers)) * len(mixers)}"
+            raise ConfigError("bad-layers", problem, key=key, value=said, mend=mend)
+        return mixers * (self.num_layers // len(mixers))

@@ -7,7 +7,7 @@ table, so they cannot disagree.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Literal
 
@@ -18,25 +18,30 @@ from growkit.models.config import (
     DenseMLP,
     LayerSpec,
     Linear,
+    Mamba,
     ModelConfig,
     MoEMLP,
     Norm,
     Pattention,
     Projection,
+    projections,
 )
 
 Role = Literal[
     "embedding", "head", "weight", "keys", "values", "gain", "bias",
     "enter", "leave", "read", "mix", "write",  # of AltUp's blocks (models/stream.py)
+    "conv", "a_log", "skip",  # of Mamba (models/mamba.py)
 ]  # fmt: skip
-Component = Literal["embedding", "attention", "mlp", "norm", "head", "stream"]
+Component = Literal["embedding", "attention", "mamba", "mlp", "norm", "head", "stream"]
+Start = Literal["normal", "a_log", "dt_bias", "uniform"]
 INIT_STD = 0.02  # embeddings and linear maps: GPT-2's choice
 
 
 @dataclass(frozen=True)
 class ParamSpec:
     """One parameter. ``axes``: one per dimension. ``init_std``: None means a constant (gains 1, biases 0, or
-    ``constant``, row-major), which is what there is besides the noise if there is both.
+    ``constant``, row-major), which is what there is besides the noise if there is both. ``start``: what is drawn, where
+    that is no normal (models/mamba.py).
 
     ``layer``/``local``: which layer it belongs to and its name there, so that an inserted layer finds its origin's.
     ``experts_per_token``: of its first axis, where that is experts and a token goes through some of them.
@@ -51,6 +56,7 @@ class ParamSpec:
     bank: int | None = None
     experts_per_token: int | None = None
     constant: tuple[float, ...] | None = None
+    start: Start = "normal"
     routed: bool = False
 
     @property
@@ -75,12 +81,13 @@ class ParamSpec:
 
     @property
     def out_dim(self) -> int | None:
-        """The dimension it writes: of a linear weight (out, in) or (experts, out, in) the last but one, 0 of its bias,
-        1 of values and of an embedding table. None of what a norm has, which scales and shifts what it reads, and of
-        what mixes blocks."""
+        """The dimension it writes: of a linear weight (out, in) or (experts, out, in) the last but one, 0 of its bias
+        and of what Mamba has for each channel, 1 of values and of an embedding table. None of what a norm has, which
+        scales and shifts what it reads, and of what mixes blocks."""
         if self.component in ("norm", "stream"):
             return None
-        return {"weight": len(self.axes) - 2, "bias": 0, "values": 1, "embedding": 1}.get(self.role)
+        channels: dict[Role, int] = {"conv": 0, "a_log": 0, "skip": 0}
+        return ({"weight": len(self.axes) - 2, "bias": 0, "values": 1, "embedding": 1} | channels).get(self.role)
 
     @property
     def writes_residual(self) -> bool:
@@ -89,7 +96,7 @@ class ParamSpec:
 
     def starts_at(self) -> float:
         """The constant an elementwise parameter starts at."""
-        return 1.0 if self.role == "gain" else 0.0
+        return 1.0 if self.role in ("gain", "skip") else 0.0
 
 
 @lru_cache(maxsize=64)
@@ -133,17 +140,14 @@ def _layer(layer: LayerSpec, config: ModelConfig, embed: Axis, depth: int) -> li
         rows.extend(_projection(prefix, kind, inp, out, part, layer.id, depth))
 
     mixer = layer.mixer
-    norm("attention_norm.", config.norm, embed)
-    heads, kv_heads = _head_axes(mixer)
-    dense("attention.q.", mixer.q, embed, heads, "attention")
-    dense("attention.k.", mixer.k, embed, kv_heads, "attention")
-    dense("attention.v.", mixer.v, embed, kv_heads, "attention")
-    dense("attention.o.", mixer.o, heads, embed, "attention")
-    if mixer.qk_norm is not None:
-        norm("attention.q_norm.", mixer.qk_norm, Axis("head_dim", mixer.head_dim))
-        norm("attention.k_norm.", mixer.qk_norm, Axis("head_dim", mixer.head_dim))
-    norm("mlp_norm.", config.norm, embed)
+    norm(f"{mixer.kind}_norm.", config.norm, embed)
+    if isinstance(mixer, Mamba):
+        rows += _mamba(mixer, embed, layer.id, depth)
+    else:
+        rows += _attention(mixer, embed, layer.id, depth)
     mlp = layer.mlp
+    if mlp is not None:
+        norm("mlp_norm.", config.norm, embed)
     if isinstance(mlp, DenseMLP | MoEMLP):
         read, inner = _hidden_axes(mlp)
         if isinstance(mlp, MoEMLP):
@@ -151,7 +155,7 @@ def _layer(layer: LayerSpec, config: ModelConfig, embed: Axis, depth: int) -> li
         else:
             dense(f"mlp.{read}.", Linear(mlp.bias), embed, inner, "mlp")
             dense("mlp.down.", Linear(mlp.bias), Axis("mlp", mlp.dim), embed, "mlp")
-    else:
+    elif mlp is not None:
         dense("mlp.tokens.", mlp.projection, embed, embed, "mlp")
     if layer.stride > 1:
         rows += _coefficients(layer.id, mix=((Axis("taps", 2),), (1.0, 0.0)), write=((Axis("taps", 1),), (1.0,)))
@@ -228,6 +232,54 @@ def _routed(layer: int, K: int, embed: Axis) -> list[tuple[str, ParamSpec]]:
     return rows
 
 
+def _attention(mixer: Attention, embed: Axis, layer: int, depth: int) -> list[tuple[str, ParamSpec]]:
+    heads, kv_heads = _head_axes(mixer)
+    rows = []
+    for name, inp, out in (("q", embed, heads), ("k", embed, kv_heads), ("v", embed, kv_heads), ("o", heads, embed)):
+        kind = projections(mixer)[name]
+        rows += _projection(f"attention.{name}.", kind, inp, out, "attention", layer, depth)
+    if mixer.qk_norm is not None:
+        for name in ("q_norm", "k_norm"):
+            prefix = f"attention.{name}."
+            normed = _norm(mixer.qk_norm, Axis("head_dim", mixer.head_dim), prefix, layer)
+            rows += [(prefix + local, spec) for local, spec in normed]
+    return rows
+
+
+def _mamba(mixer: Mamba, embed: Axis, layer: int, depth: int) -> list[tuple[str, ParamSpec]]:
+    """Starts as in the published code: what torch's linear layers and convolutions start at, Δ's own (``start``)."""
+    inner, state, rank = Axis("inner", mixer.inner), Axis("state", mixer.state), Axis("dt_rank", mixer.dt_rank)
+    conv = Axis("conv", mixer.conv)
+    taps = 1 / math.sqrt(3 * mixer.conv)
+    given: dict[str, tuple[tuple[AnyAxis, ...], Role, float | None, Start]] = {
+        "A_log": ((inner, state), "a_log", None, "a_log"),
+        "D": ((inner,), "skip", None, "normal"),
+        "dt_bias": ((inner,), "bias", None, "dt_bias"),
+        "conv_weight": ((inner, conv), "conv", taps, "uniform"),
+        "conv_bias": ((inner,), "bias", taps, "uniform"),
+    }
+    rows = []
+    for name, (axes, role, std, start) in given.items():
+        if name != "conv_bias" or mixer.conv_bias:
+            local = f"mamba.{name}"
+            rows.append((local, ParamSpec(axes, role, "mamba", std, layer, local, start=start)))
+    for name, inp, out in (
+        ("in_proj", embed, Concat((inner, inner))),
+        ("x_proj", inner, Concat((rank, state, state))),
+        ("dt_proj", rank, inner),
+        ("out_proj", inner, embed),
+    ):
+        std = 1 / math.sqrt(3 * inp.size)
+        if name == "dt_proj":
+            std = 1 / math.sqrt(3 * rank.size)
+        elif name == "out_proj":
+            std /= math.sqrt(depth)
+        kind = projections(mixer)[name]
+        made = _projection(f"mamba.{name}.", kind, inp, out, "mamba", layer, depth, std=std)
+        rows += [(local, replace(spec, start="uniform") if spec.role == "weight" else spec) for local, spec in made]
+    return rows
+
+
 def _hidden_axes(mlp: DenseMLP | MoEMLP) -> tuple[str, AnyAxis]:
     """Name and output axis of what reads the stream: gate and up are one parameter."""
     wide = Axis("mlp", mlp.dim)
@@ -268,10 +320,20 @@ def _writer_std(depth: int) -> float:
 
 
 def _projection(
-    prefix: str, kind: Projection, inp: AnyAxis, out: AnyAxis, part: Component, layer: int, depth: int
+    prefix: str,
+    kind: Projection,
+    inp: AnyAxis,
+    out: AnyAxis,
+    part: Component,
+    layer: int,
+    depth: int,
+    *,
+    std: float | None = None,
 ) -> list[tuple[str, ParamSpec]]:
+    """``std``: of a linear weight, where it is not GPT-2's."""
     if not isinstance(kind, Pattention):
-        std = _writer_std(depth) if out.names == {"embed"} else INIT_STD
+        if std is None:
+            std = _writer_std(depth) if out.names == {"embed"} else INIT_STD
         weight, bias = f"{prefix}weight", f"{prefix}bias"
         rows = [(weight, ParamSpec((out, inp), "weight", part, std, layer, weight))]
         if kind.bias:

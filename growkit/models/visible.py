@@ -6,7 +6,7 @@ Legend: B rows, T tokens, H query heads, G kv heads, d head_dim.
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,21 @@ from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
+
+
+class Visible(NamedTuple):
+    """What tokens see of those before them, where that is not all. ``mask`` (B or 1, 1, T, keys), bool, or blocks of
+    it: the keys of each query. ``segments`` (B, T): equal numbers are one document, at whose start a state is zero;
+    None: one."""
+
+    mask: Tensor | BlockMask
+    segments: Tensor | None = None
+
+
+def visible(tokens_BT: Tensor, segments_BT: Tensor | None, window: int | None) -> Visible | None:
+    """What the tokens of a batch see: as ``visible_keys``, and their documents."""
+    mask = visible_keys(tokens_BT, segments_BT, window)
+    return None if mask is None else Visible(mask, segments_BT)
 
 
 def visible_keys(

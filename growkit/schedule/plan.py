@@ -45,7 +45,9 @@ def growth_schedule(recipe: Recipe, decisions: Iterable[Decision] = ()) -> Growt
 
 def _schedule(recipe: Recipe, decisions: tuple[Decision, ...]) -> GrowthSchedule:
     start = recipe.start or StartConfig()
-    first: ModelConfig = recipe.model.expand() if recipe.start is None else from_json(start.model, key="start.model")
+    first: ModelConfig = (
+        recipe.model.written_out() if recipe.start is None else from_json(start.model, key="start.model")
+    )
     model = first
     _check_vocabulary(recipe.data, model)
     selection = selection_of(recipe)

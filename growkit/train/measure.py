@@ -17,13 +17,13 @@ from torch import Tensor
 from growkit.config.recipe import Recipe, TrainerConfig
 from growkit.errors import ConfigError
 from growkit.models.decoder import build, init_params
-from growkit.models.visible import visible_keys
+from growkit.models.visible import Visible, visible
 from growkit.planner.hardware import THIS_MACHINE, Hardware, this_machine
 from growkit.schedule.stage import GrowthSchedule, Stage
 from growkit.train.hardware import accelerator, measure_peak_flops, training_dtype
 
 if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
+    pass
 
 SECONDS = 1.0  # of micro-batches that are timed in each stage
 FEWEST, MOST = 3, 50  # of them
@@ -83,17 +83,17 @@ def step_seconds(recipe: Recipe, stage: Stage, device: str, dtype: torch.dtype) 
         model.compile(dynamic=False)
     shapes = {length: stage.pace.shape(length).rows // stage.pace.parts for length in stage.lengths.values}
 
-    def read(tokens: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
+    def read(tokens: Tensor, mask: Visible | None) -> Tensor:
         with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss: Tensor = model(
                 tokens, tokens, mask=mask, z_loss=recipe.optim.z_loss, chunk_tokens=trainer.loss_chunk_tokens
             ).total
         return loss
 
-    def micro_batch(tokens: Tensor, mask: Tensor | BlockMask | None) -> None:
+    def micro_batch(tokens: Tensor, mask: Visible | None) -> None:
         read(tokens, mask).backward()  # type: ignore[no-untyped-call]
 
-    def look_again(tokens: Tensor, mask: Tensor | BlockMask | None) -> None:
+    def look_again(tokens: Tensor, mask: Visible | None) -> None:
         with torch.set_grad_enabled(trainer.compile):  # as train/gain.py does
             read(tokens, mask)
 
@@ -104,7 +104,7 @@ def step_seconds(recipe: Recipe, stage: Stage, device: str, dtype: torch.dtype) 
     seconds = 0.0
     for length, count in stage.lengths.counts(stage.steps):
         tokens = torch.randint(stage.model.vocab_size, (shapes[length], length), device=device)
-        mask = visible_keys(tokens, None, stage.shape(0).window)
+        mask = visible(tokens, None, stage.shape(0).window)
         work = partial(micro_batch, tokens, mask)
         work()  # warms caches and the allocator
         update()

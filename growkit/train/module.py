@@ -20,7 +20,7 @@ from growkit.growth.state import Moments, TrainState
 from growkit.models.decoder import DecoderLM, build
 from growkit.models.loss import TokenLoss
 from growkit.models.spec import param_specs
-from growkit.models.visible import visible_keys
+from growkit.models.visible import visible
 from growkit.optim.groups import param_groups
 from growkit.optim.hold import HeldEntries
 from growkit.schedule.lr import warmup_factor
@@ -85,7 +85,7 @@ class StageModule(L.LightningModule):
         loss: TokenLoss = self.model(
             batch.tokens,
             batch.targets,
-            mask=visible_keys(batch.tokens, batch.segments, batch.window),
+            mask=visible(batch.tokens, batch.segments, batch.window),
             unscored=batch.unscored,
             z_loss=self.recipe.optim.z_loss,
             chunk_tokens=self.recipe.trainer.loss_chunk_tokens,

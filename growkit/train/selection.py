@@ -13,7 +13,7 @@ from growkit.checkpoint.reference import Reference
 from growkit.data.stream import Batch
 from growkit.models.decoder import DecoderLM
 from growkit.models.loss import EachLoss, TokenLoss
-from growkit.models.visible import visible_keys
+from growkit.models.visible import visible
 from growkit.ops.targets import UNSCORED
 from growkit.schedule.selection import Selection
 
@@ -77,7 +77,7 @@ class Selector:
         self.notes.append(self._note)
         mine = self._chosen[batch.part * rows : (batch.part + 1) * rows]
         part = _rows(batch, mine)
-        mask = visible_keys(part.tokens, part.segments, part.window)
+        mask = visible(part.tokens, part.segments, part.window)
         loss: TokenLoss = model(
             part.tokens, part.targets, mask=mask, z_loss=self.z_loss, chunk_tokens=self.chunk_tokens
         )
@@ -117,7 +117,7 @@ class Selector:
             return self._each(self.reference, batch).cross_entropy
 
     def _each(self, model: nn.Module | DecoderLM, batch: Batch) -> EachLoss:
-        mask = visible_keys(batch.tokens, batch.segments, batch.window)
+        mask = visible(batch.tokens, batch.segments, batch.window)
         each: EachLoss = model(
             batch.tokens, batch.targets, mask=mask, each=True, z_loss=self.z_loss, chunk_tokens=self.chunk_tokens
         )  # flat: FSDP warns of a module that returns a view

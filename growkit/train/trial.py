@@ -9,7 +9,7 @@ from growkit.config.recipe import Recipe
 from growkit.errors import TrainingError
 from growkit.growth.state import TrainState
 from growkit.models.decoder import build
-from growkit.models.visible import visible_keys
+from growkit.models.visible import visible
 from growkit.schedule.stage import Stage
 
 
@@ -58,7 +58,7 @@ def _try(
     model = build(stage.model, params, backend=trainer.backend, checkpoint_layers=trainer.checkpoint_layers).train()
     moments = [torch.empty_like(p).fill_(0) for p in model.parameters() for _ in range(2)]
     tokens = torch.zeros(rows, stage.context_length, dtype=torch.int64, device=device)  # no shape has more of them
-    mask = visible_keys(tokens, None, stage.shape(0).window)
+    mask = visible(tokens, None, stage.shape(0).window)
     passes = {"chunk_tokens": trainer.loss_chunk_tokens, "z_loss": recipe.optim.z_loss}
     with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         if reference is not None:

@@ -155,12 +155,11 @@ class Adapter:
             "vocab_size": config.vocab_size,
             "hidden_size": config.embed_dim,
             "num_hidden_layers": len(config.layers),
-            "num_attention_heads": config.layers[0].mixer.num_heads,
             "tie_word_embeddings": config.tied_head,
         }
 
-    def require_plain(self, config: ModelConfig) -> DenseMLP:
-        """Refuses what no other family's configuration says; returns the MLP of every layer."""
+    def require_plain(self, config: ModelConfig) -> tuple[Attention, DenseMLP]:
+        """Refuses what no other family's configuration says; returns attention and MLP of every layer."""
         first = config.layers[0]
         if any(
             (layer.mixer, layer.mlp, layer.parallel, layer.stride)
@@ -181,12 +180,14 @@ class Adapter:
             )
             raise self.cannot("final_norm", problem)
         mixer, mlp = first.mixer, first.mlp
+        if not isinstance(mixer, Attention):
+            raise self.cannot("layers", "Mamba layers")
         projections = (mixer.q, mixer.k, mixer.v, mixer.o)
         if not isinstance(mlp, DenseMLP) or not all(isinstance(p, Linear) for p in projections):
             raise self.cannot("layers", "parameter tokens")
         if len(set(projections)) > 1:
             raise self.cannot("layers", "biases on some of q, k, v and o alone")
-        return mlp
+        return mixer, mlp
 
     def cannot(self, key: str, what: str, mend: str = "") -> ConfigError:
         """The error for ``what`` ours has and theirs cannot say."""

@@ -22,6 +22,7 @@ from growkit.errors import ConfigError
 from growkit.models import decoder, layers
 from growkit.models.config import ModelConfig
 from growkit.models.decoder import DecoderLM
+from growkit.models.visible import Visible
 
 # What transformers may ask a model for that DecoderLM does not hand out.
 NOT_GIVEN = ("inputs_embeds", "output_attentions", "output_hidden_states")
@@ -135,7 +136,7 @@ class GrowkitForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
             past_key_values = DynamicCache(config=self.config)
         cache = None if past_key_values is None else _Cache(past_key_values, self.config.model)
         past = cache.length if cache is not None else 0
-        mask = None
+        mask: Visible | None = None
         if attention_mask is not None:
             wanted = (input_ids.shape[0], past + input_ids.shape[1])
             if tuple(attention_mask.shape) != wanted:
@@ -146,7 +147,7 @@ class GrowkitForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
                 )
             real = attention_mask.to(input_ids.device).bool()
             if not real.all():
-                mask = _visible(real, input_ids.shape[1])
+                mask = Visible(_visible(real, input_ids.shape[1]), real[:, past:].long())
                 if position_ids is None:
                     position_ids = (real.cumsum(-1) - 1).clamp(min=0)[:, past:]
         elif position_ids is not None and not bool((position_ids.diff(dim=-1) == 1).all()):

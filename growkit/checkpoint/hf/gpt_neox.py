@@ -8,6 +8,7 @@ from growkit.checkpoint.hf.adapter import LEAVES, Adapter, PerHead, Rule, requir
 from growkit.checkpoint.hf.rope import OLDER, read_rope, rope_fields
 from growkit.checkpoint.hf.settings import Settings
 from growkit.errors import ConfigError
+from growkit.growth.operator import attention_of
 from growkit.models.config import Attention, DenseMLP, Linear, MLPKind, ModelConfig, Norm
 
 # Their names of the tanh form differ in how it is written, not in what it computes.
@@ -76,7 +77,7 @@ class GPTNeoX(Adapter):
         return self.model(config, mixer, mlp, norm, parallel=parallel)
 
     def fields(self, config: ModelConfig) -> dict[str, Any]:
-        mlp, mixer = self.require_plain(config), config.layers[0].mixer
+        mixer, mlp = self.require_plain(config)
         if config.norm.kind != "layernorm":
             raise self.cannot("norm", f"a {config.norm.kind}")
         if mlp.kind == "swiglu":
@@ -95,6 +96,7 @@ class GPTNeoX(Adapter):
         if mixer.rotated == 0:
             raise self.cannot("rope_fraction", "heads that do not turn")
         fields = self.named(config) | {
+            "num_attention_heads": mixer.num_heads,
             "intermediate_size": mlp.dim,
             "hidden_act": "gelu" if mlp.kind == "gelu" else "gelu_pytorch_tanh",
             "layer_norm_eps": config.norm.eps,
@@ -113,4 +115,4 @@ class GPTNeoX(Adapter):
             return []  # in the rule of q
         ours = tuple(f"{before}attention.{part}.{leaf}" for part in "qkv")
         theirs = (f"{prefix}attention.query_key_value.{LEAVES[leaf]}",)
-        return [PerHead(ours, theirs, config.layers[0].mixer.num_heads)]
+        return [PerHead(ours, theirs, attention_of(config, config.layers[0].id).num_heads)]

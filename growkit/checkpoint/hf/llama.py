@@ -75,7 +75,7 @@ class Llama(Adapter):
         """Refuses attention that does not see everything before it."""
 
     def fields(self, config: ModelConfig) -> dict[str, Any]:
-        mlp, mixer = self.require_plain(config), config.layers[0].mixer
+        mixer, mlp = self.require_plain(config)
         if config.norm.kind != "rmsnorm":
             raise self.cannot("norm", f"a {config.norm.kind}")
         if mlp.kind != "swiglu":
@@ -99,6 +99,7 @@ class Llama(Adapter):
         return (
             self.named(config)
             | {
+                "num_attention_heads": mixer.num_heads,
                 "num_key_value_heads": mixer.num_kv_heads,
                 "head_dim": mixer.head_dim,
                 "intermediate_size": mlp.dim,

@@ -15,13 +15,16 @@ from growkit.growth.operator import (
     Grown,
     GrowthOperator,
     TensorGrowth,
+    attention_layers,
+    attention_of,
+    each_attention,
     each_layer,
     not_smaller,
     whole_number,
 )
 from growkit.growth.operators.gradmax import gated_readers, readers
 from growkit.models.axes import NEW, Placement
-from growkit.models.config import DenseMLP, LayerSpec, ModelConfig, MoEMLP
+from growkit.models.config import Attention, DenseMLP, LayerSpec, ModelConfig, MoEMLP
 from growkit.models.spec import ParamSpec
 
 if TYPE_CHECKING:
@@ -138,9 +141,10 @@ class Heads(Dense):
     zero_side = "in"
 
     def target(self, config: ModelConfig, fields: Mapping[str, Any], method: str) -> ModelConfig:
-        layers = []
-        for layer in config.layers:
-            mixer = layer.mixer
+        name = next(iter(fields))
+        attention_layers(config, name, fields[name])
+
+        def grown(mixer: Attention, _: Attention) -> Attention:
             group = mixer.num_heads // mixer.num_kv_heads
             heads = whole_number(fields.get("num_heads", mixer.num_heads), "num_heads")
             # An ungrouped model stays ungrouped; a grouped one keeps its kv heads unless told otherwise.
@@ -160,17 +164,16 @@ class Heads(Dense):
             mixer = dataclasses.replace(mixer, num_heads=heads, num_kv_heads=kv_heads)
             if method == "masked" and before != (heads, kv_heads):
                 mixer = dataclasses.replace(mixer, steady_heads=before)
-            layers.append(dataclasses.replace(layer, mixer=mixer))
-        return dataclasses.replace(config, layers=tuple(layers))
+            return mixer
+
+        return each_attention(config, config, grown)
 
     def advance(self, config: ModelConfig, target: ModelConfig) -> ModelConfig:
-        def with_heads(layer: LayerSpec, wanted: LayerSpec) -> LayerSpec:
-            there = wanted.mixer
+        def with_heads(mixer: Attention, there: Attention) -> Attention:
             sizes: dict[str, Any] = {name: getattr(there, name) for name in ("num_heads", "num_kv_heads")}
-            grown = dataclasses.replace(layer.mixer, **sizes, steady_heads=there.steady_heads)
-            return dataclasses.replace(layer, mixer=grown)
+            return dataclasses.replace(mixer, **sizes, steady_heads=there.steady_heads)
 
-        return each_layer(config, target, with_heads)
+        return each_attention(config, target, with_heads)
 
     def exactness(self, source: ModelConfig, target: ModelConfig, method: str) -> Exactness:
         if method == "masked":
@@ -183,8 +186,7 @@ class Heads(Dense):
 
 def query_placement(spec: ParamSpec, source: ModelConfig, target: ModelConfig) -> Placement | None:
     """Position j of kv group g holds query head j of the same group, whose stride has grown."""
-    assert spec.layer is not None
-    old, new = source.layer(spec.layer).mixer, target.layer(spec.layer).mixer
+    old, new = attention_of(source, spec.layer), attention_of(target, spec.layer)
     group_old, group_new = old.num_heads // old.num_kv_heads, new.num_heads // new.num_kv_heads
     groups = [divmod(head, group_new) for head in range(new.num_heads)]
     return {"heads": [g * group_old + j if g < old.num_kv_heads and j < group_old else NEW for g, j in groups]}

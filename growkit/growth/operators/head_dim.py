@@ -16,13 +16,15 @@ from growkit.growth.operator import (
     Grown,
     GrowthOperator,
     TensorGrowth,
-    each_layer,
+    attention_layers,
+    attention_of,
+    each_attention,
     not_smaller,
     whole_number,
 )
 from growkit.growth.operators.width import padded_norm
 from growkit.models.axes import NEW
-from growkit.models.config import Attention, LayerSpec, ModelConfig
+from growkit.models.config import Attention, ModelConfig
 from growkit.models.rope import LongRope, RopeScaling, critical_lengths, inverse_frequencies
 
 ANGLE_TOLERANCE = 1e-12  # relative: the same speed by another formula, a few float64 roundings
@@ -38,29 +40,29 @@ class HeadDim(GrowthOperator):
 
     def target(self, config: ModelConfig, fields: Mapping[str, Any], method: str) -> ModelConfig:
         dim = whole_number(fields["head_dim"], "head_dim")
-        layers = []
-        for layer in config.layers:
-            mixer = layer.mixer
+        attention_layers(config, "head_dim", dim)
+
+        def grown(mixer: Attention, _: Attention) -> Attention:
             not_smaller(dim, mixer.head_dim, "head_dim")
             if dim % mixer.head_dim:
                 mend = f"use {2 * mixer.head_dim}: the rotary angles of the old dimensions exist only there"
                 problem = f"is not a multiple of {mixer.head_dim}"
                 raise ConfigError("bad-target", problem, key="grow.head_dim", value=dim, mend=mend)
-            layers.append(dataclasses.replace(layer, mixer=_widened(mixer, dim)))
-        return dataclasses.replace(config, layers=tuple(layers))
+            return _widened(mixer, dim)
+
+        return each_attention(config, config, grown)
 
     def advance(self, config: ModelConfig, target: ModelConfig) -> ModelConfig:
-        def widened(layer: LayerSpec, wanted: LayerSpec) -> LayerSpec:
-            dim = wanted.mixer.head_dim
-            reachable = dim % layer.mixer.head_dim == 0
-            return dataclasses.replace(layer, mixer=_widened(layer.mixer, dim)) if reachable else layer
+        def widened(mixer: Attention, wanted: Attention) -> Attention:
+            return _widened(mixer, wanted.head_dim) if wanted.head_dim % mixer.head_dim == 0 else mixer
 
-        return each_layer(config, target, widened)
+        return each_attention(config, target, widened)
 
     def exactness(self, source: ModelConfig, target: ModelConfig, method: str) -> Exactness:
-        for layer in source.layers:
-            scaling = layer.mixer.rope_scaling
-            if scaling is not None and not _angles_stay(layer.mixer, target.layer(layer.id).mixer, scaling):
+        for layer in attention_layers(source, "head_dim", None):
+            before, after = attention_of(source, layer.id), attention_of(target, layer.id)
+            scaling = before.rope_scaling
+            if scaling is not None and not _angles_stay(before, after, scaling):
                 reason = f"in wider heads the {scaling.kind} scaling of rotary positions gives old pairs other angles"
                 return Exactness("not", reason)
         reason = "old rotary pairs keep their angles, √(d′/d) in the queries makes up for the scale of the scores"
@@ -71,8 +73,7 @@ class HeadDim(GrowthOperator):
         assert old is not None and old_spec is not None, "wider heads add no parameters"
         if spec.shape == old_spec.shape:
             return Grown(old)
-        assert spec.layer is not None
-        before, after = growth.source.layer(spec.layer).mixer, growth.target.layer(spec.layer).mixer
+        before, after = attention_of(growth.source, spec.layer), attention_of(growth.target, spec.layer)
         part = spec.local.split(".")[1]  # q, k, v, o, q_norm or k_norm of "attention.…"
         placement = None if part in ("v", "o") else {"head_dim": rotary_placement(before, after)}
         new = growth.fresh()

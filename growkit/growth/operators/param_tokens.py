@@ -19,19 +19,20 @@ from growkit.growth.operator import (
 )
 from growkit.growth.operators.tokens_at_work import most_used
 from growkit.growth.state import Moments
-from growkit.models.config import LayerSpec, ModelConfig, Pattention, PattentionMLP
+from growkit.models.config import PROJECTIONS, LayerSpec, ModelConfig, Pattention, PattentionMLP, projections
 from growkit.models.presets import initial_tau
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-PROJECTIONS = ("q", "k", "v", "o")
+# A key for all projections of a mixer, and which they are; mlp_tokens and one for each projection are beside it.
+TOGETHER = {f"{kind}_tokens": parts for kind, parts in PROJECTIONS.items()}
 FITTING = {"bank": ("bank", "masked"), "shared": ("held", "published", "annealed")}  # norm: methods that append to it
 
 
 class ParamTokens(GrowthOperator):
     name = "param_tokens"
-    fields = ("attention_tokens", "q_tokens", "k_tokens", "v_tokens", "o_tokens", "mlp_tokens")
+    fields = (*TOGETHER, *(f"{part}_tokens" for parts in TOGETHER.values() for part in parts), "mlp_tokens")
     methods = {
         "bank": "a bank with its own norm: random keys, zero values",
         "held": "inside the shared norm, its τ held: zero keys, random values",
@@ -49,25 +50,23 @@ class ParamTokens(GrowthOperator):
 
     def target(self, config: ModelConfig, fields: Mapping[str, Any], method: str) -> ModelConfig:
         wanted = {name: whole_number(value, name) for name, value in fields.items()}
-        if "attention_tokens" in wanted:
-            common = wanted.pop("attention_tokens")
-            wanted = {f"{p}_tokens": common for p in PROJECTIONS} | wanted
+        for together, parts in TOGETHER.items():
+            if together in wanted:
+                common = wanted.pop(together)
+                wanted = {f"{part}_tokens": common for part in parts} | wanted
         layers = []
         for layer in config.layers:
             grown = {}
             for part, projection in pattentions(layer).items():
                 if (count := wanted.get(f"{part}_tokens")) is not None:
                     grown[part] = _append(projection, count, method, next(f for f in fields if _names(f, part)))
-            missing = [field for field in fields if not any(_names(field, part) for part in pattentions(layer))]
-            if missing:
-                raise ConfigError(
-                    "nothing-to-grow",
-                    "the model has no parameter tokens there",
-                    key=f"grow.{missing[0]}",
-                    value=fields[missing[0]],
-                    mend="grow embed_dim, mlp_dim or num_layers, or start from model.preset=tokenformer",
-                )
             layers.append(with_pattentions(layer, grown))
+        there = {part for layer in config.layers for part in pattentions(layer)}
+        for field, value in fields.items():
+            if not any(_names(field, part) for part in there):
+                mend = "grow embed_dim, mlp_dim or num_layers, or start from model.preset=tokenformer"
+                problem = "the model has no parameter tokens there"
+                raise ConfigError("nothing-to-grow", problem, key=f"grow.{field}", value=value, mend=mend)
         return dataclasses.replace(config, layers=tuple(layers))
 
     def advance(self, config: ModelConfig, target: ModelConfig) -> ModelConfig:
@@ -118,12 +117,12 @@ def _kept(growth: TensorGrowth) -> Tensor | None:
 
 
 def _names(field: str, part: str) -> bool:
-    return field == f"{part}_tokens" or (field == "attention_tokens" and part in PROJECTIONS)
+    return field == f"{part}_tokens" or part in TOGETHER.get(field, ())
 
 
 def pattentions(layer: LayerSpec) -> dict[str, Pattention]:
-    """The Pattention projections of a layer: q, k, v, o, mlp."""
-    parts = {name: getattr(layer.mixer, name) for name in PROJECTIONS}
+    """The Pattention projections of a layer: q, k, v, o or those of a Mamba mixer, mlp."""
+    parts = projections(layer.mixer)
     if isinstance(layer.mlp, PattentionMLP):
         parts["mlp"] = layer.mlp.projection
     return {name: p for name, p in parts.items() if isinstance(p, Pattention)}
@@ -136,7 +135,7 @@ def pattention_of(layer: LayerSpec, local: str) -> tuple[str, Pattention]:
 
 
 def with_pattentions(layer: LayerSpec, parts: Mapping[str, Pattention]) -> LayerSpec:
-    dense: dict[str, Any] = {name: p for name, p in parts.items() if name in PROJECTIONS}
+    dense: dict[str, Any] = {name: p for name, p in parts.items() if name in PROJECTIONS[layer.mixer.kind]}
     mixer = dataclasses.replace(layer.mixer, **dense)
     mlp = PattentionMLP(parts["mlp"]) if "mlp" in parts else layer.mlp
     return dataclasses.replace(layer, mixer=mixer, mlp=mlp)

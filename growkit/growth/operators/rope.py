@@ -8,8 +8,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from growkit.errors import ConfigError
-from growkit.growth.operator import OPERATORS, Exactness, Grown, GrowthOperator, TensorGrowth, each_layer, whole_number
-from growkit.models.config import Attention, LayerSpec, ModelConfig
+from growkit.growth.operator import (
+    OPERATORS,
+    Exactness,
+    Grown,
+    GrowthOperator,
+    TensorGrowth,
+    attention_layers,
+    each_attention,
+    whole_number,
+)
+from growkit.models.config import Attention, ModelConfig
 from growkit.models.rope import LinearRope, YarnRope, critical_lengths, inverse_frequencies
 
 
@@ -50,23 +59,19 @@ class Rope(GrowthOperator):
                 raise ConfigError("bad-target", problem, key="grow.rope_factor", value=value, mend=mend)
             context = whole_number(fields["rope_context"], "rope_context")
 
-        def change(layer: LayerSpec, _: LayerSpec) -> LayerSpec:
-            return dataclasses.replace(layer, mixer=_turned(layer.mixer, method, value, context))
-
-        return each_layer(config, config, change)
+        attention_layers(config, wanted, value)
+        return each_attention(config, config, lambda mixer, _: _turned(mixer, method, value, context))
 
     def advance(self, config: ModelConfig, target: ModelConfig) -> ModelConfig:
-        def change(layer: LayerSpec, wanted: LayerSpec) -> LayerSpec:
-            base, scaling = wanted.mixer.rope_base, wanted.mixer.rope_scaling
-            return dataclasses.replace(
-                layer, mixer=dataclasses.replace(layer.mixer, rope_base=base, rope_scaling=scaling)
-            )
+        def change(mixer: Attention, wanted: Attention) -> Attention:
+            return dataclasses.replace(mixer, rope_base=wanted.rope_base, rope_scaling=wanted.rope_scaling)
 
-        return each_layer(config, target, change)
+        return each_attention(config, target, change)
 
     def exactness(self, source: ModelConfig, target: ModelConfig, method: str) -> Exactness:
-        pairs = zip(source.layers, target.layers, strict=True)
-        if all(_angles(old.mixer) == _angles(new.mixer) for old, new in pairs):
+        mixers = [(old.mixer, new.mixer) for old, new in zip(source.layers, target.layers, strict=True)]
+        pairs = [(a, b) for a, b in mixers if isinstance(a, Attention) and isinstance(b, Attention)]
+        if all(_angles(old) == _angles(new) for old, new in pairs):
             return Exactness("exact", "every rotary pair turns as before")
         return Exactness("not", "rotary pairs turn at other speeds than those the weights were trained with")
 
