@@ -23,6 +23,7 @@ from growkit import faults
 from growkit.config.recipe import BYTES
 from growkit.data import cache
 from growkit.data.document import Document
+from growkit.data.reading import Observe
 from growkit.data.screen import ScreenReport
 from growkit.data.split import Spans, digest_of, split
 from growkit.data.tokenizer import END, Tokenizer, groups_of
@@ -33,8 +34,6 @@ TEXT_BYTES = 1 << 26  # of the training text that is kept beside ids, and that a
 SIDES = ("train", "validation")
 _PIECE = 1 << 20  # bytes that are looked at together
 _FIELDS = ("sizes", "digests", "text", "names")
-
-Observe = Callable[[str, int, int], None]  # what is done, bytes of text done, bytes in all (0: not known)
 
 
 class Copied(NamedTuple):
