@@ -223,16 +223,17 @@ template <class T> struct Work {
   static constexpr int64_t W = Vector<T>::width;
   const Scan& scan;
   Buffer<T> A2, D, bias, h;                      // [state][BLOCK], or [BLOCK]
-  Buffer<T> x, raw, delta, u, z, out;            // [CHUNK][BLOCK]
-  Buffer<T> B, C;                                // [CHUNK][state]
+  const int64_t rows;                            // CHUNK, or all tokens where there are fewer
+  Buffer<T> x, raw, delta, u, z, out;            // [rows][BLOCK]
+  Buffer<T> B, C;                                // [rows][state]
   bool starts[CHUNK];
   int64_t b = 0, block = 0, first = 0, width = 0, vectors = 0;  // of the task
   int64_t t0 = 0, steps = 0;                                    // of the chunk
 
   explicit Work(const Scan& s)
-      : scan(s), A2(s.states * BLOCK), D(BLOCK), bias(BLOCK), h(s.states * BLOCK), x(CHUNK * BLOCK),
-        raw(CHUNK * BLOCK), delta(CHUNK * BLOCK), u(CHUNK * BLOCK), z(CHUNK * BLOCK), out(CHUNK * BLOCK),
-        B(CHUNK * s.states), C(CHUNK * s.states) {}
+      : scan(s), A2(s.states * BLOCK), D(BLOCK), bias(BLOCK), h(s.states * BLOCK), rows(std::min(CHUNK, s.tokens)),
+        x(rows * BLOCK), raw(rows * BLOCK), delta(rows * BLOCK), u(rows * BLOCK), z(rows * BLOCK), out(rows * BLOCK),
+        B(rows * s.states), C(rows * s.states) {}
 
   static int64_t blocks(const Scan& s) { return (s.channels + BLOCK - 1) / BLOCK; }
   static int64_t chunks(const Scan& s) { return (s.tokens + CHUNK - 1) / CHUNK; }

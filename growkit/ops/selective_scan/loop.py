@@ -119,14 +119,13 @@ def backward(inputs: Inputs, kept: Tensor, dy_BLD: Tensor, dh_BDN: Tensor) -> tu
         dB[:, part] = torch.matmul(states, u.unsqueeze(3)).squeeze(3).transpose(0, 1)
         du = torch.matmul(chunk.B.unsqueeze(2), states).squeeze(2)
         powers = states.mul_(chunk.decay).mul_(chunk.before)  # gradient of Δ A
-        dA += torch.einsum("tbnd,tbd->nd", powers, chunk.delta)
-        d_delta = torch.einsum("tbnd,nd->tbd", powers, A_ND) + du * chunk.x
+        d_delta = torch.mul(powers, A_ND, out=chunk.decay).sum(2).addcmul_(du, chunk.x)
+        dA += powers.mul_(chunk.delta.unsqueeze(2)).sum((0, 1))
         d_raw = torch.where(chunk.raw > 20, d_delta, d_delta * torch.sigmoid(chunk.raw))
         d_bias += d_raw.sum((0, 1))
         dD += (ds * chunk.x).sum((0, 1))
         d_dt[:, part] = d_raw.transpose(0, 1)
         dx[:, part] = (du * chunk.delta + ds * inputs.D).transpose(0, 1)
-    empty = dD.new_empty(0)
     return (
         dx,
         d_dt,
@@ -134,7 +133,7 @@ def backward(inputs: Inputs, kept: Tensor, dy_BLD: Tensor, dh_BDN: Tensor) -> tu
         dB,
         dC,
         dD,
-        empty if inputs.dt_bias is None else d_bias,
+        dD.new_empty(0) if inputs.dt_bias is None else d_bias,
         dz,
-        empty if inputs.h0 is None else dh.transpose(1, 2).contiguous(),
+        dD.new_empty(0) if inputs.h0 is None else dh.transpose(1, 2).contiguous(),
     )

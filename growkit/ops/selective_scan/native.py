@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -196,6 +197,6 @@ def _rows(tensor: Tensor) -> _Rows:
     return _Rows(tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
 
 
-def _run(function: ctypes._CFuncPtr, scan: _Scan) -> None:
+def _run(function: Callable[..., int], scan: _Scan) -> None:
     if function(ctypes.byref(scan)) != 0:
         raise MemoryError("no memory for the selective scan")
