@@ -38,6 +38,7 @@ FORMULA = 1e-14  # float64 against Python's own floats
 MOST_MEMORY = 4.0  # times the inputs, themselves included
 
 OPTIONS = ("dt_bias", "z", "h0")
+BY_TOKEN = ("x", "dt", "z", "B", "C")
 Tensors = dict[str, Tensor]
 
 
@@ -129,7 +130,7 @@ def test_the_compiled_path_is_the_reference(path: Any, options: Any, segmented: 
     ("B", "L", "D", "N"), [(1, 1000, 141, 16), (3, 1, 17, 16), (1, 33, 130, 29), (2, 32, 1, 1), (1, 2, 300, 8)]
 )
 def test_at_odd_sizes(path: Any, B: int, L: int, D: int, N: int, dtype: torch.dtype) -> None:
-    """More than one block of channels, chunks that are not full, states that fill no register block, and one of each."""
+    """More than one block of channels, chunks that are not full, states that do not fill registers, and one of each."""
     given = inputs(B, L, D, N, dtype)
     assert_same(results(path, given), results(PATHS["reference"], given), TOLERANCE[dtype])
 
@@ -308,6 +309,17 @@ def test_what_is_not_finite_goes_on_and_stays_in_its_document(path: Any, bad: fl
     found = results(path, given, segments)
     assert found["y"][0, 50:, 0].isnan().all() and found["h_T"][0, 0].isnan().all()
     assert found["x"][0, :25].isfinite().all() or bad != bad, "an earlier document's gradient"
+
+
+def test_a_state_without_bounds_stays_in_its_channel(path: Any) -> None:
+    """Nor does the kernel's next block of channels, which is not full, find what the one before left."""
+    given = inputs(1, 100, 130, 16, torch.float32)
+    with torch.no_grad():
+        given["h0"][0, 5] = math.inf
+    found = results(path, given, (torch.arange(100) >= 40).long()[None])
+    for name in ("y", "B", "C", "x", "dt"):
+        assert found[name][0, 40:].isfinite().all(), name
+    assert found["y"][0, :, 6:].isfinite().all() and found["h_T"].isfinite().all()
 
 
 def test_results_do_not_depend_on_the_threads() -> None:
