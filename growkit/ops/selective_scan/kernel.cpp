@@ -241,21 +241,28 @@ template <class T> struct Work {
   void begin(int64_t task) {
     b = task / blocks(scan), block = task % blocks(scan);
     first = block * BLOCK, width = std::min(BLOCK, scan.channels - first), vectors = (width + W - 1) / W;
-    const T* A = static_cast<const T*>(scan.A) + first * scan.states;
-    for (int64_t n = 0; n < scan.states; ++n)
-      for (int64_t j = 0; j < BLOCK; ++j) A2[n * BLOCK + j] = j < width ? T(A[j * scan.states + n] * T(LOG2E)) : T(0);
+    turn(A2, static_cast<const T*>(scan.A) + first * scan.states);
+    for (int64_t i = 0; i < scan.states * BLOCK; ++i) A2[i] *= T(LOG2E);
     for (int64_t j = 0; j < BLOCK; ++j) {
       D[j] = j < width ? static_cast<const T*>(scan.D)[first + j] : T(0);
       bias[j] = j < width && scan.dt_bias ? static_cast<const T*>(scan.dt_bias)[first + j] : T(0);
     }
   }
 
-  // The states [channel][state] of the task's channels, as they lie in h0 and h_T.
+  // [channel][state] of the task's channels to [state][BLOCK]; 0 beyond them.
+  void turn(T* to, const T* from) {
+    if (width < BLOCK) std::fill_n(to, scan.states * BLOCK, T(0));
+    for (int64_t j = 0; j < width; j += 16)  // both sides of a square stay in the first cache
+      for (int64_t n = 0; n < scan.states; ++n)
+        for (int64_t i = j; i < std::min(j + 16, width); ++i) to[n * BLOCK + i] = from[i * scan.states + n];
+  }
+
+  // The states of the task's channels, as they lie in h0 and h_T; zero where there are none.
   void take(T* to, const void* from) {
-    const int64_t at = (b * scan.channels + first) * scan.states;
-    for (int64_t n = 0; n < scan.states; ++n)
-      for (int64_t j = 0; j < BLOCK; ++j)
-        to[n * BLOCK + j] = from && j < width ? static_cast<const T*>(from)[at + j * scan.states + n] : T(0);
+    if (from)
+      turn(to, static_cast<const T*>(from) + (b * scan.channels + first) * scan.states);
+    else
+      std::fill_n(to, scan.states * BLOCK, T(0));
   }
   void give(void* to, const T* from) {
     T* states = static_cast<T*>(to) + (b * scan.channels + first) * scan.states;
