@@ -5,7 +5,7 @@
 One sequence of 2,048 tokens, 1,536 channels, 16 states, float32, on one core, in a process bound to it. In every round
 each arm goes forward (no gradients asked for), and forward and backward to x, dt, A, B, C and D, one arm after the
 other; arms that take less than a second do so five times and give their median. The median of the rounds counts, and
-so does that of the rounds' ratios; the reference and transformers, which may take a minute, are in the first round only.
+so does that of the rounds' ratios; the reference and transformers may take a minute and are in the first round only.
 Peers run as they are written: ``MambaBlock.selective_scan`` of mambapy, and ``mamba_selective_scan`` of transformers
 without kernels. A peer that is not installed comes from PyPI into a folder that is deleted at the end.
 
@@ -48,6 +48,7 @@ MEMORY_GOAL = 4.0
 TOKENS, CHANNELS, STATES = 2048, 1536, 16
 LONG, FEWER = 16384, 1024  # tokens and channels of the step whose memory is measured
 AGREE = 1e-4  # relative; float32, and peers that sum in an order of their own
+WITHOUT = "BENCH_SCAN_WITHOUT"
 SLOW = ("reference", "transformers")  # minutes each: in the first round only
 SHORT = 1.0  # seconds: what takes less is repeated
 
@@ -57,9 +58,12 @@ Arm = Callable[[], tuple[Tensor, list[Tensor]]]  # y and what to differentiate i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="of all arms (default: 3)")
+    parser.add_argument("--without", choices=list(PEERS), help="leave a peer out; the results then say so")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "bench_scan.json")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # what a process of its own measures
     options = parser.parse_args()
+    if options.without:
+        os.environ[WITHOUT] = options.without  # for the processes that measure, too
     if options.part:
         print(json.dumps(PARTS[options.part](options.rounds)))
         return
@@ -209,15 +213,19 @@ def ratio(found: dict[str, Any], slow: str, fast: str) -> float:
 
 def peers(rounds: int) -> dict[str, Any]:
     arms = {"kernel": ours("kernel"), "loop": ours("loop"), "reference": ours("reference")}
-    arms |= {"mambapy": mamba_py(), "transformers": hugging_face()}
+    left_out = os.environ.get(WITHOUT)
+    arms |= {name: make() for name, make in (("mambapy", mamba_py), ("transformers", hugging_face)) if name != left_out}
     with torch.no_grad():
         wanted = arms["reference"]()[0]
         for name, arm in arms.items():
             apart = float((arm()[0] - wanted).norm() / wanted.norm())
             assert apart <= AGREE, f"{name} computes something else: {apart}"
     found = in_turns(arms, rounds)
-    faster = {name: {"times": ratio(found, name, "kernel"), "goal": goal} for name, goal in GOALS.items()}
-    faster["mambapy, by the loop"] = {"times": ratio(found, "mambapy", "loop"), "goal": LOOP_GOAL}
+    faster = {
+        name: {"times": ratio(found, name, "kernel"), "goal": goal} for name, goal in GOALS.items() if name in arms
+    }
+    if "mambapy" in arms:
+        faster["mambapy, by the loop"] = {"times": ratio(found, "mambapy", "loop"), "goal": LOOP_GOAL}
     faster["loop"] = {"times": ratio(found, "loop", "kernel")}
     return {
         "milliseconds": found,

@@ -29,7 +29,7 @@ SOURCE = Path(__file__).with_name("kernel.cpp")
 COMPILERS = ("c++", "g++", "clang++")
 # Nothing of -ffast-math: the polynomials need their roundings, and NaN must stay NaN.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi", "-fPIC", "-shared", "-pthread")
-GAIN = 5  # times faster than the loop, forward and backward on one core (docs/results/bench_scan.json), rounded down
+GAIN = 5  # times faster than the loop, forward and backward on one core (scripts/bench_scan.py), rounded
 
 
 class _Rows(ctypes.Structure):
