@@ -3,9 +3,10 @@
     python scripts/bench_data.py [--megabytes 12] [--rounds 5]
 
 The text is the standard library's sources and made-up sentences, half of it each, in files of a folder. On one core and
-on two, in a process bound to them, both arms run in turns on the same documents: the library's ``encode_batch_fast`` on
-texts that are in memory, in one call and in calls of a few megabytes, and growkit's whole way from files that nobody
-has seen to an entry of the cache on the disk, twice. A round's ratio is of what both ways took together; the median of
+on two, both arms run in turns on the same documents: the library's ``encode_batch_fast`` in one call on texts that are
+in memory, which is its fastest way, and growkit's whole way from files that nobody has seen to an entry of the cache on
+the disk. Each time is a process of its own, bound to the cores: one that has freed many encodings makes the next ones a
+quarter slower. A round is library, growkit, growkit, library; its ratio is of what both took together; the median of
 the rounds counts. Beside the seconds on the wall stand those of the processor.
 
 Batches are those of the quickstart's stages, on its own text, as each kind of packing has them; the rate of training is
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ from growkit.data.bpe import train_bpe  # noqa: E402
 from growkit.data.corpus import load_corpus  # noqa: E402
 from growkit.data.sources import standard_library  # noqa: E402
 from growkit.data.stream import Batches, DataSource  # noqa: E402
-from growkit.data.tokenizer import decoded, groups_of, load_tokenizer  # noqa: E402
+from growkit.data.tokenizer import decoded, load_tokenizer  # noqa: E402
 from growkit.schedule.stage import Stage  # noqa: E402
 from growkit.train.data import prepare_data  # noqa: E402
 from growkit.train.hardware import training_dtype  # noqa: E402
@@ -49,8 +51,8 @@ GOAL = 0.9  # of the library's rate
 LOADER_GOAL = 50  # times the rate of training
 CORES = (1, 2)
 VOCABULARY = 8192
-ARMS = ("library_at_once", "growkit", "growkit_again", "library_in_groups")  # the machine's drift falls on both
-Times = tuple[float, float]  # seconds on the wall, and of the processor
+ARMS = ("library", "growkit", "growkit_again", "library_again")  # the machine's drift falls on both
+KINDS = ("seconds", "cpu_seconds")  # on the wall, and of the processor
 TRAINED_ON = 4_000_000  # bytes of text that the tokenizer is trained on
 
 
@@ -59,10 +61,11 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=12, help="of text")
     parser.add_argument("--rounds", type=int, default=5, help="of both arms, on each number of cores")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "bench_data.json")
-    parser.add_argument("--on", type=Path, help=argparse.SUPPRESS)  # the folder that a bound process measures in
+    parser.add_argument("--on", nargs=2, help=argparse.SUPPRESS)  # of a bound process: the arm, the folder
     options = parser.parse_args()
     if options.on is not None:
-        print(json.dumps(measured(options.on, options.rounds)))
+        arm, folder = options.on
+        print(json.dumps({"library": library, "growkit": growkit}[arm](Path(folder))))
         return
     report = {"machine": machine(), "preparation": preparation(options.megabytes, options.rounds), "loader": loader()}
     options.output.write_text(json.dumps(report, indent=1) + "\n")
@@ -76,7 +79,7 @@ def machine() -> dict[str, Any]:
 
 
 def preparation(megabytes: int, rounds: int) -> dict[str, Any]:
-    """Both arms on each number of cores, each in a process of its own."""
+    """Both arms on each number of cores."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         documents = make_text(folder / "text", megabytes * 1_000_000)
@@ -89,11 +92,7 @@ def preparation(megabytes: int, rounds: int) -> dict[str, Any]:
         result: dict[str, Any] = {"goal": GOAL, "bytes": sum(map(len, documents)), "documents": len(documents)}
         result |= {"vocabulary": VOCABULARY, "cores": []}
         for cores in CORES:
-            bound = ",".join(map(str, sorted(os.sched_getaffinity(0))[:cores]))
-            command = ["taskset", "-c", bound, sys.executable, __file__, "--on", place, "--rounds", str(rounds)]
-            env = os.environ | {"RAYON_NUM_THREADS": str(cores)}
-            done = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
-            found = json.loads(done.stdout)
+            found = measured(folder, cores, rounds)
             result["cores"].append({"cores": cores, "met": found["ratio_of_seconds"] >= GOAL} | found)
             print(json.dumps(result["cores"][-1], indent=1), flush=True)
     return result
@@ -154,37 +153,48 @@ def make_text(folder: Path, size: int) -> list[bytes]:
     return documents
 
 
-def measured(folder: Path, rounds: int) -> dict[str, Any]:
-    """What each arm took in each round, each time with a tokenizer that has seen nothing; and the second's rate over
-    the first's."""
-    documents = [path.read_bytes() for path in sorted((folder / "text").iterdir())]
-    at_once = [[decoded(document) for document in documents]]
-    in_groups = [[decoded(document) for document in group] for group in groups_of(documents)]
-    name = str(folder / "tokenizer")
+def measured(folder: Path, cores: int, rounds: int) -> dict[str, Any]:
+    """What each arm took in each round, and the median of growkit's rate over the library's."""
+    bound = ",".join(map(str, sorted(os.sched_getaffinity(0))[:cores]))
+    env = os.environ | {"RAYON_NUM_THREADS": str(cores)}
 
-    def library(batches: list[list[str]]) -> Times:
-        fast = tokenizers.Tokenizer.from_file(f"{name}/tokenizer.json")
-        began = time.perf_counter(), time.process_time()
-        for batch in batches:
-            fast.encode_batch_fast(batch, add_special_tokens=False)
-        return time.perf_counter() - began[0], time.process_time() - began[1]
+    def once(arm: str) -> dict[str, float]:
+        words = ("--on", arm.removesuffix("_again"), str(folder))
+        command = ["taskset", "-c", bound, sys.executable, __file__, *words]
+        found: dict[str, float] = json.loads(
+            subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE).stdout
+        )
+        return found
 
-    def growkit() -> Times:
-        tokenizer = load_tokenizer(DataConfig(tokenizer=name))
-        with tempfile.TemporaryDirectory() as cache:
-            data = DataConfig(source=str(folder / "text"), tokenizer=name, cache=cache)
-            began = time.perf_counter(), time.process_time()
-            load_corpus(data, tokenizer)
-            return time.perf_counter() - began[0], time.process_time() - began[1]
-
-    each = [(library(at_once), growkit(), growkit(), library(in_groups)) for _ in range(rounds)]
+    each = [{arm: once(arm) for arm in ARMS} for _ in range(rounds)]
     result: dict[str, Any] = {}
-    for place, kind in enumerate(("seconds", "cpu_seconds")):
-        times = [[round(took[place], 3) for took in of] for of in each]
-        ratios = [(at_once + in_groups) / (first + second) for at_once, first, second, in_groups in times]
-        result[f"ratio_of_{kind}"] = round(statistics.median(ratios), 4)
-        result[kind] = [dict(zip(ARMS, of, strict=True)) for of in times]
+    for kind in KINDS:
+        times = [{arm: took[kind] for arm, took in of.items()} for of in each]
+        ratios = [(of["library"] + of["library_again"]) / (of["growkit"] + of["growkit_again"]) for of in times]
+        result |= {f"ratio_of_{kind}": round(statistics.median(ratios), 4), kind: times}
     return result
+
+
+def library(folder: Path) -> dict[str, float]:
+    texts = [decoded(path.read_bytes()) for path in sorted((folder / "text").iterdir())]
+    fast = tokenizers.Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
+    return taken(lambda: fast.encode_batch_fast(texts, add_special_tokens=False))
+
+
+def growkit(folder: Path) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as cache:
+        data = DataConfig(source=str(folder / "text"), tokenizer=str(folder / "tokenizer"), cache=cache)
+        tokenizer = load_tokenizer(data)
+        return taken(lambda: load_corpus(data, tokenizer))
+
+
+def taken(work: Callable[[], object]) -> dict[str, float]:
+    """What ``work`` takes; what it gives is let go of later."""
+    began = time.perf_counter(), time.process_time()
+    made = work()
+    seconds = time.perf_counter() - began[0], time.process_time() - began[1]
+    del made
+    return dict(zip(KINDS, (round(second, 3) for second in seconds), strict=True))
 
 
 if __name__ == "__main__":

@@ -1,22 +1,29 @@
-"""Two processes that decide: the same in both, replayed by two and by one, and made again where it was not saved."""
+"""Two processes that decide: the same in both, replayed by two and by one, and made again where it was not saved or
+both were killed while they tried."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
+import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import pytest
 
 from growkit.checkpoint.run_folder import RunFolder
 from growkit.schedule.decisions import CANDIDATES, NONE, Decision
+from growkit.train.candidates import _ProbeSteps
 from growkit.train.run import Run
 from tests import support
 from tests.support import in_child, recipe_dict, records, write_recipe
 from tests.test_candidates import WAYS
-from tests.test_distributed import LOSS_TOLERANCE, finish, two_processes, two_ranks
+from tests.test_distributed import LIMIT, LOSS_TOLERANCE, finish, two_processes, two_ranks
 from tests.test_resume import assert_same_run
 from tests.test_until import PLATEAU
 
@@ -73,11 +80,24 @@ def cut(whole: Path, name: str, step: int) -> Path:
     return run
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_decide_alike(strategy: str, tmp_path: Path) -> None:
-    path, whole = recipe(tmp_path), tmp_path / "runs" / "whole"
-    two = (f"trainer.strategy={strategy}", "trainer.devices=2", "run.name=whole")
-    made = decided_by_two("train", path, *two, run=whole)
+class Whole(NamedTuple):
+    """A run of two processes that was never stopped, and what both decided."""
+
+    strategy: str
+    run: Path
+    made: list[dict[str, object]]
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+def uncut(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    folder = tmp_path_factory.mktemp(request.param)
+    path, run = recipe(folder), folder / "runs" / "whole"
+    two = (f"trainer.strategy={request.param}", "trainer.devices=2", "run.name=whole")
+    return Whole(request.param, run, decided_by_two("train", path, *two, run=run))
+
+
+def test_two_processes_decide_alike(uncut: Whole) -> None:
+    strategy, whole, made = uncut
     assert [(d["by"], d["stage"]) for d in made] == [("plateau", 0), (CANDIDATES, 1)]
     end, choice = (Decision(**d) for d in made)  # type: ignore[arg-type]
     assert SAVED < 8 < end.stage_step < 60 and choice.chosen != NONE and choice.step == end.step
@@ -102,3 +122,72 @@ def test_two_processes_decide_alike(strategy: str, tmp_path: Path) -> None:
         log = (lost / "metrics.jsonl").read_text().splitlines(True)
         (lost / "metrics.jsonl").write_text("".join(line for line in log if '"step": 4,' not in line))
         assert two_processes("resume", lost, run=lost) == [2, 2], "neither waits for the other"
+
+
+def _standing_still(words: list[str], env: dict[str, str], marks: Path) -> None:
+    """A process that says when it is in the third step of the second way, and goes no further."""
+    real, tried = _ProbeSteps.on_train_batch_end, []
+
+    def ended(self: _ProbeSteps, *arguments: Any) -> None:
+        real(self, *arguments)
+        if self not in tried:
+            tried.append(self)
+        if len(tried) == 2 and self.module.stage_step == 3:
+            (marks / str(self.run.rank)).touch()
+            time.sleep(LIMIT)
+
+    with patch.object(_ProbeSteps, "on_train_batch_end", ended):
+        support._child(words, env)
+
+
+def kill_while_trying(run: Path) -> None:
+    """Resumes the run in two processes and kills both in the midst of a probe."""
+    marks = run.parent / f"{run.name}-marks"
+    marks.mkdir()
+    children: list[BaseProcess] = [
+        support.context.Process(target=_standing_still, args=(["resume", str(run)], env, marks))
+        for env in two_ranks(run)
+    ]
+    for child in children:
+        child.start()
+    deadline = time.monotonic() + LIMIT
+    while len(list(marks.iterdir())) < 2 and all(child.is_alive() for child in children):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    arrived = len(list(marks.iterdir()))
+    for child in children:
+        if child.is_alive():
+            assert child.pid is not None
+            os.kill(child.pid, signal.SIGKILL)
+    assert (finish(children), arrived) == ([-signal.SIGKILL] * 2, 2)
+
+
+def test_both_killed_while_trying(uncut: Whole) -> None:
+    """Twice. What was tried is tried again, by both, and all later losses and the weights are those of the whole run."""
+    end, choice = uncut.made
+    run = cut(uncut.run, "killed", int(str(end["step"])))
+    for _ in range(2):
+        shutil.rmtree(run.parent / "killed-marks", ignore_errors=True)
+        kill_while_trying(run)
+        trials = records(run, "trial")
+        assert [(trial["number"], "loss" in trial) for trial in trials] == [(1, False), (1, True), (2, False)]
+        assert [d.by for d in RunFolder.open(run).load().manifest.progress.decisions] == [end["by"]]
+    assert decided_by_two("resume", run, run=run) == [choice]
+    assert_same_run(run, uncut.run)
+    assert len(records(run, "trial")) == len(records(uncut.run, "trial")) == 6
+
+
+def _sleeping() -> None:
+    time.sleep(LIMIT)
+
+
+def test_processes_that_wait_for_ever_fail() -> None:
+    children: list[BaseProcess] = [support.context.Process(target=target) for target in (_sleeping, int)]
+    for child in children:
+        child.start()
+    with pytest.raises(
+        AssertionError, match=r"after 2 s the processes \[0\] have not ended \(exit codes: \[None, 0\]\)"
+    ):
+        finish(children, limit=2)
+    assert not children[0].is_alive()

@@ -23,6 +23,7 @@ from tests.test_ramp_training import ramping_recipe
 
 # Sums over two processes are taken in another order than in one: float32 roundings of 6e-8, through 12 steps.
 LOSS_TOLERANCE = 1e-5
+LIMIT = 300  # seconds for one command of two processes, many times what it takes: then one waits for the other
 FSDP = ("trainer.strategy=fsdp", "trainer.devices=2")
 
 
@@ -40,10 +41,17 @@ def two_ranks(run: Path) -> list[dict[str, str]]:
     return [job | {"LOCAL_RANK": str(rank), "GROWKIT_RUN_FOLDER": str(run)} for rank in range(2)]
 
 
-def finish(children: list[BaseProcess]) -> list[int]:
-    """Their exit codes."""
+def finish(children: list[BaseProcess], limit: float = LIMIT) -> list[int]:
+    """Their exit codes. Fails, and kills them, if they have not ended within ``limit`` seconds."""
+    deadline = time.monotonic() + limit
     for child in children:
-        child.join()
+        child.join(max(0.0, deadline - time.monotonic()))
+    late = [rank for rank, child in enumerate(children) if child.exitcode is None]
+    codes = [child.exitcode for child in children]
+    for rank in late:
+        children[rank].kill()
+        children[rank].join()
+    assert not late, f"after {limit} s the processes {late} have not ended (exit codes: {codes}): they wait for ever"
     return [child.exitcode for child in children if child.exitcode is not None]
 
 

@@ -15,11 +15,11 @@ from rich.table import Table
 
 from growkit.cli.recipes import built_in, find_recipe, read
 from growkit.config.load import load_recipe, parse_data
-from growkit.config.mixture import names_of
 from growkit.config.recipe import BYTES, DataConfig
 from growkit.data.bpe import require_trainable, train_bpe
 from growkit.data.corpus import Corpus, Part, load_corpus, load_part
 from growkit.data.pieces import Pieces, pieces_of, require_pieces
+from growkit.data.reading import Sources
 from growkit.data.screen import ScreenReport
 from growkit.data.tokenizer import load_tokenizer
 from growkit.duration import quantity
@@ -57,10 +57,11 @@ def prepare_data(name: str, overrides: Sequence[str], workers: int | None) -> No
         table.add_column(header, justify="left" if header == "source" else "right")
     console = Console(highlight=False)
     parts: list[Part] = []
+    sources = Sources(recipe.data)
     with _progress() as progress:
-        for index, source in enumerate(names_of(recipe.data)):
+        for index, source in enumerate(sources.names):
             bar, began = _Bar(progress, source), time.perf_counter()
-            parts.append(load_part(recipe.data, index, tokenizer, bar))
+            parts.append(load_part(sources, index, tokenizer, bar))
             seconds = time.perf_counter() - began
             bar.close()
             table.add_row(*_row(parts[-1], seconds, made=bar.seen))
@@ -68,6 +69,10 @@ def prepare_data(name: str, overrides: Sequence[str], workers: int | None) -> No
     corpus.require(schedule.max_context_length)
     console.print(table)
     if corpus.screened is not None:
+        for part in parts if len(parts) > 1 else ():
+            assert part.screened is not None
+            said = ScreenReport.from_json(part.screened).summary()
+            console.print(f"{part.name}: {said}", soft_wrap=True, markup=False)
         console.print(ScreenReport.from_json(corpus.screened).table())
     for part in parts:
         console.print(f"{part.name}: {part.folder}", soft_wrap=True, markup=False)

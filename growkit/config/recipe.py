@@ -33,6 +33,7 @@ class ScreenConfig:
     function: str | None = None  # package.module:name, a function of a document's text; False drops it
     languages: list[str] = field(default_factory=list)  # ISO 639 codes to keep: en, de, und (cannot be told); []: all
     deduplicate: str = "none"  # none | exact: of equal documents the first is kept | near: of similar ones too
+    across_sources: bool = True  # of a mixture: duplicates of what an earlier source has are dropped too
     near_threshold: float = 0.8  # Jaccard similarity of word 5-grams from which documents are near duplicates, 0.1..1
     permutations: int = 128  # of MinHash, 64..4096: more tell the similarity more exactly, in more time and memory
 

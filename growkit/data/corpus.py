@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from growkit.config.mixture import names_of, source_key, sources_of
-from growkit.config.recipe import BYTES, DataConfig, ScreenConfig
+from growkit.config.mixture import sources_of
+from growkit.config.recipe import BYTES, DataConfig
 from growkit.data import cache
 from growkit.data.document import Document as Document
-from growkit.data.prepare import TEXT_BYTES, Observe, prepare
-from growkit.data.screen import ScreenReport, screen, screen_identity, screens
-from growkit.data.sources import SOURCES, Source, source_kind
+from growkit.data.prepare import TEXT_BYTES, prepare
+from growkit.data.reading import Observe, Sources
+from growkit.data.screen import ScreenReport, screens
 from growkit.data.sources import standard_library as standard_library
 from growkit.data.tokenizer import END, Ends, Ids, Tokenizer, load_tokenizer
 from growkit.errors import DataError
@@ -207,29 +206,27 @@ class Corpus:
 def load_corpus(data: DataConfig, tokenizer: Tokenizer | None = None, observe: Observe = lambda *_: None) -> Corpus:
     """The corpus of ``data``, from the cache; what the cache lacks is prepared first, ``observe`` is told how far.
     ``tokenizer``: that of ``data``, if it is loaded already. Raises DataError."""
-    tokenizer = tokenizer or load_tokenizer(data)
-    parts = tuple(load_part(data, index, tokenizer, observe) for index in range(len(sources_of(data))))
+    tokenizer, sources = tokenizer or load_tokenizer(data), Sources(data)
+    parts = tuple(load_part(sources, index, tokenizer, observe) for index in range(len(sources.names)))
     return Corpus(" + ".join(part.name for part in parts), tokenizer, parts)
 
 
-def load_part(data: DataConfig, index: int, tokenizer: Tokenizer, observe: Observe = lambda *_: None) -> Part:
-    """The ``index``-th source of ``data``, as ``load_corpus``."""
+def load_part(sources: Sources, index: int, tokenizer: Tokenizer, observe: Observe = lambda *_: None) -> Part:
+    """The ``index``-th of ``sources``, as ``load_corpus``."""
+    data = sources.data
     assert 0 < data.validation_fraction <= 0.5, "the schedule has checked it"
-    chosen = sources_of(data)[index]
-    with _named(data, index):
-        source, settings = _source(data, index)
-        content = {
-            "source": source.identity(),
+    with sources.named(index):
+        settings = asdict(sources.settings(index))
+        content = sources.content(index) | {
             "tokenizer": tokenizer.identity,
-            "settings": {name: value for name, value in asdict(settings).items() if name not in NOT_CONTENT},
-            "screen": screen_identity(data.screen),
+            "settings": {name: value for name, value in settings.items() if name not in NOT_CONTENT},
         }
         folder = cache.folder_of(data.cache) / cache.key_of(content)
         if not folder.is_dir():
             with cache.writing(folder) as unfinished:
                 if unfinished is not None:
                     report = ScreenReport() if screens(data.screen) else None
-                    documents = documents_of(source, data.screen, report)
+                    documents = sources.documents(index, report, observe)
                     prepare(unfinished, documents, tokenizer, data.validation_fraction, observe, report)
     body = cache.read(folder)
     if not body["restores"]:
@@ -241,8 +238,8 @@ def load_part(data: DataConfig, index: int, tokenizer: Tokenizer, observe: Obser
     bytes_too = tokenizer.identity == BYTES
     train, validation = (cache.mapped(folder / f"{side}.ids", tokenizer.dtype) for side in ("train", "validation"))
     return Part(
-        names_of(data)[index],
-        chosen.weight,
+        sources.names[index],
+        sources_of(data)[index].weight,
         train,
         cache.mapped(folder / "train.starts", np.int64),
         validation,
@@ -262,51 +259,14 @@ def load_part(data: DataConfig, index: int, tokenizer: Tokenizer, observe: Obser
 def whole_text(data: DataConfig, tokenizer: Tokenizer) -> tuple[Ids, Ends | None]:
     """(ids, ends) of all of ``data``, nothing set aside, as ``encode_documents`` gives them. Raises DataError."""
     documents: list[bytes] = []
-    for index in range(len(sources_of(data))):
-        with _named(data, index):
-            documents_here = documents_of(_source(data, index)[0], data.screen, ScreenReport())
-            found = [document.text for document in documents_here]
+    sources = Sources(data)
+    for index in range(len(sources.names)):
+        with sources.named(index):
+            found = [document.text for document in sources.documents(index)]
             if not found:
                 raise DataError("corpus-empty", "has no text", key="data.source")
             documents += found
     return tokenizer.encode_documents(documents, ends=True)
-
-
-def documents_of(source: Source, config: ScreenConfig, report: ScreenReport | None) -> Iterator[Document]:
-    """What is made use of: the documents that have text and pass the screen. Raises DataError if none does."""
-    documents = (document for document in source if document.text)
-    if report is None:
-        yield from documents
-        return
-    yield from screen(documents, config, report)
-    log.info("data.screen: %s", report.summary())
-    if report.documents and not report.kept.documents:
-        problem = f"leaves nothing of the source ({report.summary()})"
-        raise DataError("corpus-empty", problem, key="data.screen", mend="let more through")
-
-
-def _source(data: DataConfig, index: int) -> tuple[Source, DataConfig]:
-    """The ``index``-th source of ``data``, and ``data`` as if it were the only one."""
-    chosen = sources_of(data)[index]
-    same = {name: value for name, value in asdict(chosen).items() if name != "weight"}
-    alone = replace(data, mixture=[], **same)
-    return SOURCES.get(source_kind(chosen.source), key="data.source")(alone), alone
-
-
-@contextmanager
-def _named(data: DataConfig, index: int) -> Iterator[None]:
-    """Errors of the ``index``-th source name it as the recipe does."""
-    source = sources_of(data)[index]
-    try:
-        yield
-    except DataError as error:
-        value, mend, key = error.value, error.mend, error.key
-        if error.code == "corpus-empty" and error.key == "data.source":
-            value = source.source
-            mend = "name a file or folder with text"
-            mend += f" matching {source.pattern!r}" if source.pattern != "**/*" else ""
-        fields = {f"data.{field}": f"{source_key(data, index)}.{field}" for field in asdict(source)}
-        raise DataError(error.code, error.problem, key=fields.get(key, key), value=value, mend=mend) from error
 
 
 def _hash_of(hashes: list[str]) -> str:

@@ -10,6 +10,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -22,6 +23,7 @@ from growkit import faults
 from growkit.config.recipe import BYTES
 from growkit.data import cache
 from growkit.data.document import Document
+from growkit.data.reading import Observe
 from growkit.data.screen import ScreenReport
 from growkit.data.split import Spans, digest_of, split
 from growkit.data.tokenizer import END, Tokenizer, groups_of
@@ -32,8 +34,6 @@ TEXT_BYTES = 1 << 26  # of the training text that is kept beside ids, and that a
 SIDES = ("train", "validation")
 _PIECE = 1 << 20  # bytes that are looked at together
 _FIELDS = ("sizes", "digests", "text", "names")
-
-Observe = Callable[[str, int, int], None]  # what is done, bytes of text done, bytes in all (0: not known)
 
 
 class Copied(NamedTuple):
@@ -60,21 +60,21 @@ def prepare(
     copied = _copied(folder) or _copy(folder, documents, observe, report)
     sides = dict(zip(SIDES, split(copied.sizes, copied.digests, partial(_names, copied.names), fraction), strict=True))
     done, total = 0, len(copied.text)
-    for side, spans in sides.items():
-        _tokenise(folder, side, copied.text, spans, tokenizer, partial(_further, observe, done, total))
-        done += _size(spans)
-    sha256 = text_sha256 = _sha256(*(_pieces(folder / f"{side}.ids") for side in SIDES))
-    if tokenizer.identity != BYTES:
-        text_sha256 = _sha256(*(_joined(copied.text, spans) for spans in sides.values()))
-        _write(folder / "train.text", _joined(copied.text, sides["train"]), TEXT_BYTES)
-        _write(folder / "validation.text", _joined(copied.text, sides["validation"]))
+    with ThreadPoolExecutor(1) as beside:  # what needs no ids is made while they are
+        text_sha256 = beside.submit(_keep_text, folder, copied.text, sides) if tokenizer.identity != BYTES else None
+        first = list(_first(_texts(copied.text, sides["validation"]), _PIECE))
+        restores = beside.submit(tokenizer.restores, first)
+        for side, spans in sides.items():
+            _tokenise(folder, side, copied.text, spans, tokenizer, partial(_further, observe, done, total))
+            done += _size(spans)
+        sha256 = _sha256(*(_pieces(folder / f"{side}.ids") for side in SIDES))
     body = {
         "sha256": sha256,
-        "text_sha256": text_sha256,
+        "text_sha256": sha256 if text_sha256 is None else text_sha256.result(),
         "documents": len(copied.sizes),
         "screened": copied.screened,
         "train_bytes": _size(sides["train"]) + (len(sides["train"]) - 1) * len(END),
-        "restores": tokenizer.restores(list(_first(_texts(copied.text, sides["validation"]), _PIECE))),
+        "restores": restores.result(),
     }
     for pattern in ("documents.*", "*.counts", "*.journal"):
         for file in folder.glob(pattern):
@@ -239,6 +239,12 @@ class _Shards:
 # The text of spans.
 
 
+def _keep_text(folder: Path, text: NDArray[np.uint8], sides: Mapping[str, Spans]) -> str:
+    """Writes the text that is kept beside ids; returns the hash of all of it."""
+    train, validation = (_joined(text, sides[side]) for side in SIDES)
+    return _sha256(_written(train, folder / "train.text", TEXT_BYTES), _written(validation, folder / "validation.text"))
+
+
 def _texts(text: NDArray[np.uint8], spans: Spans) -> Iterator[bytes]:
     return (text[first:stop].tobytes() for first, stop in spans.tolist())
 
@@ -276,10 +282,9 @@ def _sha256(train: Iterable[bytes], validation: Iterable[bytes]) -> str:
     return digest.hexdigest()
 
 
-def _write(path: Path, pieces: Iterable[bytes], limit: int | None = None) -> None:
-    """Writes ``pieces``, the first ``limit`` bytes of them."""
+def _written(pieces: Iterable[bytes], path: Path, limit: int | None = None) -> Iterator[bytes]:
+    """``pieces`` as they are; the first ``limit`` bytes of them are written meanwhile."""
     with open(path, "wb") as file:
         for piece in pieces:
             file.write(piece if limit is None else piece[: limit - file.tell()])
-            if file.tell() == limit:
-                return
+            yield piece

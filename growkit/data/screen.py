@@ -44,7 +44,8 @@ _RULES = 1  # raised when the same settings come to keep other documents
 _EXAMPLES = 3  # documents named for each reason
 _LANGUAGE_CHARACTERS = 4096  # of a document's beginning, by which its language is told
 
-Filter = Callable[["Document"], str | None]  # None: kept; else what the report calls the dropped document
+# A document and what later ones are told of it; None: kept; else what the report calls the dropped document
+Filter = Callable[["Document", str], str | None]
 
 
 @dataclass
@@ -160,22 +161,33 @@ def check_screen(config: ScreenConfig) -> None:
 def screen(documents: Iterable[Document], config: ScreenConfig, report: ScreenReport) -> Iterator[Document]:
     """Those of ``documents`` that ``config`` keeps, in their order; of duplicates the first. ``report`` is filled as
     they are read. The settings are checked at once, the documents as they come. Raises ConfigError and DataError."""
-    check_screen(config)
-    filters = {reason: FILTERS[reason](config) for reason in _active(config)}
-    report.dropped |= {reason: Tally() for reason in filters}
-    return _screened(documents, filters, report)
+    return Screen(config).kept(documents, report)
 
 
-def _screened(documents: Iterable[Document], filters: Mapping[str, Filter], report: ScreenReport) -> Iterator[Document]:
-    for document in documents:
-        for reason, drops in filters.items():
-            called = drops(document)
-            if called is not None:
-                report.dropped[reason].add(len(document.text), called)
-                break
-        else:
-            report.kept.add(len(document.text), _name(document))
-            yield document
+class Screen:
+    """What ``config`` asks for, and what it remembers of the documents that it has seen. Raises ConfigError."""
+
+    def __init__(self, config: ScreenConfig) -> None:
+        check_screen(config)
+        self._filters = {reason: FILTERS[reason](config) for reason in _active(config)}
+
+    def kept(self, documents: Iterable[Document], report: ScreenReport, behind: str = "") -> Iterator[Document]:
+        """As ``screen``, of duplicates in what was seen before too. ``behind``: what stands behind the name of one of
+        ``documents`` where a later duplicate names it."""
+        report.dropped |= {reason: Tally() for reason in self._filters}
+        return self._kept(documents, report, behind)
+
+    def _kept(self, documents: Iterable[Document], report: ScreenReport, behind: str) -> Iterator[Document]:
+        for document in documents:
+            told = _name(document) + behind
+            for reason, drops in self._filters.items():
+                called = drops(document, told)
+                if called is not None:
+                    report.dropped[reason].add(len(document.text), called)
+                    break
+            else:
+                report.kept.add(len(document.text), _name(document))
+                yield document
 
 
 def screen_identity(config: ScreenConfig) -> str:
@@ -213,13 +225,13 @@ def _name(document: Document) -> str:
 
 
 def _too_short(config: ScreenConfig) -> Filter:
-    return lambda document: _name(document) if len(document.text) < config.min_bytes else None
+    return lambda document, _: _name(document) if len(document.text) < config.min_bytes else None
 
 
 def _too_long(config: ScreenConfig) -> Filter:
     most = config.max_bytes
     assert most is not None
-    return lambda document: _name(document) if len(document.text) > most else None
+    return lambda document, _: _name(document) if len(document.text) > most else None
 
 
 def _in_other_languages(config: ScreenConfig) -> Filter:
@@ -237,8 +249,8 @@ def _in_other_languages(config: ScreenConfig) -> Filter:
             problem, mend = "is not a language that can be told", closest(language, known)
             raise ConfigError("unknown-choice", problem, key=key, value=language, mend=mend)
 
-    def drops(document: Document) -> str | None:
-        language, _ = identifier.classify(decoded(document.text[: 4 * _LANGUAGE_CHARACTERS])[:_LANGUAGE_CHARACTERS])
+    def drops(document: Document, _: str) -> str | None:
+        language = identifier.classify(decoded(document.text[: 4 * _LANGUAGE_CHARACTERS])[:_LANGUAGE_CHARACTERS])[0]
         return None if language in config.languages else f"{_name(document)} ({language})"
 
     return drops
@@ -248,7 +260,7 @@ def _seen_before(_: ScreenConfig) -> Filter:
     from growkit.data.duplicates import ExactDuplicates
 
     seen = ExactDuplicates()
-    return lambda document: _beside(document, seen.first(_name(document), document.text))
+    return lambda document, told: _beside(document, seen.first(told, document.text))
 
 
 def _like_one_before(config: ScreenConfig) -> Filter:
@@ -257,7 +269,7 @@ def _like_one_before(config: ScreenConfig) -> Filter:
     from growkit.data.tokenizer import decoded
 
     seen = NearDuplicates(config.near_threshold, config.permutations)
-    return lambda document: _beside(document, seen.first(_name(document), decoded(document.text)))
+    return lambda document, told: _beside(document, seen.first(told, decoded(document.text)))
 
 
 def _beside(document: Document, earlier: str | None) -> str | None:
@@ -275,7 +287,7 @@ def _refused(config: ScreenConfig) -> Filter:
         problem = f"{problem} for the document {_name(document)!r}"
         return DataError("function-failed", problem, key="data.screen.function", value=name, mend=mend)
 
-    def drops(document: Document) -> str | None:
+    def drops(document: Document, _: str) -> str | None:
         with _blame(lambda said: failed(document, f"raises {said}")):
             keeps = function(decoded(document.text))
         if not isinstance(keeps, bool):  # a forgotten return would drop everything

@@ -7,7 +7,6 @@ source is known by is the content of its files, never where they lie or when the
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import os
 import re
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import xxhash
 
@@ -31,6 +30,7 @@ STDLIB_LEFT_OUT = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "__pycache__"}
 )
 _HUB_NAME = re.compile(r"^(hf:)?[\w.-]+(/[\w.-]+)?$")
+_PIECE = 1 << 20  # bytes of a file in memory together, to be hashed
 _ROWS = 1024  # rows of a table in memory together
 
 
@@ -85,7 +85,7 @@ class Files:
             kind = "text" if read is None else [read.__name__, self.text_field]
             with _readable(file.path), open(file.path, "rb") as content:
                 self._seen[file.path] = _stamp(content.fileno())
-                known.append([file.group, kind, hashlib.file_digest(content, xxhash.xxh3_128).hexdigest()])
+                known.append([file.group, kind, _hash_of(content)])
         return known
 
     def __iter__(self) -> Iterator[Document]:
@@ -289,6 +289,13 @@ def _encoded(text: object, field: str, where: str) -> bytes:
         mend = "name a column of strings"
         raise DataError("not-text", f"{where} is not text", key="data.text_field", value=field, mend=mend)
     return text.encode(errors="surrogatepass")  # half a pair, which JSON can spell: stray bytes as in any file
+
+
+def _hash_of(content: BinaryIO) -> str:
+    digest = xxhash.xxh3_128(content.read(_PIECE))
+    while piece := content.read(_PIECE):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def _stamp(file: int) -> tuple[int, ...]:

@@ -9,9 +9,11 @@ import hashlib
 import json
 import os
 import re
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from growkit.config.recipe import BYTES, DataConfig
+from growkit.data.spelling import Spelling, spelling_of
 from growkit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -35,7 +38,7 @@ FILE = "tokenizer.json"
 FILES = (FILE, "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _HUB_NAME = re.compile(r"(hf:)?[\w.-]+(/[\w.-]+)?")
 _STRAY = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, as surrogateescape has them
-_AT_ONCE = 1 << 22  # bytes of documents whose encodings, many times larger, are in memory together
+_AT_ONCE = 1 << 20  # bytes of documents that are encoded together: after the last ones the cores wait for each other
 _AHEAD = 2  # groups that are encoded while one is taken: the library's threads wait for no one
 _LOOK = 1 << 16  # bytes of text that are decoded again, to see whether it comes back
 
@@ -164,24 +167,46 @@ class FastTokenizer(Tokenizer):
                 yield waiting.popleft().result()
 
     def _encoded(self, group: Sequence[bytes], ends: bool) -> Encoded:
-        encode = self._fast.encode_batch if ends else self._fast.encode_batch_fast  # the fast one keeps no offsets
-        found = encode([decoded(document) for document in group], add_special_tokens=False)
-        ids: list[int] = []
+        spelling = self._spelling if ends else None
+        offsets = ends and spelling is None
+        encode = self._fast.encode_batch if offsets else self._fast.encode_batch_fast  # the fast one keeps no offsets
+        texts = [decoded(document) for document in group]
+        found = encode(texts, add_special_tokens=False)
+        ids = array(self.dtype.char)
         counts = np.empty(len(group), dtype=np.int64)
+        inside: list[Ends | None] = []
+        for index, (document, encoding) in enumerate(zip(group, found, strict=True)):
+            own = encoding.ids
+            ids.fromlist(self._before)
+            ids.fromlist(own)
+            ids.append(self.end)
+            counts[index] = len(self._before) + len(own) + 1
+            if offsets:
+                inside.append(_offset_ends(document, encoding))
+            elif spelling is not None:
+                inside.append(spelling.ends(own, document))
+        if not ends:
+            return Encoded(np.frombuffer(ids, dtype=self.dtype), counts, None)
+        missing = [index for index, known in enumerate(inside) if known is None]
+        again = self._fast.encode_batch([texts[index] for index in missing], add_special_tokens=False)
+        for index, encoding in zip(missing, again, strict=True):
+            inside[index] = _offset_ends(group[index], encoding)
+        return Encoded(np.frombuffer(ids, dtype=self.dtype), counts, self._places(group, inside))
+
+    def _places(self, group: Sequence[bytes], inside: Sequence[Ends | None]) -> Ends:
+        """``ends`` of a group, of those within each document."""
+        before = np.zeros(len(self._before), dtype=np.int64)
         places: list[Ends] = []
         done = 0  # bytes of the group before the document
-        for index, (document, encoding) in enumerate(zip(group, found, strict=True)):
-            before = len(ids)
-            ids += self._before
-            ids += encoding.ids
-            ids.append(self.end)
-            counts[index] = len(ids) - before
-            if ends:
-                inside = _byte_offsets(document)[[end for _, end in encoding.offsets]]
-                places.append(done + np.array([*[0] * len(self._before), *inside, len(document) + 1]))
-                done += len(document) + 1
-        reached = np.maximum.accumulate(np.concatenate(places)) if ends else None
-        return Encoded(np.array(ids, dtype=self.dtype), counts, reached)
+        for document, known in zip(group, inside, strict=True):
+            assert known is not None
+            places += [done + before, done + known, np.array([done + len(document) + 1])]
+            done += len(document) + 1
+        return np.maximum.accumulate(np.concatenate(places))
+
+    @cached_property
+    def _spelling(self) -> Spelling | None:
+        return spelling_of(self._fast)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._fast.encode(_STRAY.sub("\ufffd", text), add_special_tokens=False).ids
@@ -303,6 +328,11 @@ def decoded(document: bytes) -> str:
         return document.decode()
     except UnicodeDecodeError:
         return _STRAY.sub("\ufffd", document.decode(errors="surrogateescape"))
+
+
+def _offset_ends(document: bytes, encoding: tokenizers.Encoding) -> Ends:
+    """Byte of the document at which each id ends, by the library's offsets, which count characters."""
+    return _byte_offsets(document)[[end for _, end in encoding.offsets]]
 
 
 def _byte_offsets(document: bytes) -> Ends:

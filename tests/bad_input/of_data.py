@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,12 @@ PREPARE_CASES = [
     Case("a column of a mixture that is not there",
          "train recipe.yaml run.name=new 'data={mixture: [{source: stdlib}, {source: rows.jsonl, text_field: body}]}'",
          "no-text-field", "data.mixture.1.text_field", "'body'", "text, n", _rows(GOOD)),
+    Case("a source of which nothing is new",
+         "train recipe.yaml run.name=new 'data={mixture: [{source: corpus.txt}, {source: copy.txt}], "
+         "screen: {deduplicate: exact}}'",
+         "corpus-empty", "data.screen", "leaves nothing of copy.txt", "across_sources=false",
+         lambda _: shutil.copy("corpus.txt", "copy.txt") and None),
+    train("sources that are half apart", "data.screen.across_sources=half", "wrong-type", "'half'", "true"),
     # Packing.
     train("a packing there is not", "data.packing=first_fit", "unknown-choice", "'first_fit'", "best_fit, decompose"),
     train("pieces of one length", "data.packing=decompose", "pieces-do-not-fit", "rows of 16", "buckets"),

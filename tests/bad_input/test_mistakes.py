@@ -24,6 +24,7 @@ from growkit.growth.state import TrainState
 from growkit.models.config import from_json, unmasked
 from growkit.models.decoder import build
 from growkit.ops.dispatch import resolve_backend
+from growkit.ops.selective_scan import selective_scan
 from growkit.registry import Registry
 from growkit.train import hardware
 from tests.bad_input.of_bandit import BANDIT_CASES
@@ -105,6 +106,11 @@ def _grow_with(optimizer: Callable[[torch.nn.Module, torch.nn.Module], torch.opt
     return grow(model, optimizer(model, other), num_layers=3)
 
 
+def _scan(**optional: torch.Tensor) -> object:
+    tokens, states = torch.zeros(1, 4, 2), torch.zeros(1, 4, 3)
+    return selective_scan("reference")(tokens, tokens, -torch.ones(2, 3), states, states, torch.ones(2), **optional)
+
+
 def _through_transformers(**arguments: object) -> object:
     from growkit.checkpoint.hf.auto import GrowkitForCausalLM  # which loads transformers
 
@@ -157,6 +163,13 @@ CALLS: list[tuple[str, Callable[[], object], str, str, str]] = [
         "param_tokens (bank)",
     ),
     ("a backend", lambda: resolve_backend("pattention", "magic"), "unknown-choice", "trainer.backend", "compiled"),
+    (
+        "a state of another shape",
+        lambda: _scan(h0_BDN=torch.zeros(1, 3, 2)),
+        "scan-misfit",
+        "selective_scan.h0",
+        "give it (1, 2, 3)",
+    ),
     ("a choice", lambda: Registry("colour").get("red", key="paint"), "unknown-choice", "paint", "colour"),
     (
         "an optimizer whose moments do not grow",

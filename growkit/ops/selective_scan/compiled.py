@@ -1,0 +1,142 @@
+"""The fast path of the selective scan: a registered op of torch, opaque to Inductor, with a backward pass of its own.
+
+On a CPU it runs as the kernel of ``native``, elsewhere, and without a compiler, as ``loop``. Both keep the state before
+every chunk of 32 tokens and make the others again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from growkit.ops.selective_scan import loop, native
+from growkit.ops.selective_scan.loop import CHUNK, Inputs
+from growkit.ops.selective_scan.reference import document_starts
+
+
+def selective_scan(
+    x_BLD: Tensor,
+    dt_BLD: Tensor,
+    A_DN: Tensor,
+    B_BLN: Tensor,
+    C_BLN: Tensor,
+    D_D: Tensor,
+    *,
+    dt_bias_D: Tensor | None = None,
+    z_BLD: Tensor | None = None,
+    h0_BDN: Tensor | None = None,
+    segments_BL: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Same signature and meaning as ``reference.selective_scan``."""
+    starts = None if segments_BL is None else document_starts(segments_BL)
+    tensors = (x_BLD, dt_BLD, A_DN, B_BLN, C_BLN, D_D, dt_bias_D, z_BLD, h0_BDN)
+    keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    y, last, _ = _forward(*tensors, starts, keep)
+    return y, last
+
+
+@torch.library.custom_op("growkit::selective_scan", mutates_args=())
+def _forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor | None,
+    z: Tensor | None,
+    h0: Tensor | None,
+    starts: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = Inputs(x, dt, A, B, C, D, dt_bias, z, h0, starts)
+    with torch.autocast(x.device.type, enabled=False):
+        return _path(x).forward(inputs, keep)
+
+
+@_forward.register_fake
+def _(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor | None,
+    z: Tensor | None,
+    h0: Tensor | None,
+    starts: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length, channels = x.shape
+    states = A.shape[1]
+    kept = (batch, (length + CHUNK - 1) // CHUNK, states, channels) if keep else (0,)
+    return x.new_empty(x.shape), A.new_empty(batch, channels, states), A.new_empty(kept)
+
+
+@torch.library.custom_op("growkit::selective_scan_backward", mutates_args=())
+def _backward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor | None,
+    z: Tensor | None,
+    h0: Tensor | None,
+    starts: Tensor | None,
+    kept: Tensor,
+    dy: Tensor,
+    d_last: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = Inputs(x, dt, A, B, C, D, dt_bias, z, h0, starts)
+    with torch.autocast(x.device.type, enabled=False):
+        dx, d_dt, dA, dB, dC, dD, d_bias, dz, dh0 = _path(x).backward(inputs, kept, dy, d_last)
+    return dx, d_dt, dA, dB, dC, dD, d_bias, dz, dh0
+
+
+@_backward.register_fake
+def _(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor | None,
+    z: Tensor | None,
+    h0: Tensor | None,
+    starts: Tensor | None,
+    kept: Tensor,
+    dy: Tensor,
+    d_last: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    given = [tensor.new_empty(tensor.shape) for tensor in (x, dt, A, B, C, D)]
+    maybe = [A.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape) for tensor in (dt_bias, z, h0)]
+    dx, d_dt, dA, dB, dC, dD = given
+    d_bias, dz, dh0 = maybe
+    return dx, d_dt, dA, dB, dC, dD, d_bias, dz, dh0
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, keep = inputs
+    assert keep, "a gradient was asked for after the states were thrown away"
+    ctx.save_for_backward(*tensors, output[2])
+
+
+def _differentiate(ctx: Any, dy: Tensor, d_last: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, kept = ctx.saved_tensors
+    gradients = _backward(*tensors, kept, dy, d_last)
+    wanted = ctx.needs_input_grad
+    return (*(gradient if want else None for gradient, want in zip(gradients, wanted)), None, None)
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup)
+
+
+def _path(x: Tensor) -> Any:
+    """What runs for x: ``native.Kernel`` and ``loop`` have the same two functions."""
+    return (native.kernel() if x.device.type == "cpu" else None) or loop
