@@ -164,7 +164,7 @@ def kill_while_trying(run: Path) -> None:
 
 
 def test_both_killed_while_trying(uncut: Whole) -> None:
-    """Twice. What was tried is tried again, by both, and all later losses and the weights are those of the whole run."""
+    """Twice. What was tried is tried again by both, and all later losses and the weights are those of the whole run."""
     end, choice = uncut.made
     run = cut(uncut.run, "killed", int(str(end["step"])))
     for _ in range(2):
