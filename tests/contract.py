@@ -75,6 +75,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "qk_norm": True,
         "rope_scaling": YarnRope(4.0, 64, 1.1),
     },
+    "mamba": {"preset": "mamba", "d_state": 3, "dt_rank": 2},
+    "mamba-tokens": {"preset": "mamba", "projection": "pattention", "mamba_tokens": 10, "d_state": 3, "dt_rank": 2},
+    "hybrid": {"preset": "mamba", "pattern": "mamba+attention", "d_state": 3, "bias": True, "qk_norm": True},
+    "hybrid-altup": {
+        "preset": "mamba",
+        "pattern": "attention+mamba",
+        "d_state": 3,
+        "projection": "pattention",
+        "mamba_tokens": 10,
+        "attention_tokens": 10,
+        "mlp_tokens": 14,
+        "altup_blocks": 2,
+        "tied_head": False,
+    },
     # AltUp: every order, recycled and full, tied and not, over linear maps and parameter tokens.
     "altup": {"preset": "transformer", "mlp_dim": 20, "altup_blocks": 2},
     "altup-tokens": {"preset": "tokenformer", "altup_blocks": 2, "altup_order": "paper", "altup_variant": "full"},
@@ -100,6 +114,8 @@ TARGETS: dict[str, list[dict[str, Any]]] = {
     "param_tokens": [
         {"attention_tokens": 15, "mlp_tokens": 20},
         {"v_tokens": 13},
+        {"mamba_tokens": 15},
+        {"x_proj_tokens": 13},
         {"attention_tokens": 6, "mlp_tokens": 9},
     ],
     "consolidate": [{"token_banks": 1}],
@@ -114,6 +130,10 @@ TARGETS: dict[str, list[dict[str, Any]]] = {
     "mlp": [{"mlp_dim": 80}],
     "experts": [{"num_experts": 4}, {"num_experts": 8}, {"num_experts": 8, "experts_per_token": 4}],
     "heads": [{"num_heads": 8}, {"num_heads": 8, "num_kv_heads": 4}],
+    "inner": [{"expand": 3}, {"d_inner": 60}],
+    "state": [{"d_state": 5}],
+    "dt_rank": [{"dt_rank": 4}],
+    "conv": [{"d_conv": 6}],
     "vocab": [{"vocab_size": 57}],
     "altup": [
         {"altup_blocks": 2},
@@ -258,7 +278,7 @@ def moments_are_those_of_the_gradients(case: Case) -> None:
     for name, now in result.moments.items():
         carried = now.exp_avg != 0
         gradient, wanted = after[name][carried], now.exp_avg[carried]
-        normed = case.operator == "head_dim" and "attention.k." in name and case.source.layers[0].mixer.qk_norm
+        normed = case.operator == "head_dim" and "attention.k." in name and FAMILIES[case.family].get("qk_norm")
         upcycled = spec_of[name].experts_per_token is not None and name in before and before[name].dim() == 2
         if upcycled:  # the experts' gradients add up to the block's
             whole = now.exp_avg.sum(0)

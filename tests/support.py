@@ -19,9 +19,10 @@ import torch
 import yaml
 
 from growkit.cli.main import main
+from growkit.growth.operator import each_attention
 from growkit.growth.state import Moments, TrainState
 from growkit.models.config import ModelConfig
-from growkit.models.decoder import build, constant
+from growkit.models.decoder import build, constant, init_tensor
 from growkit.models.presets import PRESETS
 from growkit.models.rope import RopeScaling
 from growkit.models.spec import param_specs
@@ -35,8 +36,7 @@ def model_config(preset: str, *, rope_scaling: RopeScaling | None = None, **fiel
     if preset == "tokenformer":
         small |= {"attention_tokens": 10, "mlp_tokens": 14}
     config = PRESETS.get(preset, key="preset")(**(small | fields)).written_out()
-    layers = (replace(layer, mixer=replace(layer.mixer, rope_scaling=rope_scaling)) for layer in config.layers)
-    return replace(config, layers=tuple(layers))
+    return each_attention(config, config, lambda mixer, _: replace(mixer, rope_scaling=rope_scaling))
 
 
 def trained_like(config: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> TrainState:
@@ -62,6 +62,10 @@ def _trained_like(config: ModelConfig, seed: int, dtype: torch.dtype) -> TrainSt
             params[name] = 0.3 * normal(spec.shape)
         elif spec.role in ("embedding", "head"):
             params[name] = 0.5 * normal(spec.shape)
+        elif spec.start in ("a_log", "dt_bias"):
+            params[name] = init_tensor(spec, generator, torch.float64) + 0.3 * normal(spec.shape)
+        elif spec.role == "skip":
+            params[name] = 1 + 0.4 * normal(spec.shape)
         elif spec.constant is not None:
             params[name] = constant(spec, torch.float64) + 0.3 * normal(spec.shape)
         else:
