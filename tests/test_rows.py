@@ -21,7 +21,7 @@ from growkit.data.packing import Packed
 from growkit.data.shape import StepShape
 from growkit.data.stream import Batches, DataSource, Rows, State, TokenStream
 from growkit.models.decoder import build, init_params
-from growkit.models.visible import visible_keys
+from growkit.models.visible import visible
 from growkit.ops.targets import UNSCORED
 from tests.support import model_config, trained_like
 
@@ -246,15 +246,24 @@ def test_a_step_has_the_same_rows_however_it_is_cut(
 # What documents and windows hide.
 
 
+PACKED: dict[str, dict[str, Any]] = {
+    "transformer": {},
+    "tokenformer": {},
+    "mamba": {},
+    "mamba-hybrid": {"pattern": "mamba+attention", "projection": "pattention"},
+    "transformer-altup": {"altup_blocks": 2},
+}
+
+
 def test_a_document_is_predicted_as_if_it_were_alone() -> None:
     """In every family that there is: logits and gradients of packed rows are those of each document by itself."""
-    for family in ("transformer", "tokenformer"):
-        config = model_config(family)
+    for family, fields in PACKED.items():
+        config = model_config(family.partition("-")[0], **fields)
         model = build(config, trained_like(config, dtype=torch.float64).params)
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(config.vocab_size, (2, 24), generator=generator)
         segments = torch.tensor([[0] * 5 + [1] * 12 + [2] * 7, [0] * 23 + [1]], dtype=torch.int32)
-        together = model(tokens, mask=visible_keys(tokens, segments, None))
+        together = model(tokens, mask=visible(tokens, segments, None))
         for row, own in enumerate(segments):
             for number in own.unique():
                 at = own == number
@@ -271,7 +280,7 @@ def test_a_window_hides_what_is_further_back() -> None:
     for window, reach in ((4, 6), (1, 0), (20, 19), (99, 19)):
         seen: list[torch.Tensor] = []
         handle = model.embedding.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out))
-        logits = model(tokens, mask=visible_keys(tokens, None, window))
+        logits = model(tokens, mask=visible(tokens, None, window))
         handle.remove()
         (gradient,) = torch.autograd.grad(logits[0, -1].square().sum(), seen[0])
         felt = (gradient[0].abs().sum(-1) > 0).nonzero()[:, 0]
@@ -286,7 +295,7 @@ def test_blocks_for_a_gpu_show_the_same_keys() -> None:
     segments = torch.tensor([[0] * 11 + [1] * 19, [0] * 30])
     for own, window in ((segments, None), (None, 7), (segments, 7)):
         with torch.no_grad():
-            masks = (visible_keys(tokens, own, window, blocks=blocks) for blocks in (False, True))
+            masks = (visible(tokens, own, window, blocks=blocks) for blocks in (False, True))
             plain, blocked = (model(tokens, mask=mask) for mask in masks)
         assert (plain - blocked).abs().max() <= SAME_LOGITS * plain.abs().max()
 

@@ -252,14 +252,15 @@ class ModelConfig:
                 weights += spec.numel_per_token / (strides[spec.layer] if spec.layer is not None else 1)
         if self.tied_head:
             weights += self.vocab_size * self.parts * self.embed_dim
-        pairs, scanned = 0.0, 0.0
-        for layer in self.layers:
-            mixer = layer.mixer
-            if isinstance(mixer, Mamba):
-                scanned += mixer.inner * (SCAN_FLOPS * mixer.state + 2 * mixer.conv) / layer.stride
-            else:
-                pairs += mixer.num_heads * mixer.head_dim / layer.stride**2
-        return 2.0 * (weights + self.mixed_per_token()) + 4.0 * context_length * pairs + scanned
+        attention = [(layer.mixer, layer.stride) for layer in self.layers if isinstance(layer.mixer, Attention)]
+        pairs = sum(mixer.num_heads * mixer.head_dim / stride**2 for mixer, stride in attention)
+        products = 2.0 * (weights + self.mixed_per_token()) + 4.0 * context_length * pairs
+        return products + self.scan_flops_per_token()
+
+    def scan_flops_per_token(self) -> float:
+        """Forward FLOPs of Mamba's scans and convolutions, which are no matrix products."""
+        mamba = [(layer.mixer, layer.stride) for layer in self.layers if isinstance(layer.mixer, Mamba)]
+        return sum(m.inner * (SCAN_FLOPS * m.state + 2 * m.conv) / stride for m, stride in mamba)
 
     def mixed_per_token(self) -> int:
         """Multiply-adds that a token's blocks take to be read, mixed and written: K² + 2K of embed_dim in each layer

@@ -18,21 +18,24 @@ if TYPE_CHECKING:
 
 class Visible(NamedTuple):
     """What tokens see of those before them, where that is not all. ``mask`` (B or 1, 1, T, keys), bool, or blocks of
-    it: the keys of each query. ``segments`` (B, T): equal numbers are one document, at whose start a state is zero;
-    None: one."""
+    it: the keys of each query. ``segments`` (B, T): equal numbers are one document, at whose start a state is
+    zero; None: one. A window is for attention only: a state forgets by itself."""
 
     mask: Tensor | BlockMask
     segments: Tensor | None = None
 
 
-def visible(tokens_BT: Tensor, segments_BT: Tensor | None, window: int | None) -> Visible | None:
-    """What the tokens of a batch see: as ``visible_keys``, and their documents."""
-    mask = visible_keys(tokens_BT, segments_BT, window)
+def visible(
+    tokens_BT: Tensor, segments_BT: Tensor | None, window: int | None, *, blocks: bool | None = None
+) -> Visible | None:
+    """What the tokens of a batch see, of their own document (``segments_BT``: equal numbers are one) and within the
+    last ``window`` positions. None: all before them. ``blocks``: as of ``_keys``."""
+    mask = _keys(tokens_BT, segments_BT, window, blocks)
     return None if mask is None else Visible(mask, segments_BT)
 
 
-def visible_keys(
-    tokens_BT: Tensor, segments_BT: Tensor | None, window: int | None, *, blocks: bool | None = None
+def _keys(
+    tokens_BT: Tensor, segments_BT: Tensor | None, window: int | None, blocks: bool | None
 ) -> Tensor | BlockMask | None:
     """Of each query those of its own document (``segments_BT``: equal numbers are one) and of the last ``window``
     positions, its own among them. None: all up to its own, which attention has a faster path for.
