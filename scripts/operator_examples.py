@@ -96,6 +96,17 @@ FAMILIES = {
         {"num_layers": 4, "mlp_dim": 128, "altup_blocks": 2},
         [({"altup_blocks": 4}, ALL), ({"altup_variant": "full"}, ("clone",))],
     ),
+    "mamba": Family(
+        "mamba",
+        {"num_layers": 4, "d_state": 8},
+        [
+            ({"expand": 3}, ALL),
+            ({"d_state": 16}, ALL),
+            ({"dt_rank": 8}, ALL),
+            ({"d_conv": 8}, ALL),
+            ({"num_layers": 6}, ("identity",)),
+        ],
+    ),
     "transformer, other angles": Family(
         "transformer",
         {"num_layers": 2, "mlp_dim": 128},
