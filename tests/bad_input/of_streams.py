@@ -20,6 +20,24 @@ def grow(name: str, words: str, at: str, code: str, value: str, mend: str, befor
 
 
 FOUR = "model.altup_blocks=4"
+MAMBA = "model.preset=mamba model.attention_tokens=8 model.mlp_tokens=8"
+MAMBA_CASES = [
+    model("a pattern that does not fit", "preset: mamba, pattern: mamba+attention, num_layers: 3", "pattern",
+          "bad-layers", "'mamba+attention'", "num_layers=4"),
+    model("a pattern of what is not", "preset: mamba, pattern: mamba+moe", "pattern", "bad-layers", "'mamba+moe'",
+          "mamba*7+attention"),
+    model("a pattern of no number", "preset: mamba, pattern: mamba*x", "pattern", "bad-layers", "'mamba*x'", "how often"),
+    model("no states", "preset: mamba, d_state: 0", "d_state", "not-positive", "0", "above zero"),
+    model("maps that are not", "preset: mamba, projection: dense", "projection", "unknown-choice", "'dense'",
+          "linear, pattention"),
+    grow("fewer states", "grow: {d_state: 8}", "d_state", "shrinking-target", "8", "choose 16 or more", MAMBA),
+    grow("fewer channels", "grow: {expand: 1}", "expand", "shrinking-target", "16", "choose 32 or more", MAMBA),
+    grow("channels said twice", "grow: {expand: 3, d_inner: 48}", "d_inner", "bad-target", "48", "leave one", MAMBA),
+    grow("a lower rank", "grow: {dt_rank: 0}", "dt_rank", "bad-target", "0", "whole number", MAMBA),
+    grow("fewer taps", "grow: {d_conv: 2}", "d_conv", "shrinking-target", "2", "choose 4 or more", MAMBA),
+    grow("states of attention", "grow: {d_state: 32}", "d_state", "nothing-to-grow", "32", "preset=mamba"),
+    grow("heads of Mamba", "grow: {num_heads: 4}", "num_heads", "nothing-to-grow", "4", "grow d_state", MAMBA),
+]  # fmt: skip
 STREAM_CASES = [
     model("no block", "altup_blocks: 0", "altup_blocks", "not-positive", "0", "above zero"),
     model("blocks without end", "altup_blocks: 65", "altup_blocks", "too-large", "65", "at most 64"),

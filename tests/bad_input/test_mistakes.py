@@ -44,7 +44,7 @@ from tests.bad_input.of_decisions import DECISION_CASES
 from tests.bad_input.of_recipes import DATA_CASES, RECIPE_CASES, TASK_CASES
 from tests.bad_input.of_runs import CHECKPOINT_CASES, EXTEND_CASES, RUN_CASES
 from tests.bad_input.of_selection import SELECT_CASES
-from tests.bad_input.of_streams import STREAM_CASES
+from tests.bad_input.of_streams import MAMBA_CASES, STREAM_CASES
 from tests.bad_input.support import Case, assert_one_message, contents
 from tests.bad_input.test_damage import BUSY
 from tests.support import cli, model_config, trained_like
@@ -56,6 +56,7 @@ CASES = [
     *RECIPE_CASES,
     *CURRICULUM_CASES,
     *STREAM_CASES,
+    *MAMBA_CASES,
     *SELECT_CASES,
     *BANDIT_CASES,
     *DECISION_CASES,
