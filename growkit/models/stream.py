@@ -121,10 +121,10 @@ class RoutedBlocks(nn.Module):
 
     def predicting(self, x_BTD: Tensor) -> Tensor:
         """P (B, T, K, K) of the layer's block."""
-        K, mix = len(self.write), self.mix
+        K, weight = len(self.write), self.mix.clamp(-ROUTED_CLIP, ROUTED_CLIP) if self.training else self.mix
         if self.training:  # Gemma 3n overwrites these weights with the clipped ones, whose gradient is not cut off
-            mix = mix.clamp(-ROUTED_CLIP, ROUTED_CLIP).detach() + (mix - mix.detach())
-        P = self._routed(x_BTD, mix).view(*x_BTD.shape[:-1], K, K)
+            weight = weight.detach() + (self.mix - self.mix.detach())
+        P = self._routed(x_BTD, weight).view(*x_BTD.shape[:-1], K, K)
         return P + torch.eye(K, dtype=P.dtype, device=P.device)
 
     def coefficients(self, P_BTKK: Tensor, y_BTD: Tensor) -> Coefficients:

@@ -304,7 +304,10 @@ class Run:
     def _look_at_blocks(self, module: StageModule) -> None:
         """Logs how the layers of an AltUp stream use its blocks."""
         assert module.model is not None
-        links, probe = module.stage.links, self.data.probe(module.stage.context_length, self.recipe.monitor.probe_tokens)
+        links, probe = (
+            module.stage.links,
+            self.data.probe(module.stage.context_length, self.recipe.monitor.probe_tokens),
+        )
         share = blocks.new_share(module.model, links[0].source) if links else None
         with torch.compiler.set_stance("force_eager"), self._autocast():
             figures = blocks.measure(module.model, probe[:, :-1].to(module.device))
