@@ -236,21 +236,11 @@ def test_the_blocks_of_a_stream_are_a_heat_map_for_each_layer(page: Page, run: P
         page.open(tmp_path / "report.html", dark=dark)
         found[dark] = page.run(shades)
         assert len(found[dark]) == 2 and page.run("return document.querySelectorAll('.heats figure').length") == 2
-        assert [cell[0] for cell in found[dark][1]] == [
-            "1.00",
-            "0.00",
-            "",
-            "1.00",
-            "−0.50",
-            "1.00",
-            "0.25",
-            "–",
-            "0.13",
-        ]
+        numbers = ["1.00", "0.00", "", "1.00", "−0.50", "1.00", "0.25", "–", "0.13"]
+        assert [cell[0] for cell in found[dark][1]] == numbers
     assert found[False][1][4][1] == "block 0 from block 1: -0.5" and found[False][1][0][1] == "layer 3 reads block 0: 1"
-    assert len({cell[2] for cell in found[False][1]}) == 6, (
-        "a shade for each value, none of zero and of what is not there"
-    )
+    shades_of = {cell[2] for cell in found[False][1]}
+    assert len(shades_of) == 6, "a shade for each value, none for 0 and no value"
     assert found[False][0][0][2] != found[True][0][0][2], "the theme's colours"
     assert "blocks 0 and 1 are nearest to each other: 0.5" in page.find("#blocks").text
     assert page.run("return document.querySelectorAll('[aria-label^=\"Nearest two blocks\"]').length") == 1

@@ -181,12 +181,14 @@ def test_under_autocast_the_stream_stays_float32(name: str) -> None:
     lm = build(config(name), {n: p.float() for n, p in trained_like(config(name)).params.items()})
     tokens = probe(lm.config)[:, :-1]
     inner: list[torch.dtype] = []
+    read: list[torch.dtype] = []
     for layer in lm.layers.values():
         layer.attention.o.register_forward_hook(lambda _, __, out: inner.append(out.dtype))
+        layer.attention_norm.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].dtype))
     with streams_after_layers(lm) as after, torch.autocast("cpu", torch.bfloat16):
         lm(tokens)
     assert set(inner) == {torch.bfloat16}, "autocast is on"
-    assert {R.dtype for R in after} == {torch.float32}
+    assert {R.dtype for R in after} == set(read) == {torch.float32}
     assert all(not torch.equal(R, R.bfloat16().float()) for R in after), "rounded on the way"
 
 

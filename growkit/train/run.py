@@ -304,10 +304,8 @@ class Run:
     def _look_at_blocks(self, module: StageModule) -> None:
         """Logs how the layers of an AltUp stream use its blocks."""
         assert module.model is not None
-        links, probe = (
-            module.stage.links,
-            self.data.probe(module.stage.context_length, self.recipe.monitor.probe_tokens),
-        )
+        stage, links = module.stage, module.stage.links
+        probe = self.data.probe(stage.context_length, self.recipe.monitor.probe_tokens)
         share = blocks.new_share(module.model, links[0].source) if links else None
         with torch.compiler.set_stance("force_eager"), self._autocast():
             figures = blocks.measure(module.model, probe[:, :-1].to(module.device))
