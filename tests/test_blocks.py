@@ -20,7 +20,7 @@ from growkit.models.spec import param_specs
 from growkit.report.page import page, run_data
 from growkit.report.run_summary import RunSummary
 from growkit.train import blocks
-from growkit.train.loggers.rows import Rows
+from growkit.train.loggers.rows import COEFFICIENT_COLUMNS, Rows
 from tests.support import cli, model_config, probe, recipe_dict, records, trained_like, write_recipe
 from tests.test_report import data_of
 
@@ -161,7 +161,7 @@ def test_what_else_grew_is_not_of_new_blocks(tmp_path: Path) -> None:
 def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder: a stage without a stream, one that grew four blocks, one that goes on with them."""
     folder = tmp_path_factory.mktemp("grown")
-    recipe = recipe_dict(folder, model={"num_layers": 2})
+    recipe = recipe_dict(folder, model={"num_layers": 2}, logger={"kind": "wandb", "mode": "offline"})
     stages = [
         recipe["stages"][0],
         {"name": "blocks", "duration": "6 steps", "grow": {"altup_blocks": 4}, "validate_every": "3 steps"},
@@ -197,6 +197,8 @@ def test_loggers_get_the_figures_and_a_table_of_cells(grown: Path) -> None:
             for i in range(4):
                 assert cells.pop((layer["id"], str(i), str(j))) == layer["mix"][i][j]
     assert not cells
+    (table,) = (grown / "wandb").glob("offline-run-*/files/media/table/blocks/coefficients_15_*")
+    assert json.loads(table.read_text()) == {"columns": [*COEFFICIENT_COLUMNS], "data": row.coefficients}
 
 
 def test_the_report_has_the_last_coefficients_and_the_course_of_the_distance(grown: Path, tmp_path: Path) -> None:
