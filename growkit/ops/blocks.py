@@ -41,7 +41,8 @@ def write_blocks(N: Tensor, b: Tensor, R_KBTD: Tensor, y_BTD: Tensor) -> Tensor:
     N, b, y_BTD = (t.to(R_KBTD.dtype) for t in (N, b, y_BTD))
     with torch.autocast(R_KBTD.device.type, enabled=False):
         if torch.compiler.is_compiling():
-            return _write(N, b, R_KBTD, y_BTD)
+            spread = b.view(-1, 1, 1, 1) if b.ndim == 1 else b.movedim(-1, 0)[..., None]
+            return _mix(N, R_KBTD) + spread * y_BTD
         return _Write.apply(N, b, R_KBTD, y_BTD)  # type: ignore[no-untyped-call]
 
 
@@ -87,7 +88,7 @@ class _Write(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, N: Tensor, b: Tensor, R: Tensor, y: Tensor) -> Tensor:
         ctx.save_for_backward(N, b, R, y)
-        return _write(N, b, R, y)
+        return _add_outer(_mix(N, R), b, y)
 
     @staticmethod
     @once_differentiable
@@ -135,10 +136,6 @@ def _mix(N: Tensor, R: Tensor) -> Tensor:
         return torch.mm(N, R.flatten(1)).view(R.shape)
     mixed = torch.bmm(N.flatten(0, -3), _by_token(R))
     return mixed.view(*R.shape[1:-1], *mixed.shape[1:]).movedim(-2, 0)
-
-
-def _write(N: Tensor, b: Tensor, R: Tensor, y: Tensor) -> Tensor:
-    return _add_outer(_mix(N, R), b, y)
 
 
 def _add_outer(R: Tensor, b: Tensor, y: Tensor) -> Tensor:
