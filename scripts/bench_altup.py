@@ -83,7 +83,9 @@ def main() -> None:
     for arm in arms:
         with spawn.Pool(1) as pool:
             result["arms"][arm]["peak_resident_bytes"] = pool.apply(resident, (SIZE, arm, options.threads))
-    reached = {arm: result["arms"][arm]["eager"]["ratio"]["median"] <= most for arm, most in GOALS.items() if arm in arms}
+    reached = {
+        arm: result["arms"][arm]["eager"]["ratio"]["median"] <= most for arm, most in GOALS.items() if arm in arms
+    }
     result["reached"] = reached
     show(result)
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -154,6 +154,43 @@ BOTH: dict[str, dict[str, Any]] = {
     "z-loss, untied head": {"vocab_size": 2048, "tied_head": False, "optim": {"z_loss": 1e-4}},
     "qk-norm, grouped heads, dropout": {"qk_norm": True, "num_kv_heads": 2, "dropout": 0.1},
     "layernorm, long context": {"norm": "layernorm", "rope_fraction": 0.5, "shape": (1, 1024, 1)},
+    "blocks": {"altup_blocks": 3},
+    "blocks, full": {"altup_blocks": 3, "altup_variant": "full", "vocab_size": 1024},
+    "blocks, full, paper, layernorm": {
+        "altup_blocks": 4,
+        "altup_variant": "full",
+        "altup_order": "paper",
+        "norm": "layernorm",
+    },
+    "blocks, paper": {"altup_blocks": 4, "altup_order": "paper"},
+    "blocks, free, checkpointed": {"altup_blocks": 3, "altup_order": "free", "trainer": {"checkpoint_layers": True}},
+    "blocks, free, layernorm": {"altup_blocks": 3, "altup_order": "free", "norm": "layernorm"},
+    "blocks, round robin": {"altup_blocks": 4, "altup_order": "round_robin", "dropout": 0.1},
+    "blocks, round robin, checkpointed, full": {
+        "altup_blocks": 3,
+        "altup_order": "round_robin",
+        "altup_variant": "full",
+        "trainer": {"checkpoint_layers": True},
+    },
+    "blocks, routed": {"altup_blocks": 3, "altup_coefficients": "routed"},
+    "blocks, routed, paper, layernorm": {
+        "altup_blocks": 3,
+        "altup_coefficients": "routed",
+        "altup_order": "paper",
+        "norm": "layernorm",
+    },
+    "blocks, routed, checkpointed": {
+        "altup_blocks": 3,
+        "altup_coefficients": "routed",
+        "trainer": {"checkpoint_layers": True},
+    },
+    "stride": {"num_layers": 4, "altup_stride": 3},
+    "stride, checkpointed, layernorm": {
+        "num_layers": 4,
+        "altup_stride": 4,
+        "norm": "layernorm",
+        "trainer": {"checkpoint_layers": True},
+    },
     "gainless layernorm, two micro-batches": {"norm": "layernorm_gainless", "shape": (4, 128, 2)},
 }
 ONE = {

@@ -113,7 +113,8 @@ class _Add(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, G: Tensor) -> tuple[Tensor, Tensor, None]:
-        return G.clone(), G[ctx.block], None  # a clone, since the reads before it add to it in place
+        # Copies: the reads before it add to the stream's in place, and a view would hold all blocks for one.
+        return G.clone(), G[ctx.block].clone(), None
 
 
 def _read(a: Tensor, R: Tensor) -> Tensor:
