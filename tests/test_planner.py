@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -28,7 +29,7 @@ from growkit.report.schedule_picture import draw_schedule, points, schedule_line
 from growkit.train import measure
 from scripts.bench_plan import RECIPES as LARGE
 from tests.recipes import RECIPES
-from tests.support import cli, write_recipe
+from tests.support import cli, recipe_dict, write_recipe
 
 SIMPLE = Hardware("simple", {"fp32": 1e12}, {"fp32": 0.5}, 1e12, 3.6, 100.0, "a test", automatic="fp32")
 ROUNDING = 1e-12  # relative: the same few products in another order
@@ -44,7 +45,9 @@ def by_name(model: DecoderLM) -> dict[str, int]:
     counts = dict.fromkeys(COMPONENTS, 0)
     for name, parameter in model.named_parameters():
         part = next(
-            p for p in ("norm", "attention", "mlp", "embedding", "head", "stream") if p in name.replace("_norm.", ".norm.")
+            p
+            for p in ("norm", "attention", "mlp", "embedding", "head", "stream")
+            if p in name.replace("_norm.", ".norm.")
         )
         counts[part] += parameter.numel()
     return counts
