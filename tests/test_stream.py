@@ -13,7 +13,6 @@ from torch import Tensor
 from growkit.models.config import AltUp, LayerSpec, ModelConfig
 from growkit.models.decoder import Cache, DecoderLM, build
 from growkit.models.stream import Blocks, Strided
-from growkit.ops.blocks import read_blocks, write_blocks
 from tests.support import model_config, probe, trained_like
 
 EXACT = 1e-10  # relative, float64: algebra in another order
@@ -190,21 +189,3 @@ def test_under_autocast_the_stream_stays_float32(name: str) -> None:
     assert set(inner) == {torch.bfloat16}, "autocast is on"
     assert {R.dtype for R in after} == set(read) == {torch.float32}
     assert all(not torch.equal(R, R.bfloat16().float()) for R in after), "rounded on the way"
-
-
-@pytest.mark.parametrize("routed", [False, True])
-def test_gradients_of_reading_and_writing_blocks(routed: bool) -> None:
-    generator = torch.Generator().manual_seed(5)
-
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
-
-    tokens = (2, 3) if routed else ()
-    a, N, b = drawn(*tokens, K), drawn(*tokens, K, K), drawn(*tokens, K)
-    R, y = drawn(K, 2, 3, 4), drawn(2, 3, 4)
-    assert torch.autograd.gradcheck(read_blocks, (a, R))
-    assert torch.autograd.gradcheck(write_blocks, (N, b, R, y))
-    kind = "bt" if routed else ""
-    assert apart(read_blocks(a, R), torch.einsum(f"{kind}k,kbtd->btd", a, R)) <= EXACT
-    written = torch.einsum(f"{kind}ik,kbtd->ibtd", N, R) + torch.einsum(f"{kind}i,btd->ibtd", b, y)
-    assert apart(write_blocks(N, b, R, y), written) <= EXACT

@@ -104,6 +104,8 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def cache_bytes_per_token(config: ModelConfig, element_size: int = 4) -> int:
-    """Keys and values that one token of one sequence keeps."""
-    return sum(2 * layer.mixer.num_kv_heads * layer.mixer.head_dim for layer in config.layers) * element_size
+def cache_bytes_per_token(config: ModelConfig, element_size: int = 4) -> float:
+    """Keys and values that one token of one sequence keeps, on average: a layer with a stride has them of every
+    so many tokens. AltUp's blocks keep none of their own."""
+    entries = (2 * layer.mixer.num_kv_heads * layer.mixer.head_dim / layer.stride for layer in config.layers)
+    return sum(entries) * element_size

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from growkit.models.config import AltUp, LayerSpec, ModelConfig
 from growkit.models.norm import Normalize
-from growkit.ops.blocks import read_blocks, write_blocks
+from growkit.ops.blocks import add_to_block, pick_block, read_blocks, write_blocks
 
 if TYPE_CHECKING:
     from growkit.models.layers import LayerCache
@@ -90,11 +90,12 @@ class Blocks(nn.Module):
 
     def forward(self, R_KBTD: Tensor, compute: Compute) -> tuple[Tensor, Tensor | None]:
         if self.order == "round_robin":
-            z = read_blocks(self.read, R_KBTD)
+            z, R_KBTD = read_blocks(self.read, R_KBTD)
             y, balance = compute(z)
-            return R_KBTD.select_scatter(R_KBTD[self.block] + (y - z), 0, self.block), balance
+            return add_to_block(self.block, R_KBTD, y - z), balance
         a, N, b = self.coefficients()
-        y, balance = compute(R_KBTD[self.block] if self.order == "paper" else read_blocks(a, R_KBTD))
+        z, R_KBTD = pick_block(self.block, R_KBTD) if self.order == "paper" else read_blocks(a, R_KBTD)
+        y, balance = compute(z)
         return write_blocks(N, b, R_KBTD, y), balance
 
 
@@ -136,9 +137,10 @@ class RoutedBlocks(nn.Module):
         return a, P_BTKK - g[..., :, None] * row[..., None, :], g
 
     def forward(self, R_KBTD: Tensor, compute: Compute) -> tuple[Tensor, Tensor | None]:
-        active = R_KBTD[self.block]
+        active, R_KBTD = pick_block(self.block, R_KBTD)
         P = self.predicting(active)
-        y, balance = compute(active if self.order == "paper" else read_blocks(P[..., self.block, :], R_KBTD))
+        z, R_KBTD = (active, R_KBTD) if self.order == "paper" else read_blocks(P[..., self.block, :], R_KBTD)
+        y, balance = compute(z)
         _, N, b = self.coefficients(P, y)
         return write_blocks(N, b, R_KBTD, y), balance
 
