@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,10 +64,12 @@ def test_buckets_double_and_leave_nothing_out() -> None:
     assert rows == [(0, 0, 0.0), (1, 1, 1.0), (2, 3, 2.5), (4, 7, 5.5), (8, 10, 9.0)]
 
 
-def test_cache_bytes_are_what_the_cache_holds() -> None:
-    config = model_config("transformer", num_kv_heads=1)
+@pytest.mark.parametrize("stream", [{}, {"altup_blocks": 3}, {"num_layers": 3, "altup_stride": 4}], ids=str)
+def test_cache_bytes_are_what_the_cache_holds(stream: dict[str, Any]) -> None:
+    """Blocks keep nothing of their own; a layer with a stride has keys and values of every so many tokens."""
+    config = model_config("transformer", num_kv_heads=1, **stream)
     model = build(config, trained_like(config, dtype=torch.float32).params).eval()
     cache = Cache(config)
-    model(torch.zeros(1, 7, dtype=torch.int64), cache=cache)
+    model(torch.zeros(1, 8, dtype=torch.int64), cache=cache)
     held = [layer.append(k := torch.zeros(1, 1, 0, 12), k) for layer in cache.layers.values()]
-    assert sum(tensor.nbytes for pair in held for tensor in pair) == 7 * cache_bytes_per_token(config)
+    assert sum(tensor.nbytes for pair in held for tensor in pair) == 8 * cache_bytes_per_token(config)

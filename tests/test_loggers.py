@@ -415,7 +415,7 @@ def test_the_prepared_workspace_shows_metrics_that_are_logged(
     assert f"{server.url}/someone/study" in capsys.readouterr().out
     (view,) = server.views
     sections = view["section"]["panelBankConfig"]["sections"]
-    assert [section["name"] for section in sections] == ["Quality", "Growth", "Gradients", "Speed", "Samples"]
+    assert [section["name"] for section in sections] == ["Quality", "Growth", "Gradients", "Speed", "Blocks", "Samples"]
     plots = [p["config"] for s in sections for p in s["panels"] if p["viewType"] == "Run History Line Plot"]
     logged = {metric for names in METRICS.values() for metric in names.values()}
     logged |= {"growth/mark", "validation/ngram_bits_per_byte"} | {f"gradients/norm/{part}" for part in PARTS}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -19,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from growkit.cli.recipes import read
 from growkit.config.recipe import HardwareConfig, TrainerConfig
+from growkit.models.config import STREAM_ORDERS
 from growkit.models.decoder import DecoderLM
 from growkit.models.presets import PRESETS
 from growkit.planner.hardware import HARDWARE, THIS_MACHINE, Hardware, hardware, keep, this_machine
@@ -27,7 +29,7 @@ from growkit.report.schedule_picture import draw_schedule, points, schedule_line
 from growkit.train import measure
 from scripts.bench_plan import RECIPES as LARGE
 from tests.recipes import RECIPES
-from tests.support import cli, write_recipe
+from tests.support import cli, recipe_dict, write_recipe
 
 SIMPLE = Hardware("simple", {"fp32": 1e12}, {"fp32": 0.5}, 1e12, 3.6, 100.0, "a test", automatic="fp32")
 ROUNDING = 1e-12  # relative: the same few products in another order
@@ -43,7 +45,9 @@ def by_name(model: DecoderLM) -> dict[str, int]:
     counts = dict.fromkeys(COMPONENTS, 0)
     for name, parameter in model.named_parameters():
         part = next(
-            p for p in ("norm", "attention", "mlp", "embedding", "head") if p in name.replace("_norm.", ".norm.")
+            p
+            for p in ("norm", "attention", "mlp", "embedding", "head", "stream")
+            if p in name.replace("_norm.", ".norm.")
         )
         counts[part] += parameter.numel()
     return counts
@@ -56,6 +60,12 @@ def stages() -> list[Any]:
     models += [(f"preset {name}, odd", kind(**odd).written_out()) for name, kind in PRESETS.items()]
     experts = {"num_experts": 5, "experts_per_token": 3, "mlp": "gelu", "mlp_dim": 33}
     models += [("experts", PRESETS.get("transformer", key="")(**experts).written_out())]
+    for order in STREAM_ORDERS:
+        stream = {"altup_blocks": 3, "altup_order": order, "altup_variant": "full"}
+        models += [(f"blocks, {order}", PRESETS.get("tokenformer", key="")(**stream).written_out())]
+        if order in ("gemma", "paper"):
+            stream |= {"altup_coefficients": "routed", "altup_variant": "recycled"}
+            models += [(f"blocks, {order}, routed", PRESETS.get("transformer", key="")(**stream).written_out())]
     return [pytest.param(model, id=name) for name, model in models]
 
 
@@ -220,6 +230,20 @@ def test_json_has_what_the_tables_have(tmp_path: Path) -> None:
     assert [stage["name"] for stage in said["stages"]] == ["first", "tokens", "deeper"]
     assert said["total"]["flops"] == sum(stage["flops"] for stage in said["stages"])
     assert said["stages"][1]["grows"] == ["param_tokens bank"] and said["hardware"]["name"] == "a100-80gb"
+
+
+def test_streams_are_said(tmp_path: Path) -> None:
+    """Bytes moved by hand: of 3 layers on 2 blocks of 16, 12 K + 6 values each, and 3 (K + 1) at either end, twice."""
+    recipe = recipe_dict(tmp_path)
+    recipe["model"] |= {"embed_dim": 16, "num_heads": 2, "num_layers": 3, "altup_blocks": 2}
+    recipe["stages"] = [recipe["stages"][0]]
+    path = write_recipe(tmp_path, recipe)
+    assert "streams" not in cli("plan", path, "model.altup_blocks=1")[1]
+    _, out, _ = cli("plan", path)
+    assert re.search(r"2 +recycled +gemma +1 +6\.91kB", out), out
+    (stage,) = json.loads(cli("plan", path, "--json")[1])["stages"]
+    assert stage["stream"]["blocks"] == 2 and stage["strides"] == [1]
+    assert stage["stream_bytes_per_token"] == 4 * 16 * (3 * (12 * 2 + 6) + 2 * 3 * (2 + 1))
 
 
 def test_the_picture_in_characters() -> None:

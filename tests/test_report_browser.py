@@ -218,3 +218,33 @@ def test_without_a_step_it_says_so(page: Page, tmp_path: Path) -> None:
     page.open(tmp_path / "report.html", width=PHONE)
     assert "nothing to draw yet" in page.find("main").text and "stages: [{name: a}]" in page.find("#recipe").text
     assert page.errors() == []
+
+
+def test_the_blocks_of_a_stream_are_a_heat_map_for_each_layer(page: Page, run: Path, tmp_path: Path) -> None:
+    mix = [[1.0, -0.5], [0.25, None]]
+    layers = [{"id": i, "block": i, "read": [1.0, 0.0], "mix": mix, "write": [1.0, 0.125]} for i in (0, 3)]
+    said = {"kind": "blocks", "distance": 0.5, "distances": [0.5], "layers": layers, "new_block_grad_share": 0.1}
+    folder = made(tmp_path / "run", [step(1, loss=1.0), step(2) | said, step(3, loss=1.0)])
+    write_report(read_runs([folder]), tmp_path / "report.html")
+    page.errors()
+    shades = (
+        "return [...document.querySelectorAll('.heat')].map(map => [...map.querySelectorAll('td')].map("
+        "cell => [cell.textContent, cell.title, getComputedStyle(cell).backgroundColor]))"
+    )
+    found = {}
+    for dark in (False, True):
+        page.open(tmp_path / "report.html", dark=dark)
+        found[dark] = page.run(shades)
+        assert len(found[dark]) == 2 and page.run("return document.querySelectorAll('.heats figure').length") == 2
+        numbers = ["1.00", "0.00", "", "1.00", "−0.50", "1.00", "0.25", "–", "0.13"]
+        assert [cell[0] for cell in found[dark][1]] == numbers
+    assert found[False][1][4][1] == "block 0 from block 1: -0.5" and found[False][1][0][1] == "layer 3 reads block 0: 1"
+    shades_of = {cell[2] for cell in found[False][1]}
+    assert len(shades_of) == 6, "a shade for each value, none for 0 and no value"
+    assert found[False][0][0][2] != found[True][0][0][2], "the theme's colours"
+    assert "blocks 0 and 1 are nearest to each other: 0.5" in page.find("#blocks").text
+    assert page.run("return document.querySelectorAll('[aria-label^=\"Nearest two blocks\"]').length") == 1
+    page.open(tmp_path / "report.html", width=PHONE, height=844)
+    assert page.run(OVERFLOW) <= 0 and not page.errors()
+    page.open(run / "report.html")
+    assert not page.driver.find_elements("css selector", "#blocks, .heat"), "nothing without a stream"

@@ -1,7 +1,7 @@
 """The local record of a run: one JSON object a line, rewound to a checkpoint when the run resumes from it.
 
-Kinds of line: ``step``, ``validation``, ``growth``, ``stage``, ``trial``, ``decision``, ``ngram``, ``sample``. All
-carry step, tokens and flops.
+Kinds of line: ``step``, ``validation``, ``blocks``, ``growth``, ``stage``, ``trial``, ``decision``, ``ngram``,
+``sample``. All carry step, tokens and flops.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def _measure(recipe: Recipe, schedule: GrowthSchedule, device: str | None, *, qu
 
 def _show(made: Plan, schedule: GrowthSchedule) -> None:
     console.print(_hardware_line(made), soft_wrap=True)
-    tables = [_stages(made), _parameters(made), _memory(made)]
+    tables = [_stages(made), _parameters(made), *_streams(made), _memory(made)]
     for table in [*tables, _costs(made)] if made.hardware is not None else tables:
         console.print(table)
         if table is tables[-1]:
@@ -153,6 +153,23 @@ def _parameters(made: Plan) -> Table:
     for stage in made.stages:
         table.add_row(escape(stage.stage.name), *(quantity(stage.parameters[part]) for part in COMPONENTS))
     return table
+
+
+def _streams(made: Plan) -> list[Table]:
+    """Only where there is a stream other than the residual one."""
+    models = [stage.stage.model for stage in made.stages]
+    if all(model.stream is None and all(layer.stride == 1 for layer in model.layers) for model in models):
+        return []
+    table = _table("streams", "blocks", "variant", "order", "stride", "moved per token")
+    for stage in made.stages:
+        model = stage.stage.model
+        of = ("1", UNKNOWN, UNKNOWN)
+        if (stream := model.stream) is not None:
+            order = f"{stream.order}, routed" if stream.routed else stream.order
+            of = (str(stream.blocks), "full" if stream.full else "recycled", order)
+        stride = max(layer.stride for layer in model.layers)
+        table.add_row(escape(stage.stage.name), *of, str(stride), _size(stage.stream_bytes_per_token))
+    return [table]
 
 
 def _memory(made: Plan) -> Table:

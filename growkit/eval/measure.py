@@ -104,7 +104,8 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def cache_bytes_per_token(config: ModelConfig, element_size: int = 4) -> int:
-    """Keys and values that one token of one sequence keeps; Mamba's state is of the sequence, whatever its length."""
-    attention = (layer.mixer for layer in config.layers if isinstance(layer.mixer, Attention))
-    return sum(2 * mixer.num_kv_heads * mixer.head_dim for mixer in attention) * element_size
+def cache_bytes_per_token(config: ModelConfig, element_size: int = 4) -> float:
+    """Keys and values that one token of one sequence keeps, on average: a layer with a stride has them of every
+    so many tokens. AltUp's blocks keep none of their own; Mamba's state is of the sequence, whatever its length."""
+    attention = ((layer.mixer, layer.stride) for layer in config.layers if isinstance(layer.mixer, Attention))
+    return sum(2 * mixer.num_kv_heads * mixer.head_dim / stride for mixer, stride in attention) * element_size

@@ -264,12 +264,13 @@ class ModelConfig:
 
     def mixed_per_token(self) -> int:
         """Multiply-adds that a token's blocks take to be read, mixed and written: K² + 2K of embed_dim in each layer
-        (the paper's order picks what it reads, a round robin mixes nothing), and K for every part they come from and go
-        to."""
+        (the paper's order picks what it reads, a round robin mixes nothing; a router reads what the layer made as
+        well), and K for every part they come from and go to."""
         if self.stream is None:
             return 0
         K = self.stream.blocks
         of_layer = {"paper": K * K + K, "round_robin": K}.get(self.stream.order, K * K + 2 * K)
+        of_layer += K if self.stream.routed else 0
         return self.embed_dim * (len(self.layers) * of_layer + 2 * K * self.stream.parts)
 
 

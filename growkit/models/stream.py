@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from growkit.models.config import AltUp, LayerSpec, ModelConfig
 from growkit.models.norm import Normalize
-from growkit.ops.blocks import read_blocks, write_blocks
+from growkit.ops.blocks import add_to_block, pick_block, read_blocks, write_blocks
 
 if TYPE_CHECKING:
     from growkit.models.layers import LayerCache
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 # z → what the layer makes of it, and the balance loss of its experts if it has any
 Compute = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 ROUTED_CLIP = 120.0  # Gemma 3n's, of the routed coefficients' weights in training
+Coefficients = tuple[Tensor, Tensor, Tensor]  # (a, N, b) of the table above
 
 
 class Ends(nn.Module):
@@ -78,21 +79,23 @@ class Blocks(nn.Module):
             self.mix = nn.Parameter(torch.empty(K, K))
             self.write = nn.Parameter(torch.empty(K))
 
-    def coefficients(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(a, N, b) of the table above: (K,), (K, K), (K,). The paper's ``a`` picks a block; see ``forward``."""
+    def coefficients(self) -> Coefficients:
+        """(K,), (K, K), (K,)."""
         if self.order == "round_robin":
             unit = torch.eye(len(self.read), dtype=self.read.dtype, device=self.read.device)
             return self.read, unit - torch.outer(unit[self.block], self.read), unit[self.block]
-        a = self.read if self.order == "free" else self.mix[self.block]
-        return a, self.mix - torch.outer(self.write, a), self.write
+        row = self.read if self.order == "free" else self.mix[self.block]
+        a = _unit(row, self.block) if self.order == "paper" else row
+        return a, self.mix - torch.outer(self.write, row), self.write
 
     def forward(self, R_KBTD: Tensor, compute: Compute) -> tuple[Tensor, Tensor | None]:
         if self.order == "round_robin":
-            z = read_blocks(self.read, R_KBTD)
+            z, R_KBTD = read_blocks(self.read, R_KBTD)
             y, balance = compute(z)
-            return R_KBTD.select_scatter(R_KBTD[self.block] + (y - z), 0, self.block), balance
+            return add_to_block(self.block, R_KBTD, y - z), balance
         a, N, b = self.coefficients()
-        y, balance = compute(R_KBTD[self.block] if self.order == "paper" else read_blocks(a, R_KBTD))
+        z, R_KBTD = pick_block(self.block, R_KBTD) if self.order == "paper" else read_blocks(a, R_KBTD)
+        y, balance = compute(z)
         return write_blocks(N, b, R_KBTD, y), balance
 
 
@@ -115,17 +118,36 @@ class RoutedBlocks(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             normed = self.router_norm(x).to(wide) * self.scale
             routes = torch.tanh(normed @ self.router.to(wide).T)
-            weight = weight.clamp(-ROUTED_CLIP, ROUTED_CLIP) if self.training else weight
             return routes @ weight.to(wide).T
 
+    def predicting(self, x_BTD: Tensor) -> Tensor:
+        """P (B, T, K, K) of the layer's block."""
+        K, weight = len(self.write), self.mix.clamp(-ROUTED_CLIP, ROUTED_CLIP) if self.training else self.mix
+        if self.training:  # Gemma 3n overwrites these weights with the clipped ones, whose gradient is not cut off
+            weight = weight.detach() + (self.mix - self.mix.detach())
+        P = self._routed(x_BTD, weight).view(*x_BTD.shape[:-1], K, K)
+        return P + torch.eye(K, dtype=P.dtype, device=P.device)
+
+    def coefficients(self, P_BTKK: Tensor, y_BTD: Tensor) -> Coefficients:
+        """(B, T, K), (B, T, K, K), (B, T, K) of what the layer made of z. The paper's a, which all tokens share, is
+        (K,)."""
+        write = self.write.clamp(-ROUTED_CLIP, ROUTED_CLIP) if self.training else self.write
+        row, g = P_BTKK[..., self.block, :], 1 + self._routed(y_BTD, write)
+        a = _unit(row[0, 0], self.block) if self.order == "paper" else row
+        return a, P_BTKK - g[..., :, None] * row[..., None, :], g
+
     def forward(self, R_KBTD: Tensor, compute: Compute) -> tuple[Tensor, Tensor | None]:
-        K, active = len(self.write), R_KBTD[self.block]
-        P = self._routed(active, self.mix).view(*active.shape[:-1], K, K)
-        P = P + torch.eye(K, dtype=P.dtype, device=P.device)
-        a = P[..., self.block, :]
-        y, balance = compute(active if self.order == "paper" else read_blocks(a, R_KBTD))
-        g = 1 + self._routed(y, self.write)
-        return write_blocks(P - g[..., :, None] * a[..., None, :], g, R_KBTD, y), balance
+        active, R_KBTD = pick_block(self.block, R_KBTD)
+        P = self.predicting(active)
+        z, R_KBTD = (active, R_KBTD) if self.order == "paper" else read_blocks(P[..., self.block, :], R_KBTD)
+        y, balance = compute(z)
+        _, N, b = self.coefficients(P, y)
+        return write_blocks(N, b, R_KBTD, y), balance
+
+
+def _unit(like: Tensor, index: int) -> Tensor:
+    """(K,), one at ``index``."""
+    return torch.eye(len(like), dtype=like.dtype, device=like.device)[index]
 
 
 class Strided(nn.Module):

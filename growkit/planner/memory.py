@@ -113,7 +113,7 @@ def _stage(
     layers: Counter[int | None] = Counter()
     for spec in param_specs(stage.model).values():
         layers[spec.layer] += spec.numel
-        if spec.role in ("gain", "bias"):
+        if spec.role in ("gain", "bias") or spec.component == "stream":
             elementwise[spec.layer] += spec.numel
 
     def passes(adds_gradients: bool) -> tuple[float, float]:
@@ -204,12 +204,13 @@ def _growth(
     logits = read.tokens * model.vocab_size * FLOAT64  # of one model; all are three times that
     signs = sum(made.values())
     signs = signs if signs <= HELD_BYTES else 0  # of more they are in a file
-    streams = len(model.layers) * at.wide(model.embed_dim)
+    blocks = model.stream.blocks if model.stream is not None else 1
+    streams = len(model.layers) * at.wide(blocks * model.embed_dim)
     sizes, kept = Counter[int | None](), Counter[int | None]()
     for name, spec in specs.items():
         sizes[spec.layer] += spec.numel
         kept[spec.layer] += 0 if name in made else spec.numel  # without a gradient
-    head = model.vocab_size * model.embed_dim * FLOAT
+    head = model.vocab_size * model.parts * model.embed_dim * FLOAT
     work = loss_peak(model, at) + (0.0 if kept[None] else head)
     for layer in model.layers:
         passes = layer_traces(layer, model, at)
@@ -217,5 +218,5 @@ def _growth(
         work = max(work, weights + passes.forward.change + passes.backward.peak)
     wide = max(sizes[layer.id] for layer in model.layers) * FLOAT64 + 2 * scored_layers(model, read)
     passing = max(spec.numel for spec in specs.values()) * FLOAT  # one tensor's copy while it is looked at
-    wide += read.tokens * model.embed_dim * FLOAT64  # the other model's stream, gone through beside
+    wide += read.tokens * blocks * model.embed_dim * FLOAT64  # the other model's stream, gone through beside
     return before + new, before + new + passing + max(3 * logits + signs + streams + work, wide)

@@ -19,6 +19,7 @@ from growkit.planner.activations import (
     projections,
 )
 from growkit.planner.ledger import Ledger, Trace
+from growkit.planner.streams import EndsPass, LayerBlock, around, strided
 
 HIDDEN = {"swiglu": 4, "gelu": 2, "gelu_tanh": 2}  # hidden widths alive at once when nothing is kept
 
@@ -93,6 +94,7 @@ class LayerPass:
         else:
             (mlp,) = projections(at, (spec.mlp.projection,), embed, (embed,), is_wide=True, lends_gradient=lends)
         self.norm = NormBlock(at, config.norm, embed)
+        self.out, self.keeps_input = self.x, self.norm.holds_input
         self.branches: list[Block] = [AttentionBlock(at, spec.mixer, embed, lends_gradient=lends), mlp]
 
     def forward(self, ledger: Ledger) -> None:
@@ -131,17 +133,35 @@ class LayerPass:
             ledger.give(self.x if self.lends else 0.0)
 
 
+class FinalNorm(NormBlock):
+    """models/norm.py over the width of the head: with several parts, their gains are taken apart from the norm."""
+
+    def __init__(self, at: Pass, config: ModelConfig) -> None:
+        super().__init__(at, config.final_norm, config.embed_dim, config.parts)
+        self.apart = self.whole if config.parts > 1 and config.final_norm.kind != "layernorm_gainless" else 0.0
+
+    def forward(self, ledger: Ledger) -> None:
+        super().forward(ledger)
+        ledger.take(self.apart)
+
+    def backward(self, ledger: Ledger) -> None:
+        ledger.take(self.apart, self.apart)  # of the normed, of the gains
+        ledger.give(self.apart, self.apart, self.apart)
+        super().backward(ledger)
+
+
 class LossPass:
     """models/loss.py, from the final norm's output."""
 
     def __init__(self, at: Pass, config: ModelConfig) -> None:
         count = at.chunk_tokens if 0 < at.chunk_tokens < at.tokens else at.tokens
         self.chunks = -(-at.tokens // count)
-        self.at, self.h = at, at.wide(config.embed_dim)
+        width = config.parts * config.embed_dim
+        self.at, self.h = at, at.wide(width)
         self.logits, self.narrow_logits = count * config.vocab_size * FLOAT, count * config.vocab_size * at.element
-        self.chunk_h = count * config.embed_dim * at.element
+        self.chunk_h = count * width * at.element
         self.scaled = config.logit_scale != 1
-        self.head = Weights(at, config.vocab_size * config.embed_dim)
+        self.head = Weights(at, config.vocab_size * width)
 
     def forward(self, ledger: Ledger) -> None:
         """One chunk after the other; a single one leaves what its backward needs."""
@@ -222,32 +242,42 @@ def trace(config: ModelConfig, at: Pass, elementwise: Mapping[int | None, float]
     """The passes of one micro-batch through ``config``. ``elementwise``: entries of the gains and biases of each layer,
     by id; None: the model's own."""
     ledger, back = Ledger(), Ledger()
-    embed, x = config.embed_dim, at.wide(config.embed_dim)
+    width = config.parts * config.embed_dim
+    x = at.wide(width)
     ropes = {s.mixer.rope for s in config.layers}
     batch = 4 * INDEX * at.tokens + sum(FLOAT * at.context * rotated for _, rotated, _ in ropes)
     ledger.take(batch, x)
+    ends = EndsPass(at, config.stream, config.embed_dim) if config.stream is not None else None
+    if ends is not None:
+        ends.enter(ledger)
     known: dict[object, Traces] = {}
     passes = []
     for spec in config.layers:
-        kind = (spec.mixer, spec.mlp, spec.parallel)
+        kind = (spec.mixer, spec.mlp, spec.parallel, spec.stride)
         if kind not in known:
             known[kind] = layer_traces(spec, config, at)
         passes.append(known[kind])
         ledger.replay(passes[-1].forward)
-    norm, loss = NormBlock(at, config.final_norm, embed), LossPass(at, config)
+    if ends is not None:
+        ends.leave(ledger)
+    norm, loss = FinalNorm(at, config), LossPass(at, config)
     norm.forward(ledger)
     if not norm.holds_input:
         ledger.give(x)
     loss.forward(ledger)
 
-    table = config.vocab_size * embed * FLOAT
+    table = config.vocab_size * width * FLOAT
     loss.backward(back)
     back.give(0.0 if at.bf16 and loss.chunks == 1 else x)
     norm.backward(back)
+    if ends is not None:
+        ends.leave_back(back)
     for spec, layer in zip(reversed(config.layers), reversed(passes), strict=True):
         back.replay(layer.backward)
         if not at.adds_gradients:
             back.take(elementwise.get(spec.id, 0.0) * FLOAT)
+    if ends is not None:
+        ends.enter_back(back)
     back.take(table)
     back.give(x, batch)
     if config.tied_head:  # the table's two gradients become one
@@ -261,7 +291,8 @@ def trace(config: ModelConfig, at: Pass, elementwise: Mapping[int | None, float]
 
 def layer_traces(spec: LayerSpec, config: ModelConfig, at: Pass) -> Traces:
     """The passes of one layer."""
-    layer = LayerPass(at, spec, config, config.dropout > 0)
+    computed = LayerPass(strided(at, spec), spec, config, config.dropout > 0)
+    layer: LayerBlock = around(computed, spec, config, at)
     ledger, back = Ledger(), Ledger()
     layer.forward(ledger)
     layer.backward(back)
@@ -270,16 +301,16 @@ def layer_traces(spec: LayerSpec, config: ModelConfig, at: Pass) -> Traces:
     # Only the input stays. Backward runs the layer once more; its output is not kept.
     again = Ledger()
     again.replay(ledger.close())
-    again.give(layer.x if layer.norm.holds_input else 0.0)
+    again.give(layer.out if layer.keeps_input else 0.0)
     again.replay(back.close())
-    again.give(0.0 if layer.norm.holds_input else layer.x)
-    return Traces(Trace(ledger.peak, layer.x), again.close())
+    again.give(0.0 if layer.keeps_input else layer.out)
+    return Traces(Trace(ledger.peak, layer.out), again.close())
 
 
 def loss_peak(config: ModelConfig, at: Pass) -> float:
     """Most bytes alive in both passes of the head and the loss, from the final norm's input."""
     ledger = Ledger()
-    norm, loss = NormBlock(at, config.final_norm, config.embed_dim), LossPass(at, config)
+    norm, loss = FinalNorm(at, config), LossPass(at, config)
     norm.forward(ledger)
     loss.forward(ledger)
     loss.backward(ledger)
@@ -293,7 +324,7 @@ def evaluation_peak(config: ModelConfig, at: Pass, *, several: bool) -> float:
     logits = at.tokens * config.vocab_size
     scoring = logits * (2 * FLOAT if not at.bf16 else 2 * FLOAT + BFLOAT)
     before = logits * at.element if several else 0.0
-    x = at.wide(config.embed_dim)
+    x = at.wide(config.parts * config.embed_dim)
     return 2 * INDEX * at.tokens + max(scored_layers(config, at) + before, scoring + x)
 
 
@@ -316,7 +347,8 @@ def scored_layers(config: ModelConfig, at: Pass) -> float:
         read = [p for p in (mixer.q, mixer.k, mixer.v, mixer.o) if isinstance(p, Pattention)]
         attention = 3 * (heads + kv) + max((_scored(p, at) for p in read), default=0.0)
         widest = max(widest, attention, hidden)
-    return 3 * at.wide(config.embed_dim) + widest
+    x, blocks = at.wide(config.embed_dim), config.stream.blocks if config.stream is not None else 0
+    return max((blocks + 3) * x + widest, (2 * blocks + 2) * x)  # in a layer, or while the blocks are written
 
 
 def _scored(spec: Pattention, at: Pass) -> float:

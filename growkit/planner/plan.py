@@ -17,6 +17,7 @@ from growkit.models.config import ModelConfig
 from growkit.models.spec import Component, param_specs
 from growkit.planner.hardware import THIS_MACHINE, Hardware
 from growkit.planner.memory import StageMemory, stage_memories
+from growkit.planner.streams import traffic_per_token
 from growkit.schedule.arms import Arms
 from growkit.schedule.stage import GrowthSchedule, Stage
 
@@ -54,6 +55,11 @@ class StagePlan:
     @property
     def num_params(self) -> int:
         return sum(self.parameters.values())
+
+    @property
+    def stream_bytes_per_token(self) -> float:
+        """What a step moves through memory for AltUp's blocks: planner/streams.py."""
+        return traffic_per_token(self.stage.model)
 
 
 @dataclass(frozen=True)
@@ -178,6 +184,9 @@ def to_json(plan: Plan) -> dict[str, Any]:
                 }
                 for trial in stage.stage.trials
             ],
+            "stream": None if (of := stage.stage.model.stream) is None else dataclasses.asdict(of),
+            "stream_bytes_per_token": stage.stream_bytes_per_token,
+            "strides": sorted({layer.stride for layer in stage.stage.model.layers}),
             "probe_flops": stage.stage.probe_flops,
             "probe_tokens": stage.stage.probe_tokens,
             "memory": dataclasses.asdict(stage.memory) | {"step": stage.memory.step, "device": stage.memory.device},

@@ -35,8 +35,9 @@ from growkit.report.run_summary import RunSummary
 POINTS = 2000  # of a curve: more than a screen has columns
 SMOOTHING = 30  # the training loss is a mean over this part of the run
 MARK = b"<!doctype html>\n<!-- growkit report -->"  # how a report is told from a file that must not be replaced
-SCRIPTS = ("format.js", "page.js", "sections.js", "charts.js", "main.js")
+SCRIPTS = ("format.js", "page.js", "sections.js", "blocks.js", "charts.js", "main.js")
 WHOLE = ("step", "tokens", "parameters")  # counts, never rounded
+BLOCKS = ("distance", "new_block_grad_share")  # of an AltUp stream, at validations
 CURVES = tuple(name for name in MEASURED if name != "loss")  # which is shown in bits per byte
 
 
@@ -109,6 +110,7 @@ def run_data(run: RunSummary) -> dict[str, Any]:
             _place(record) | {key: str(record.get(key, "")) for key in ("name", "prompt", "text")}
             for record in history.kind("sample")
         ],
+        "blocks": blocks(history),
         "recipe": run.recipe_text,
         "lineage": asdict(tree(run.folder, history=history)),
     }
@@ -116,23 +118,29 @@ def run_data(run: RunSummary) -> dict[str, Any]:
 
 def curves(history: History) -> dict[str, Any]:
     """``curves``: name → its values and which of ``places`` they are at; many curves share their places. The training
-    loss comes twice, as it was and ``smoothed``."""
+    loss comes twice, as it was and ``smoothed``; what is known of blocks has the places of validations."""
     columns = {key: history.steps[key] for key in CURVES}
     columns |= {key: column for key, column in history.steps.items() if key.startswith(tuple(PARTED))}
     loss = columns["bits_per_byte"]
     columns["smoothed"] = smoothed(loss, max(1, len(loss) // SMOOTHING))
-    places: dict[bytes, int] = {}
+    validated = {key: _column(history.kind("blocks"), key) for key in (*PLACE, *BLOCKS)}
+    places: dict[tuple[bool, bytes], int] = {}
     tables: list[dict[str, list[float | int | None]]] = []
     drawn = {}
-    for name, column in columns.items():
-        at = kept(column, POINTS)
+    for name, column in (columns | {key: validated[key] for key in BLOCKS}).items():
+        at, of_blocks = kept(column, POINTS), name in BLOCKS
         if not len(at):
             continue
-        if at.tobytes() not in places:
-            places[at.tobytes()] = len(tables)
-            tables.append({key: _rounded(key, history.steps[key][at]) for key in PLACE})
-        drawn[name] = {"at": places[at.tobytes()], "value": _rounded(name, column[at])}
+        if (of_blocks, at.tobytes()) not in places:
+            places[of_blocks, at.tobytes()] = len(tables)
+            where = validated if of_blocks else history.steps
+            tables.append({key: _rounded(key, where[key][at]) for key in PLACE})
+        drawn[name] = {"at": places[of_blocks, at.tobytes()], "value": _rounded(name, column[at])}
     return {"places": tables, "curves": drawn}
+
+
+def _column(records: Sequence[Record], key: str) -> Column:
+    return np.array([number(record.get(key)) for record in records])
 
 
 def marks(history: History) -> list[dict[str, Any]]:
@@ -150,6 +158,21 @@ def marks(history: History) -> list[dict[str, Any]]:
             | {"certificate": growth.get("certificate") if growth else None}
         )
     return found
+
+
+def blocks(history: History) -> dict[str, Any] | None:
+    """Of a model with an AltUp stream, the ``layers``' coefficients and the ``distances`` of its blocks when it was
+    last validated."""
+    found = history.kind("blocks")
+    if not found:
+        return None
+    last, of_layer = found[-1], ("id", "block", "read", "mix", "write")
+    layers = [{key: _numbers(layer[key]) for key in of_layer} for layer in last["layers"]]
+    return _place(last) | {"layers": layers, "distances": _numbers(last["distances"])}
+
+
+def _numbers(value: Any) -> Any:
+    return [_numbers(item) for item in value] if isinstance(value, list) else finite(number(value))
 
 
 def _change(before: Record, after: Record, key: str) -> list[float] | None:

@@ -72,6 +72,7 @@ class Display:
                 "ngram": self._keep_ngram,
                 "stage": self._show_stage,
                 "validation": self._show_validation,
+                "blocks": self._show_blocks,
                 "growth": self._show_growth,
                 "trial": self._show_trial,
                 "decision": self._show_decision,
@@ -133,6 +134,9 @@ class Display:
             shares = f"{record['sequence_accuracy']:.2%}[/bold] of the sequences right, {record['token_accuracy']:.2%}"
             score = f"[bold]{shares} of the answers"
         self.print(f"validation at {where}: {score}")
+
+    def _show_blocks(self, record: Record) -> None:
+        self.print(f"the two nearest blocks are {record['distance']:.2g} of a block's size apart")
 
     def _show_sample(self, record: Record) -> None:
         self.console.rule("a sample")

@@ -38,7 +38,7 @@ from growkit.schedule.decisions import Decision
 from growkit.schedule.plan import growth_schedule
 from growkit.schedule.progress import Progress
 from growkit.schedule.stage import GrowthSchedule, Stage
-from growkit.train import hardware
+from growkit.train import blocks, hardware
 from growkit.train.callback import AfterStep, StopRequest
 from growkit.train.candidates import choose
 from growkit.train.choices import Choices
@@ -291,12 +291,25 @@ class Run:
         """What the held-out data say of the model, over all processes."""
         assert module.model is not None
         context, wanted = module.stage.context_length, self.recipe.monitor.validation_tokens
-        autocast = torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
         share = {"rank": self.rank, "world_size": self.world_size}
         with torch.compiler.set_stance("force_eager"):  # not compiled for every shape that only a validation has
-            sums = self.data.score_sums(module.model, context, wanted, autocast=autocast, **share).to(module.device)
+            sums = self.data.score_sums(module.model, context, wanted, autocast=self._autocast(), **share)
+        sums = sums.to(module.device)
         sums = module.trainer.strategy.reduce(sums, reduce_op="sum") if self.world_size > 1 else sums
         return self.data.scores(sums, context, wanted)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def _look_at_blocks(self, module: StageModule) -> None:
+        """Logs how the layers of an AltUp stream use its blocks."""
+        assert module.model is not None
+        stage, links = module.stage, module.stage.links
+        probe = self.data.probe(stage.context_length, self.recipe.monitor.probe_tokens)
+        share = blocks.new_share(module.model, links[0].source) if links else None
+        with torch.compiler.set_stance("force_eager"), self._autocast():
+            figures = blocks.measure(module.model, probe[:, :-1].to(module.device))
+        self.record("blocks", new_block_grad_share=share, **figures)
 
     def validate(self, module: StageModule, *, end: bool) -> None:
         """Logs what the held-out data say of the model."""
@@ -308,6 +321,8 @@ class Run:
             end_of_stage=end,
             name=module.stage.name,
         )
+        if module.stage.model.stream is not None:
+            self._look_at_blocks(module)
         if end:
             kept = {key: value if math.isfinite(value) else None for key, value in scores.items()}
             self.lineage.append(

@@ -4,7 +4,8 @@
 const COARSE = matchMedia("(pointer: coarse)").matches; // a finger that scrolls the page must not draw a zoom box
 const MARGIN = { l: 54, r: 16, t: 34, b: 44 }; // the legend is at the top
 const BARE = { ...MARGIN, t: 12 };
-const COMPONENTS = { embedding: "run-2", attention: "run-0", mlp: "run-1", norm: "run-5", head: "run-4" };
+const COMPONENTS = { embedding: "run-2", attention: "run-0", mlp: "run-1", norm: "run-5", head: "run-4",
+  stream: "run-3" };
 const charts = []; // {node, build}
 let linking = false;
 
@@ -179,6 +180,8 @@ const COURSE = [
   ["Gradient norm", "grad_norm", { fromZero: true, single: componentTraces }],
   ["Gradient norm by component, of the run chosen below", "grad_norm", { fromZero: true, traces: componentTraces, onlyMany: true }],
   ["Gradient in new parameters", "new_grad_share", { fromZero: true, scale: 100, unit: " %", format: "%{y:.1f}" }],
+  ["Gradient in new blocks", "new_block_grad_share", { fromZero: true, scale: 100, unit: " %", format: "%{y:.2g}" }],
+  ["Nearest two blocks, apart by a block's size", "distance", { fromZero: true }],
   ["Mask of new parts", "ramp", { fromZero: true, scale: 100, unit: " %", format: "%{y:.0f}" }],
   ["Context length", "context_length", { fromZero: true, unit: " tokens" }],
   ["Attention window", "window", { fromZero: true, unit: " tokens" }],

@@ -49,7 +49,7 @@ function courseSection() {
 
 function selector(redraw) {
   if (!MANY) return null;
-  return section("details", "Run by run", "Samples, lineage, recipe and the gradient's components are of one run.",
+  return section("details", "Run by run", "Blocks, samples, lineage, recipe and the gradient's components are of one run.",
     choice("run", RUNS.map((run, index) => [index, run.name, null]), 0, (index) => {
       view.selected = index;
       redraw();

@@ -220,12 +220,13 @@ function recipe(run) {
 function details() {
   const run = RUNS[view.selected];
   return [
+    blocksSection(run),
     section("samples", "Samples over time", "What the model writes at the end of each stage; the prompt is bold.",
       samples(run)),
     section("lineage", "Lineage", "The stages and growths behind the weights, and the runs that branched off.",
       lineage(run.lineage)),
     section("recipe", "Recipe", "Every default written out; it trains this run again.", recipe(run)),
-  ];
+  ].filter(Boolean);
 }
 
 function footer() {

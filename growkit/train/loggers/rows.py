@@ -49,6 +49,10 @@ METRICS = {
         "token_accuracy": "validation/token_accuracy",
         "sequence_accuracy": "validation/sequence_accuracy",
     },
+    "blocks": {
+        "distance": "blocks/distance",
+        "new_block_grad_share": "gradients/new_block_share",
+    },
 }
 GROWTH_COLUMNS = (
     "stage",
@@ -65,16 +69,19 @@ GROWTH_COLUMNS = (
     "locked_rows",
 )
 SAMPLE_COLUMNS = ("stage", "step", "tokens", "name", "prompt", "text")
+COEFFICIENT_COLUMNS = ("layer", "to", "from", "coefficient")
 
 
 @dataclass
 class Row:
-    """What is logged under one step. ``growths``, ``samples``: the whole tables, in a row that adds to them."""
+    """What is logged under one step. ``growths``, ``samples``: the whole tables, in a row that adds to them.
+    ``coefficients``: of an AltUp stream as they are in this row."""
 
     step: int
     values: dict[str, float] = field(default_factory=dict)
     growths: list[list[Any]] | None = None
     samples: list[list[Any]] | None = None
+    coefficients: list[list[Any]] | None = None
 
 
 class Rows:
@@ -121,6 +128,8 @@ class Rows:
                 self.validations.append(record["bits_per_byte"])
             if self.ngram is not None:
                 values["validation/ngram_bits_per_byte"] = self.ngram["bits_per_byte"]
+        elif kind == "blocks":
+            row.coefficients = coefficient_lines(record)
         elif kind == "decision":
             values["growth/decision"] = 1.0
             tried = record["evidence"].get("candidates", {})
@@ -151,3 +160,15 @@ def growth_line(record: Record) -> list[Any]:
     values["delta_loss"] = None if before is None or after is None else after - before
     values["dead"] = len(certificate["dead"])
     return [values[column] for column in GROWTH_COLUMNS]
+
+
+def coefficient_lines(record: Record) -> list[list[Any]]:
+    """A record of an AltUp stream as lines of ``COEFFICIENT_COLUMNS``, one for each cell of a layer's heat map: to a
+    block or to what the layer reads, from a block or from what the layer makes."""
+    lines = []
+    for layer in record["layers"]:
+        rows = [("layer", layer["read"], None), *zip(map(str, range(len(layer["mix"]))), layer["mix"], layer["write"])]
+        for to, mixed, written in rows:
+            lines += [[layer["id"], to, str(block), value] for block, value in enumerate(mixed)]
+            lines += [] if written is None else [[layer["id"], to, "layer", written]]
+    return lines

@@ -26,13 +26,13 @@ from growkit.checkpoint.run_folder import MARK, RunFolder, step_name
 from growkit.config.load import load_recipe
 from growkit.models.presets import PRESETS
 from growkit.train.loggers.fragment import is_whole
-from growkit.train.loggers.rows import AXES, GROWTH_COLUMNS, SAMPLE_COLUMNS, Row, Rows
+from growkit.train.loggers.rows import AXES, COEFFICIENT_COLUMNS, GROWTH_COLUMNS, SAMPLE_COLUMNS, Row, Rows
 from growkit.train.loggers.wandb_process import FAILED
 from growkit.train.loggers.wandb_state import OFFLINE, WandbState, only_one
 
 POLL_SECONDS = 1.0  # between two looks at the log
 NICENESS = 10  # the training's threads go first where there are no more cores than they
-GROUPS = ("train", "validation", "optim", "gradients", "speed", "growth", "samples")
+GROUPS = ("train", "validation", "optim", "gradients", "speed", "growth", "blocks", "samples")
 
 
 def main(words: list[str]) -> None:
@@ -133,6 +133,8 @@ class Session:
             values["growth/events"] = wandb.Table(list(GROWTH_COLUMNS), row.growths, allow_mixed_types=True)
         if row.samples is not None:
             values["samples/texts"] = wandb.Table(list(SAMPLE_COLUMNS), row.samples)
+        if row.coefficients is not None:
+            values["blocks/coefficients"] = wandb.Table(list(COEFFICIENT_COLUMNS), row.coefficients)
         self.run.log(values, step=row.step, commit=True)
         self.held = row.step
 

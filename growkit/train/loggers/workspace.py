@@ -50,6 +50,12 @@ def layout(entity: str, project: str) -> ws.Workspace:
                 _plot("utilisation", "tokens", "speed/utilisation"),
                 _plot("peak memory, bytes", "tokens", "speed/memory_bytes"),
             ),
+            _section(
+                "Blocks",
+                _plot("nearest two blocks of a stream", "tokens", "blocks/distance"),
+                _plot("gradient share of new blocks", "tokens", "gradients/new_block_share"),
+                wr.WeavePanelSummaryTable(table_name="blocks/coefficients"),
+            ),
             _section("Samples", wr.WeavePanelSummaryTable(table_name="samples/texts")),
         ],
         settings=ws.WorkspaceSettings(x_axis="tokens", group_by_prefix="first", point_visualization_method="bucketing"),
