@@ -146,9 +146,7 @@ def normed_inside(config: ModelConfig, eps: float) -> ModelConfig:
     """``config`` with FalconMamba's norms in its mixers."""
     mixers = [dataclasses.replace(layer.mixer, inner_norm=eps) for layer in config.layers]  # type: ignore[type-var]
     pairs = zip(config.layers, mixers, strict=True)
-    return dataclasses.replace(
-        config, layers=tuple(dataclasses.replace(layer, mixer=mixer) for layer, mixer in pairs)
-    )
+    return dataclasses.replace(config, layers=tuple(dataclasses.replace(layer, mixer=mixer) for layer, mixer in pairs))
 
 
 @pytest.mark.parametrize("family", hugging_face.CLASSES)
