@@ -114,6 +114,8 @@ class MambaAdapter(Adapter):
                 "use_conv_bias": mixer.conv_bias,
                 "hidden_act": "silu",
                 "layer_norm_epsilon": config.norm.eps,
+                # Of a model's start alone; but transformers 5 does it to every out_proj it loads, too.
+                "rescale_prenorm_residual": False,
             }
             | ({"mixer_rms_eps": mixer.inner_norm} if self.inner_norm else {})
         )
