@@ -25,7 +25,7 @@ from growkit.models.decoder import Cache, DecoderLM, build
 from tests.hugging_face import logits, model, reloaded, save, tokens
 from tests.support import cli, model_config
 
-# Relative, float32: two implementations of two layers' sums and scans; measured at most 1e-6.
+# Relative, float32: two implementations of two layers' sums and scans; measured at most 2.1e-6.
 PARITY = 1e-5
 CHANGED = 1e-2  # what is not exact moves the logits by far more
 
