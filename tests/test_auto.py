@@ -212,7 +212,12 @@ def test_a_cache_may_come_without_a_configuration() -> None:
     for _ in range(2):
         parts = [wrapped(part, past_key_values=cache, use_cache=True).logits for part in tokens.split(5, dim=1)]
         close(torch.cat(parts, 1), model(tokens))
-        assert cache.get_seq_length() == 12
+        assert cache.get_seq_length() == 12 and cache.get_max_length() == -1
+        assert cache.get_mask_sizes(3, 0) == cache.get_mask_sizes(3, 1) == (15, 0)
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([3, 0]))
+        more = wrapped(tokens[[1, 0], :3], past_key_values=cache).logits
+        close(more, model(torch.cat((tokens, tokens[:, :3]), 1)[[1, 0]])[:, 12:])
         cache.reset()
     assert cache.get_seq_length() == 0
 

@@ -1,4 +1,4 @@
-"""transformers' cache as DecoderLM writes one: so that generate can reorder, crop and offload it.
+"""transformers' cache as DecoderLM writes one: so that generate can reorder and crop it, and offload what grows.
 
 Legend: B batch, G kv heads, T new tokens, d head_dim.
 """
@@ -43,20 +43,15 @@ class KeptBy(decoder.Cache):
 
 
 class MambaStates(CacheLayerMixin):
-    """What a Mamba layer keeps: as ``keys`` the last inputs of its convolution, as ``values`` its state, which is what
-    the base class reorders and offloads. Unlike transformers' own for such layers it counts its tokens, and is never
-    written in place, so that gradients go through it."""
+    """What a Mamba layer keeps: as ``keys`` the last inputs of its convolution, as ``values`` its state, which the base
+    class reorders. They do not grow, so they stay on their device when keys are offloaded. Unlike transformers' own for
+    such layers it counts its tokens, and is never written in place, so that gradients go through it."""
 
-    is_sliding = False
+    is_sliding = supports_early_init = False
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.length = 0
-
-    def keep(self, *, inputs: Tensor | None = None, state: Tensor | None = None) -> None:
-        self.keys, self.values = self.keys if inputs is None else inputs, self.values if state is None else state
-        if state is not None:
-            self.is_initialized, self.device = True, state.device
 
     def get_seq_length(self) -> int:
         return self.length
@@ -69,7 +64,7 @@ class MambaStates(CacheLayerMixin):
 
     def reset(self) -> None:
         self.keys = self.values = None
-        self.is_initialized, self.length = False, 0
+        self.length = 0
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.keys is not None and self.values is not None:
@@ -136,7 +131,7 @@ class _StatesKept(layers.LayerCache):
 
     @inputs.setter
     def inputs(self, inputs: Tensor | None) -> None:
-        self._states.keep(inputs=inputs)
+        self._states.keys = inputs
 
     @property
     def state(self) -> Tensor | None:
@@ -144,4 +139,4 @@ class _StatesKept(layers.LayerCache):
 
     @state.setter
     def state(self, state: Tensor | None) -> None:
-        self._states.keep(state=state)
+        self._states.values = state
