@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    FalconMambaConfig,
+    FalconMambaForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Qwen3Config,
@@ -23,6 +27,8 @@ CLASSES: dict[str, tuple[Any, Any]] = {
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM),
+    "mamba": (MambaConfig, MambaForCausalLM),
+    "falcon_mamba": (FalconMambaConfig, FalconMambaForCausalLM),
 }
 SIZES: dict[str, Any] = {
     "vocab_size": 300,
@@ -32,11 +38,21 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }
+MAMBA_SIZES: dict[str, Any] = {  # an odd rank of Δ, which is not a width / 16
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "state_size": 5,
+    "time_step_rank": 3,
+    "layer_norm_epsilon": 1e-4,
+}
 OWN: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 2, "rms_norm_eps": 1e-4},
     "mistral": {"num_key_value_heads": 2, "sliding_window": None},
     "qwen3": {"num_key_value_heads": 2, "head_dim": 12},
     "gpt_neox": {"rotary_pct": 0.5},
+    "mamba": {},
+    "falcon_mamba": {"mixer_rms_eps": 1e-3},
 }
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
 
@@ -44,11 +60,12 @@ YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_p
 def model(family: str, *, seed: int = 0, **fields: Any) -> Any:
     """A model in evaluation, every parameter random, its logits of standard deviation ≥ 1."""
     config, kind = CLASSES[family]
-    made = kind(config(**(SIZES | OWN[family] | fields))).eval()
+    sizes = MAMBA_SIZES if "mamba" in family else SIZES
+    made = kind(config(**(sizes | OWN[family] | fields))).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator) * (0.3 if parameter.dim() == 2 else 0.2)
+            noise = torch.randn(parameter.shape, generator=generator) * (0.3 if parameter.dim() > 1 else 0.2)
             parameter.copy_(noise + 1 if "norm" in name and name.endswith("weight") else noise)
         assert float(made(tokens()).logits.std()) >= 1
     return made

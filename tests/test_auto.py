@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from growkit.checkpoint.hf.auto import GrowkitForCausalLM
 from growkit.errors import ConfigError
@@ -35,7 +36,16 @@ def configs() -> dict[str, ModelConfig]:
         for layer, number in zip(odd.layers, (0, 7, 3))
     ]
     odd = dataclasses.replace(odd, layers=tuple(layers), tied_head=False, logit_scale=0.7)
-    return {"transformer": model_config("transformer"), "tokenformer": model_config("tokenformer"), "odd": odd}
+    mamba: dict[str, Any] = {"preset": "mamba", "d_state": 5, "dt_rank": 3, "bias": True}
+    tokens = {"projection": "pattention", "mamba_tokens": 10, "attention_tokens": 10, "mlp_tokens": 14}
+    return {
+        "transformer": model_config("transformer"),
+        "tokenformer": model_config("tokenformer"),
+        "odd": odd,
+        "mamba": model_config(**mamba),
+        "hybrid": model_config(**mamba, pattern="mamba+attention"),
+        "hybrid-tokens": model_config(**mamba | tokens, pattern="attention+mamba"),
+    }
 
 
 CONFIGS = configs()
@@ -68,12 +78,18 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path, name: str) -> None:
     assert sum(p.numel() for p in read.parameters()) == model.config.num_params()
 
 
-def test_a_model_made_from_its_configuration_starts_as_growkit_starts_it() -> None:
-    config = pair("odd")[1].config
+@pytest.mark.parametrize("name", ["odd", "mamba"])
+def test_a_model_made_from_its_configuration_starts_as_growkit_starts_it(name: str) -> None:
+    config = pair(name)[1].config
     made = AutoModelForCausalLM.from_config(config).growkit
     for name, spec in param_specs(made.config).items():
         p = made.get_parameter(name)
-        if spec.init_std is None:
+        if spec.start == "a_log":
+            torch.testing.assert_close(p, torch.arange(1, 6.0).log().expand(spec.shape).to(p.dtype))
+        elif spec.start == "dt_bias":
+            dt = F.softplus(p.detach())
+            assert 1e-3 * 0.99 < dt.min() < 3e-3 and 0.03 < dt.max() < 0.1 * 1.01, name  # of 48 draws, log-uniform
+        elif spec.init_std is None:
             assert (p == spec.starts_at()).all(), name
         else:
             assert 0.8 < float(p.detach().std() / spec.init_std) < 1.25, name  # of a hundred draws and more
@@ -142,6 +158,25 @@ def test_padding_is_not_seen(name: str, side: str) -> None:
     close(both[mask.bool()], logits[mask.bool()])
 
 
+@pytest.mark.parametrize("name", ["odd", "mamba", "hybrid"])
+def test_padding_between_the_pieces_of_a_row_is_not_seen(name: str) -> None:
+    """Rows of several calls on one cache, padded at both sides in each; one piece is padding alone."""
+    model, wrapped = pair(name)
+    rows = probe(model.config)[:3, :14]
+    taken = [[(0, 3), (3, 4), (4, 14)], [(0, 0), (0, 7), (7, 14)], [(0, 5), (5, 5), (5, 14)]]  # of each, in each call
+    seen: list[list[Tensor]] = [[], [], []]
+    cache, mask = None, torch.zeros(3, 0, dtype=torch.long)
+    for call, side in enumerate(("right", "left", "left")):
+        ids, new = padded([row[slice(*part[call])] for row, part in zip(rows, taken, strict=True)], side)
+        mask = torch.cat((mask, new), 1)
+        out = wrapped(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        for i in range(3):
+            seen[i].append(out.logits[i, new[i].bool()])
+    for i, row in enumerate(rows):
+        close(torch.cat(seen[i]), model(row[None])[0])
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_generation_is_the_same_with_a_cache_in_a_padded_batch_and_alone(name: str) -> None:
     _, wrapped = pair(name)
@@ -168,6 +203,54 @@ def test_only_the_wanted_logits_are_made() -> None:
     close(wrapped(tokens, logits_to_keep=torch.tensor([1, 4])).logits, whole[:, [1, 4]])
     assert wrapped(tokens, use_cache=False).past_key_values is None
     assert isinstance(wrapped(tokens, return_dict=False), tuple)
+
+
+def test_a_cache_may_come_without_a_configuration() -> None:
+    """transformers' own way to make one ahead; it is counted and emptied as any other."""
+    model, wrapped = pair("hybrid")
+    tokens, cache = probe(model.config)[:, :12], DynamicCache()
+    for _ in range(2):
+        parts = [wrapped(part, past_key_values=cache, use_cache=True).logits for part in tokens.split(5, dim=1)]
+        close(torch.cat(parts, 1), model(tokens))
+        assert cache.get_seq_length() == 12 and cache.get_max_length() == -1
+        assert cache.get_mask_sizes(3, 0) == cache.get_mask_sizes(3, 1) == (15, 0)
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([3, 0]))
+        more = wrapped(tokens[[1, 0], :3], past_key_values=cache).logits
+        close(more, model(torch.cat((tokens, tokens[:, :3]), 1)[[1, 0]])[:, 12:])
+        cache.reset()
+    assert cache.get_seq_length() == 0
+
+
+def test_a_state_takes_gradients_through_the_cache() -> None:
+    """Two calls, and one: the same gradients."""
+    model, wrapped = pair("mamba")
+    tokens = probe(model.config)[:, :12]
+    (wanted,) = torch.autograd.grad(model(tokens)[:, -1].square().sum(), [model.embedding.weight])
+    cache = DynamicCache(config=wrapped.config)
+    wrapped(tokens[:, :7], past_key_values=cache)
+    loss = wrapped(tokens[:, 7:], past_key_values=cache).logits[:, -1].square().sum()
+    close(torch.autograd.grad(loss, [wrapped.growkit.embedding.weight])[0], wanted)
+
+
+def test_what_a_state_cannot_do_is_refused() -> None:
+    model, wrapped = pair("mamba")
+    tokens = probe(model.config)[:1, :8]
+    cache = wrapped(tokens, use_cache=True).past_key_values
+    other = pair("transformer")[1](tokens, use_cache=True).past_key_values
+    short = DynamicCache(config=wrapped.config)
+    short.layers.pop()
+    for call, word in (
+        (lambda: cache.crop(-1), "cannot be cut back"),
+        (lambda: wrapped(tokens, past_key_values=other), "is of another model"),
+        (lambda: wrapped(tokens, past_key_values=short), "has room for 1 layers"),
+    ):
+        with pytest.raises(ConfigError, match=word) as caught:
+            call()
+        assert (caught.value.code, caught.value.key) == ("not-in-transformers", "past_key_values")
+    cache.crop(0)
+    with pytest.raises(ValueError, match="not supported with stateful models"):
+        wrapped.generate(tokens, prompt_lookup_num_tokens=2, max_new_tokens=4)
 
 
 def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:

@@ -143,6 +143,7 @@ def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(folder / "runs" / RUNS[0], folder / "runs" / copy)
     (folder / "more.yaml").write_text(MORE)
     write(hugging_face.save(hugging_face.model("llama"), folder / "my-llama"), Tokenizer())
+    write(hugging_face.save(hugging_face.model("mamba"), folder / "my-mamba"), Tokenizer())
     return folder
 
 

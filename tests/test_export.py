@@ -36,7 +36,7 @@ def checkpoint(folder: Path, preset: str) -> tuple[Path, torch.nn.Module]:
     return folder, build(config, state.params).eval()
 
 
-@pytest.mark.parametrize("preset", ["transformer", "tokenformer"])
+@pytest.mark.parametrize("preset", ["transformer", "tokenformer", "mamba"])
 def test_transformers_reads_the_same_function(tmp_path: Path, preset: str) -> None:
     source, model = checkpoint(tmp_path / "source", preset)
     code, out, err = cli("export", source, tmp_path / "out")

@@ -137,7 +137,16 @@ def native_models() -> dict[str, ModelConfig]:
         "mistral": model_config(**plain, tied_head=False),
         "qwen3": model_config(**plain, qk_norm=True, tied_head=False),
         "gpt_neox": model_config(**plain | norm, parallel=True, rope_fraction=0.5),
+        "mamba": model_config("mamba", d_state=5, dt_rank=3, expand=3, d_conv=3, conv_bias=False),
+        "falcon_mamba": normed_inside(model_config("mamba", d_state=5, tied_head=False, bias=True), 1e-4),
     }
+
+
+def normed_inside(config: ModelConfig, eps: float) -> ModelConfig:
+    """``config`` with FalconMamba's norms in its mixers."""
+    mixers = [dataclasses.replace(layer.mixer, inner_norm=eps) for layer in config.layers]  # type: ignore[type-var]
+    pairs = zip(config.layers, mixers, strict=True)
+    return dataclasses.replace(config, layers=tuple(dataclasses.replace(layer, mixer=mixer) for layer, mixer in pairs))
 
 
 @pytest.mark.parametrize("family", hugging_face.CLASSES)
@@ -193,7 +202,7 @@ def refused(folder: Path, code: str, *words: str) -> None:
 
 
 UNKNOWN: list[tuple[str, dict[str, Any], str, str]] = [
-    ("llama", {"architectures": ["MambaForCausalLM"]}, "unknown-architecture", "known: GrowkitForCausalLM, Llama"),
+    ("llama", {"architectures": ["Mamba2ForCausalLM"]}, "unknown-architecture", "known: GrowkitForCausalLM, Llama"),
     ("llama", {"architectures": None}, "unknown-architecture", "architectures"),
     ("llama", {"hidden_act": "gelu"}, "not-supported", "hidden_act"),
     ("gpt_neox", {"hidden_act": "relu"}, "not-supported", "gelu_new"),

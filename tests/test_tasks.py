@@ -55,9 +55,10 @@ def write_task(folder: Path, name: str, rows: list[dict[str, Any]], **fields: An
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(task | fields))
 
 
-@pytest.fixture(scope="module")
-def model() -> DecoderLM:
-    config = model_config("tokenformer", vocab_size=256)
+@pytest.fixture(scope="module", params=[("tokenformer", {}), ("mamba", {"pattern": "mamba+attention"})], ids=str)
+def model(request: pytest.FixtureRequest) -> DecoderLM:
+    preset, fields = request.param
+    config = model_config(preset, vocab_size=256, **fields)
     return build(config, trained_like(config, dtype=torch.float32).params).eval()
 
 

@@ -261,8 +261,8 @@ def export(
         str,
         typer.Option(
             "--as",
-            help="Format: growkit (transformers reads it, with growkit), llama, mistral, qwen3 or gpt_neox "
-            "(transformers alone).",
+            help="Format: growkit (transformers reads it, with growkit), llama, mistral, qwen3, gpt_neox, mamba or "
+            "falcon_mamba (transformers alone).",
         ),
     ] = "growkit",
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the weights.")] = "float32",

@@ -226,7 +226,8 @@ class Layer(nn.Module):
         self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: LayerCache | None, mask: Visible | None
     ) -> tuple[Tensor, Tensor | None]:
         if self.kind == "mamba":
-            made = self.mamba(self.mamba_norm(x), cache, mask.segments if mask is not None else None)
+            segments, real = (mask.segments, mask.real) if mask is not None else (None, None)
+            made = self.mamba(self.mamba_norm(x), cache, segments, real)
         else:
             assert rope is not None
             made = self.attention(self.attention_norm(x), rope, cache, mask.mask if mask is not None else None)

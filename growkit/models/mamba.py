@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 DT_LEAST, DT_MOST, DT_FLOOR = 1e-3, 0.1, 1e-4  # of Δ at the start, log-uniform (the published code's)
 
+NO_TIME = -1e4  # before its softplus, whatever the bias: a Δ of zero, over which a state stays as it is
+
 
 class MambaMixer(nn.Module):
     def __init__(self, spec: Mamba, embed_dim: int, backend: str, ramp: float) -> None:
@@ -42,16 +44,25 @@ class MambaMixer(nn.Module):
         self.dt_proj = projection(spec.dt_proj, spec.dt_rank, spec.inner, backend, ramp)
         self.out_proj = projection(spec.out_proj, spec.inner, embed_dim, backend, ramp)
 
-    def forward(self, u_BTD: Tensor, cache: LayerCache | None = None, segments: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        u_BTD: Tensor,
+        cache: LayerCache | None = None,
+        segments: Tensor | None = None,
+        real: Tensor | None = None,
+    ) -> Tensor:
         """``cache`` holds the last inputs of the convolution and the state, which are of the document of the first
-        token; ``segments`` (B, T): the documents."""
+        token; ``segments`` (B, T): the documents. ``real`` (B, T), bool, in rows of one document: the others are
+        padding, and nothing of it reaches a token, wherever it lies; what is made of it has no meaning."""
         spec = self.spec
         x, z = self.in_proj(u_BTD).chunk(2, dim=-1)
-        x = F.silu(self._convolved(x, cache, segments))
+        x = F.silu(self._convolved(x, cache, segments, real))
         r, B, C = self.x_proj(x).split([spec.dt_rank, spec.state, spec.state], dim=-1)
         if spec.inner_norm is not None:
             r, B, C = (_normed(part, spec.inner_norm) for part in (r, B, C))
         dt = self.dt_proj(r)
+        if real is not None:
+            dt = dt.masked_fill(~real[..., None], NO_TIME)
         wide = torch.promote_types(x.dtype, torch.float32)
         A = -torch.exp(self.A_log.to(wide))
         h0 = cache.state if cache is not None else None
@@ -62,14 +73,21 @@ class MambaMixer(nn.Module):
             cache.state = h
         return self.out_proj(y)
 
-    def _convolved(self, x_BTE: Tensor, cache: LayerCache | None, segments: Tensor | None) -> Tensor:
+    def _convolved(
+        self, x_BTE: Tensor, cache: LayerCache | None, segments: Tensor | None, real: Tensor | None
+    ) -> Tensor:
         """Σ_k w_k x_{t−W+1+k} + b: a few passes over memory, which at four taps no convolution needs less of. Taps that
-        would reach into another document read zero."""
+        would reach into another document read zero. Where there is padding, what is none is moved together to the end
+        of its row for it, the cached inputs before it, and back."""
         W, T = self.spec.conv, x_BTE.shape[1]
         before = cache.inputs if cache is not None and cache.inputs is not None else None
         if before is None:
             before = x_BTE.new_zeros(x_BTE.shape[0], W - 1, x_BTE.shape[2])
         padded = torch.cat((before, x_BTE), 1)
+        if real is not None:
+            known = torch.cat((real.new_ones(before.shape[:2]), real), 1)
+            padded = _gathered(padded, known.int().argsort(stable=True, dim=1))
+            x_BTE = padded[:, W - 1 :]
         if cache is not None:
             cache.inputs = padded[:, padded.shape[1] - (W - 1) :]
         weight = self.conv_weight.to(x_BTE.dtype)
@@ -80,7 +98,14 @@ class MambaMixer(nn.Module):
                 earlier = torch.arange(-back, T - back, device=segments.device).clamp_min(0)
                 tap = tap * (segments == segments[:, earlier])[..., None].to(tap.dtype)
             out = torch.addcmul(out, tap, weight[:, W - 1 - back])
+        if real is not None:
+            out = _gathered(out, real.int().argsort(stable=True, dim=1).argsort(1))
         return out if self.conv_bias is None else out + self.conv_bias.to(out.dtype)
+
+
+def _gathered(x_BTE: Tensor, order_BT: Tensor) -> Tensor:
+    """The tokens of each row in another order."""
+    return x_BTE.gather(1, order_BT[..., None].expand(-1, -1, x_BTE.shape[2]))
 
 
 def _normed(x: Tensor, eps: float) -> Tensor:

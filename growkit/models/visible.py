@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 
 class Visible(NamedTuple):
     """What tokens see of those before them, where that is not all. ``mask`` (B or 1, 1, T, keys), bool, or blocks of
-    it: the keys of each query. ``segments`` (B, T): equal numbers are one document, at whose start a state is
-    zero; None: one. A window is for attention only: a state forgets by itself."""
+    it: the keys of each query. ``segments`` (B, T): equal numbers are one document, at whose start a state is zero;
+    None: one. ``real`` (B, T), bool: no padding, which a state passes by; None: all. A window is for attention only: a
+    state forgets by itself."""
 
     mask: Tensor | BlockMask
     segments: Tensor | None = None
+    real: Tensor | None = None
 
 
 def visible(

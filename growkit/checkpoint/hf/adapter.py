@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from growkit.checkpoint.hf.settings import Settings
 from growkit.errors import ConfigError
-from growkit.models.config import Attention, DenseMLP, LayerSpec, Linear, ModelConfig, Norm, unmasked
+from growkit.models.config import Attention, DenseMLP, LayerSpec, Linear, Mixer, ModelConfig, Norm, unmasked
 from growkit.models.spec import param_specs
 
 if TYPE_CHECKING:
@@ -134,9 +134,16 @@ class Adapter:
         return [Rule((f"{before}{module}.{leaf}",), (f"{prefix}{self.modules[module]}.{LEAVES[leaf]}",))]
 
     def model(
-        self, config: Settings, mixer: Attention, mlp: DenseMLP, norm: Norm, *, parallel: bool = False
+        self,
+        config: Settings,
+        mixer: Mixer,
+        mlp: DenseMLP | None,
+        norm: Norm,
+        *,
+        parallel: bool = False,
+        tied: bool = False,
     ) -> ModelConfig:
-        """A model whose layers, and norms, are all alike."""
+        """A model whose layers, and norms, are all alike. ``tied``: its head, where config.json does not say it."""
         layers = range(config.positive("num_hidden_layers", int))
         return ModelConfig(
             vocab_size=config.positive("vocab_size", int),
@@ -144,7 +151,7 @@ class Adapter:
             layers=tuple(LayerSpec(i, mixer, mlp, parallel=parallel) for i in layers),
             norm=norm,
             final_norm=norm,
-            tied_head=config.get("tie_word_embeddings", bool, False),
+            tied_head=config.get("tie_word_embeddings", bool, tied),
         )
 
     def named(self, config: ModelConfig) -> dict[str, Any]:
@@ -158,8 +165,8 @@ class Adapter:
             "tie_word_embeddings": config.tied_head,
         }
 
-    def require_plain(self, config: ModelConfig) -> tuple[Attention, DenseMLP]:
-        """Refuses what no other family's configuration says; returns attention and MLP of every layer."""
+    def require_alike(self, config: ModelConfig) -> LayerSpec:
+        """Refuses what no other family's configuration says around the layers; returns what every layer is like."""
         first = config.layers[0]
         if any(
             (layer.mixer, layer.mlp, layer.parallel, layer.stride)
@@ -179,7 +186,12 @@ class Adapter:
                 f"two norms: {norm.kind} with eps {norm.eps:g} in the layers, {final.kind} with {final.eps:g} last"
             )
             raise self.cannot("final_norm", problem)
-        mixer, mlp = first.mixer, first.mlp
+        return first
+
+    def require_plain(self, config: ModelConfig) -> tuple[Attention, DenseMLP]:
+        """Refuses what no family of Transformers can say; returns attention and MLP of every layer."""
+        layer = self.require_alike(config)
+        mixer, mlp = layer.mixer, layer.mlp
         if not isinstance(mixer, Attention):
             raise self.cannot("layers", "Mamba layers")
         projections = (mixer.q, mixer.k, mixer.v, mixer.o)

@@ -16,12 +16,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
+from growkit.checkpoint.hf.cache import KeptBy
 from growkit.checkpoint.hf.config import GrowkitConfig
 from growkit.checkpoint.hf.format import described
 from growkit.errors import ConfigError
-from growkit.models import decoder, layers
-from growkit.models.config import ModelConfig
-from growkit.models.decoder import DecoderLM
+from growkit.models.config import Mamba
+from growkit.models.decoder import DecoderLM, init_tensor
 from growkit.models.visible import Visible
 
 # What transformers may ask a model for that DecoderLM does not hand out.
@@ -50,6 +50,8 @@ class GrowkitForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         super().__init__(config)
         self._given = growkit is not None
         self.growkit = growkit if growkit is not None else DecoderLM(config.model)
+        # Whether a cache cannot be cut back by some tokens, which assisted generation does.
+        self._is_stateful = any(isinstance(layer.mixer, Mamba) for layer in self.growkit.config.layers)
         self.post_init()  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -79,10 +81,13 @@ class GrowkitForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
             return
         self.growkit.place_ramp()  # which no file holds
         for name, spec in self.growkit.param_axes().items():  # ``initialization`` leaves those that were loaded
-            if spec.init_std is None:
-                initialization.constant_(self.growkit.get_parameter(name), spec.starts_at())
+            parameter = self.growkit.get_parameter(name)
+            if spec.start != "normal" or spec.constant is not None:
+                initialization.copy_(parameter, init_tensor(spec, torch.default_generator))
+            elif spec.init_std is None:
+                initialization.constant_(parameter, spec.starts_at())
             else:
-                initialization.normal_(self.growkit.get_parameter(name), 0.0, spec.init_std)
+                initialization.normal_(parameter, 0.0, spec.init_std)
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -134,7 +139,7 @@ class GrowkitForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
             use_cache = not self.training and labels is None and self.config.use_cache
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache(config=self.config)
-        cache = None if past_key_values is None else _Cache(past_key_values, self.config.model)
+        cache = None if past_key_values is None else KeptBy(past_key_values, self.config.model)
         past = cache.length if cache is not None else 0
         mask: Visible | None = None
         if attention_mask is not None:
@@ -147,7 +152,7 @@ class GrowkitForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
                 )
             real = attention_mask.to(input_ids.device).bool()
             if not real.all():
-                mask = Visible(_visible(real, input_ids.shape[1]), real[:, past:].long())
+                mask = Visible(_visible(real, input_ids.shape[1]), real=real[:, past:])
                 if position_ids is None:
                     position_ids = (real.cumsum(-1) - 1).clamp(min=0)[:, past:]
         elif position_ids is not None and not bool((position_ids.diff(dim=-1) == 1).all()):
@@ -168,28 +173,3 @@ def _visible(real_BS: Tensor, new: int) -> Tensor:
     S = real_BS.shape[1]
     causal = torch.ones(new, S, dtype=torch.bool, device=real_BS.device).tril(S - new)
     return (causal & real_BS[:, None, None, :]) | causal.triu(S - new)
-
-
-class _Cache(decoder.Cache):
-    """transformers' cache as DecoderLM writes one: so that generate can reorder, crop and offload it."""
-
-    def __init__(self, cache: Cache, config: ModelConfig) -> None:
-        if cache.is_compileable:
-            mend = "use the dynamic one, which is the default"
-            name = type(cache).__name__
-            raise ConfigError(
-                "not-in-transformers", "has room for a fixed length", key="past_key_values", value=name, mend=mend
-            )
-        self.layers = {spec.id: _LayerCache(cache, index) for index, spec in enumerate(config.layers)}
-        self.length = cache.get_seq_length()
-
-
-class _LayerCache(layers.LayerCache):
-    """Made anew for each forward pass: ``length`` is what it holds before."""
-
-    def __init__(self, cache: Cache, index: int) -> None:
-        self.length = cache.get_seq_length(index)
-        self._cache, self._index = cache, index
-
-    def append(self, k_BGTd: Tensor, v_BGTd: Tensor) -> tuple[Tensor, Tensor]:
-        return self._cache.update(k_BGTd, v_BGTd, self._index)

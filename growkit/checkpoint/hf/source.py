@@ -14,6 +14,7 @@ from growkit.checkpoint import manifest as manifests
 from growkit.checkpoint.hf.adapter import Adapter
 from growkit.checkpoint.hf.gpt_neox import GPTNeoX
 from growkit.checkpoint.hf.llama import Llama, Mistral
+from growkit.checkpoint.hf.mamba import FalconMamba, MambaAdapter
 from growkit.checkpoint.hf.native import Native
 from growkit.checkpoint.hf.qwen3 import Qwen3
 from growkit.checkpoint.hf.settings import CONFIG, Settings, read_config
@@ -23,7 +24,8 @@ from growkit.schedule.progress import Progress
 LINEAGE = "growkit.json"  # beside the weights that growkit grew: how
 LAYOUT = "huggingface"
 ADAPTERS: Mapping[str, Adapter] = {
-    adapter.architecture: adapter for adapter in (Native(), Llama(), Mistral(), Qwen3(), GPTNeoX())
+    adapter.architecture: adapter
+    for adapter in (Native(), Llama(), Mistral(), Qwen3(), GPTNeoX(), MambaAdapter(), FalconMamba())
 }
 
 
