@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from growkit.checkpoint.hf.auto import GrowkitForCausalLM
+from growkit.checkpoint.hf.cache import KeptBy
 from growkit.errors import ConfigError
 from growkit.growth.path import grown_config
 from growkit.models.config import ModelConfig, Norm
@@ -251,6 +252,11 @@ def test_what_a_state_cannot_do_is_refused() -> None:
     cache.crop(0)
     with pytest.raises(ValueError, match="not supported with stateful models"):
         wrapped.generate(tokens, prompt_lookup_num_tokens=2, max_new_tokens=4)
+
+
+def test_layers_of_a_stride_have_no_cache_there() -> None:
+    with pytest.raises(ConfigError, match="use_cache=False"):
+        KeptBy(DynamicCache(), model_config("transformer", num_layers=3, altup_stride=2))
 
 
 def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ class KeptBy(decoder.Cache):
     def __init__(self, cache: Cache, config: ModelConfig) -> None:
         if cache.is_compileable:
             raise _unfit(cache, "has room for a fixed length", "use the dynamic one, which is the default")
+        if any(spec.stride > 1 for spec in config.layers):
+            raise _unfit(cache, "does not hold what layers of a stride ran on last", "pass use_cache=False")
         self.layers = {}
         self._states: list[MambaStates] = []
         for index, spec in enumerate(config.layers):
