@@ -25,7 +25,8 @@ from growkit.eval import validate
 from growkit.growth import gradients, verify
 from growkit.models.decoder import build, init_params
 from growkit.models.presets import PRESETS
-from growkit.planner import memory
+from growkit.ops.selective_scan import loop
+from growkit.planner import mamba, memory
 from growkit.planner.memory import stage_memories
 from growkit.schedule.plan import growth_schedule
 from growkit.schedule.stage import GrowthSchedule, Stage
@@ -146,6 +147,17 @@ def train_twice(recipe: Recipe, stage: Stage, *, bf16: bool) -> None:
 TRANSFORMER = {"preset": "transformer", "embed_dim": 192, "num_layers": 2, "num_heads": 4}
 TOKENS = {"attention_tokens": 192, "mlp_tokens": 768}
 TOKENFORMER = {"preset": "tokenformer", "embed_dim": 192, "num_layers": 2, "num_heads": 4} | TOKENS
+MAMBA: dict[str, dict[str, Any]] = {
+    "mamba": {"preset": "mamba", "embed_dim": 192, "num_layers": 2},
+    "mamba-tokens": {
+        "preset": "mamba",
+        "embed_dim": 192,
+        "num_layers": 2,
+        "projection": "pattention",
+        "mamba_tokens": 192,
+    },
+    "hybrid": {"preset": "mamba", "embed_dim": 192, "num_layers": 2, "num_heads": 4, "pattern": "mamba+attention"},
+}
 # name: what differs from 4 rows of 128 tokens in one micro-batch; keys of the model unless they name a section
 BOTH: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -230,6 +242,24 @@ CASES = [
 ]
 
 
+MAMBA_CASES: dict[str, dict[str, dict[str, Any]]] = {
+    "mamba": {
+        "plain": {},
+        "checkpointed layers": {"trainer": {"checkpoint_layers": True}},
+        "two micro-batches, layernorm": {"norm": "layernorm", "num_layers": 1, "shape": (8, 100, 2)},
+        "many states, blocks": {"d_state": 64, "altup_blocks": 3},
+    },
+    "mamba-tokens": {"plain": {}, "softmax": {"theta": "softmax", "token_norm": "shared"}},
+    "hybrid": {"plain": {}, "checkpointed layers, dropout": {"dropout": 0.1, "trainer": {"checkpoint_layers": True}}},
+}
+CASES += [
+    pytest.param(MAMBA[family], precision, differs, id=f"{family}, {precision}, {name}")
+    for family, cases in MAMBA_CASES.items()
+    for precision in ("fp32", "bf16")
+    for name, differs in cases.items()
+]
+
+
 @pytest.mark.parametrize(("model", "precision", "differs"), CASES)
 def test_a_training_step(model: dict[str, Any], precision: str, differs: dict[str, Any], tmp_path: Path) -> None:
     rows, context, accumulated = differs.get("shape", (4, 128, 1))
@@ -302,6 +332,7 @@ def test_a_run_that_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_constants_kept_here_to_spare_an_import_of_torch() -> None:
     assert memory.VALIDATION_ROWS == validate.ROWS
+    assert mamba.CHUNK == loop.CHUNK
     assert memory.HELD_BYTES == gradients.HELD_BYTES
     assert memory.GRADIENT_TOKENS == verify.GRADIENT_TOKENS
     assert all(memory.unscored(length) == validate.unscored(length) for length in (1, 7, 16, 100, 4096))
