@@ -250,7 +250,11 @@ MAMBA_CASES: dict[str, dict[str, dict[str, Any]]] = {
         "many states, blocks": {"d_state": 64, "altup_blocks": 3},
     },
     "mamba-tokens": {"plain": {}, "softmax": {"theta": "softmax", "token_norm": "shared"}},
-    "hybrid": {"plain": {}, "checkpointed layers, dropout": {"dropout": 0.1, "trainer": {"checkpoint_layers": True}}},
+    "hybrid": {
+        "plain": {},
+        "checkpointed layers": {"trainer": {"checkpoint_layers": True}},
+        "dropout": {"dropout": 0.1},
+    },
 }
 CASES += [
     pytest.param(MAMBA[family], precision, differs, id=f"{family}, {precision}, {name}")

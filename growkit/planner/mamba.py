@@ -25,7 +25,9 @@ class MambaBlock:
         (self.in_proj,) = projections(at, (spec.in_proj,), embed, (2 * inner,), is_wide=True)
         (self.x_proj,) = projections(at, (spec.x_proj,), inner, (parts,), is_wide=False)
         (self.dt_proj,) = projections(at, (spec.dt_proj,), spec.dt_rank, (inner,), is_wide=False)
-        (self.out_proj,) = projections(at, (spec.out_proj,), inner, (embed,), is_wide=False, lends_gradient=lends_gradient)
+        (self.out_proj,) = projections(
+            at, (spec.out_proj,), inner, (embed,), is_wide=False, lends_gradient=lends_gradient
+        )
         self.e, self.parts, self.rank = at.narrow(inner), at.narrow(parts), at.narrow(spec.dt_rank)
         self.before = at.rows * (spec.conv - 1) * inner * at.element  # zeros, in front of the first token
         self.padded = self.before + self.e
