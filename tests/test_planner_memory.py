@@ -25,7 +25,7 @@ from growkit.eval import validate
 from growkit.growth import gradients, verify
 from growkit.models.decoder import build, init_params
 from growkit.models.presets import PRESETS
-from growkit.ops.selective_scan import loop
+from growkit.ops.selective_scan import loop, native
 from growkit.planner import mamba, memory
 from growkit.planner.memory import stage_memories
 from growkit.schedule.plan import growth_schedule
@@ -280,6 +280,22 @@ def test_a_training_step(model: dict[str, Any], precision: str, differs: dict[st
     assert plan.step == pytest.approx(peak, rel=PROMISED if rough else FLOAT32)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("states", [16, 64])
+def test_a_training_step_where_the_scan_has_no_kernel(
+    states: int, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: without dropout and softmax, that is all a plan for one has otherwise."""
+    monkeypatch.setattr(native, "kernel", lambda: None)
+    recipe = recipe_dict(tmp_path) | {"model": MAMBA["mamba"] | {"d_state": states}, "optim": {}, "trainer": {}}
+    size = {"micro_batch_size": 4, "context_length": 128, "global_batch_tokens": 512}
+    recipe["stages"] = [{"name": "only", "duration": "2 steps"} | size]
+    loaded, schedule = planned(tmp_path, recipe)
+    (plan,) = stage_memories(loaded, schedule, bf16=precision == "bf16", cuda=True)
+    peak = measured(lambda: train_twice(loaded, schedule.last, bf16=precision == "bf16")).peak()
+    assert plan.step == pytest.approx(peak, rel=FLOAT32 if precision == "fp32" else PROMISED)
+
+
 def spanned(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
     """Calls of ``owner.name`` are in the profile as ``## name``."""
     real: Callable[..., Any] = getattr(owner, name)
@@ -291,21 +307,37 @@ def spanned(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
     monkeypatch.setattr(owner, name, marked)
 
 
-def test_a_run_that_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+GROWN: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "tokenformer": (
+        {
+            "preset": "tokenformer",
+            "embed_dim": 128,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_tokens": 192,
+            "mlp_tokens": 768,
+            "dropout": 0.1,
+        },
+        [
+            {},
+            {"attention_tokens": 256, "mlp_tokens": 1024},
+            {"num_layers": 4},
+            {"embed_dim": 160},
+            {"embed_dim": 192},
+        ],
+    ),
+    "mamba": ({"preset": "mamba", "embed_dim": 128, "num_layers": 2}, [{}, {"num_layers": 4}, {"embed_dim": 160}]),
+}
+
+
+@pytest.mark.parametrize("preset", GROWN)
+def test_a_run_that_grows(preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The most the whole process holds in each stage, and the peak at each growth: more tokens (tensors kept, banks
     new), more layers, more width (every tensor and its moments new), once more with the old entries held."""
     recipe = recipe_dict(tmp_path)
-    sizes = {"embed_dim": 128, "num_layers": 2, "num_heads": 4, "attention_tokens": 192, "mlp_tokens": 768}
-    recipe["model"] |= sizes
+    recipe["model"], grows = GROWN[preset]
     recipe["monitor"] |= {"probe_tokens": 256, "validation_tokens": 1024, "sample_tokens": 0, "ngram_order": 0}
     size = {"context_length": 64, "global_batch_tokens": 512, "micro_batch_size": 4}
-    grows = (
-        {},
-        {"attention_tokens": 256, "mlp_tokens": 1024},
-        {"num_layers": 4},
-        {"embed_dim": 160},
-        {"embed_dim": 192},
-    )
     recipe["stages"] = [
         {"name": f"stage {i}", "duration": "1 steps", "grow": grow} | size for i, grow in enumerate(grows)
     ]

@@ -12,8 +12,10 @@ from growkit.planner.activations import FLOAT, Pass, projections
 from growkit.planner.ledger import Ledger
 
 CHUNK = 32  # tokens between two states that the scan keeps: ops/selective_scan/loop.py, CHUNK
-# Tensors of (chunk, rows, E, S) that the loop, which runs where the kernel does not, holds at once in either pass.
+# What the loop, which runs where the kernel does not, holds at once in either pass, the chunk before included: tensors
+# of (chunk, rows, E, S), and beside them of (chunk, rows, E), with casts of these under autocast. As measured.
 LOOP_FORWARD, LOOP_BACKWARD = 5, 6
+LOOP_NARROW, LOOP_CASTS = 13, 4
 
 
 class MambaBlock:
@@ -25,9 +27,8 @@ class MambaBlock:
         (self.in_proj,) = projections(at, (spec.in_proj,), embed, (2 * inner,), is_wide=True)
         (self.x_proj,) = projections(at, (spec.x_proj,), inner, (parts,), is_wide=False)
         (self.dt_proj,) = projections(at, (spec.dt_proj,), spec.dt_rank, (inner,), is_wide=False)
-        (self.out_proj,) = projections(
-            at, (spec.out_proj,), inner, (embed,), is_wide=False, lends_gradient=lends_gradient
-        )
+        lent = {"is_wide": False, "lends_gradient": lends_gradient}
+        (self.out_proj,) = projections(at, (spec.out_proj,), inner, (embed,), **lent)
         self.e, self.parts, self.rank = at.narrow(inner), at.narrow(parts), at.narrow(spec.dt_rank)
         self.before = at.rows * (spec.conv - 1) * inner * at.element  # zeros, in front of the first token
         self.padded = self.before + self.e
@@ -35,7 +36,7 @@ class MambaBlock:
         self.A = inner * spec.state * FLOAT
         self.last = at.rows * self.A
         self.kept = -(-at.context // CHUNK) * self.last
-        self.loop = min(CHUNK, at.context) * self.last if at.cuda else 0.0
+        self.loops = [_loop(at, spec, count) for count in (LOOP_FORWARD, LOOP_BACKWARD)]
         self.norms = list(_norms(at, spec))
 
     def forward(self, ledger: Ledger) -> None:
@@ -53,7 +54,7 @@ class MambaBlock:
             norm.forward(ledger)
         self.dt_proj.forward(ledger)
         ledger.take(self.A, self.A)  # exp(A_log), −exp(A_log)
-        ledger.passing(LOOP_FORWARD * self.loop)
+        ledger.passing(self.loops[0])
         ledger.take(e, self.last, self.kept)
         self.out_proj.forward(ledger)
         ledger.give(self.last)
@@ -64,7 +65,7 @@ class MambaBlock:
         ledger.give(e)  # y
         ledger.take(self.last, self.kept)  # zeros: gradients of h_T and of the states kept
         ledger.take(e, e, self.A, states, e)  # of x, Δ, A, B and C, z
-        ledger.passing(LOOP_BACKWARD * self.loop)
+        ledger.passing(self.loops[1])
         ledger.give(e, self.last, self.kept, self.kept, e)  # y's gradient; what the scan saved, and Δ
         ledger.passing(self.A, self.A)
         ledger.give(self.A, self.A, self.A)
@@ -99,6 +100,12 @@ class MambaBlock:
         ledger.give(self.padded if self.spec.conv > 1 else 0.0)
 
 
+def _loop(at: Pass, spec: Mamba, count: int) -> float:
+    """Bytes of a chunk in the loop that holds ``count`` tensors of states; of the kernel none."""
+    per_channel = count * spec.state + LOOP_NARROW + (LOOP_CASTS if at.bf16 else 0)
+    return at.rows * min(CHUNK, at.context) * spec.inner * per_channel * FLOAT if at.cuda else 0.0
+
+
 class _InnerNorm:
     """``_normed``. Its output, its input and their gradients are booked by nobody else."""
 
@@ -130,6 +137,5 @@ def scored(at: Pass, spec: Mamba) -> float:
     e = at.narrow(spec.inner)
     state = spec.inner * spec.state * FLOAT
     taps = at.rows * (spec.conv - 1) * spec.inner * at.element
-    loop = LOOP_FORWARD * min(CHUNK, at.context) * at.rows * state if at.cuda else 0.0
-    scan = at.narrow(spec.dt_rank + 2 * spec.state) + (2 + at.rows) * state + loop
+    scan = at.narrow(spec.dt_rank + 2 * spec.state) + (2 + at.rows) * state + _loop(at, spec, LOOP_FORWARD)
     return 5 * e + max(2 * taps, scan)
