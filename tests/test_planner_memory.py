@@ -307,6 +307,10 @@ def spanned(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
     monkeypatch.setattr(owner, name, marked)
 
 
+# Two steps for Mamba: the moments of what is new are there in the second, and its steps, not their trials, are the peak.
+STEPS = {"tokenformer": 1, "mamba": 2}
+# A certificate goes through a Mamba layer's float64 pass with up to 4 % less than twice what scoring in float32 takes.
+GROWTH = {"tokenformer": FLOAT32, "mamba": PROMISED}
 GROWN: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "tokenformer": (
         {
@@ -339,7 +343,7 @@ def test_a_run_that_grows(preset: str, tmp_path: Path, monkeypatch: pytest.Monke
     recipe["monitor"] |= {"probe_tokens": 256, "validation_tokens": 1024, "sample_tokens": 0, "ngram_order": 0}
     size = {"context_length": 64, "global_batch_tokens": 512, "micro_batch_size": 4}
     recipe["stages"] = [
-        {"name": f"stage {i}", "duration": "1 steps", "grow": grow} | size for i, grow in enumerate(grows)
+        {"name": f"stage {i}", "duration": f"{STEPS[preset]} steps", "grow": grow} | size for i, grow in enumerate(grows)
     ]
     recipe["stages"][-1]["freeze"] = ["old_entries"]
     loaded, schedule = planned(tmp_path, recipe)
@@ -359,11 +363,11 @@ def test_a_run_that_grows(preset: str, tmp_path: Path, monkeypatch: pytest.Monke
             strict=True,
         )
     ):
-        assert plan.host == pytest.approx(timeline.peak(begin, fit[2]), rel=FLOAT32)
+        assert plan.host == pytest.approx(timeline.peak(begin, fit[2]), rel=GROWTH[preset])
         begin = fit[2]
         assert bool(plan.growth) == bool(index)
         if index:
-            assert plan.growth == pytest.approx(timeline.peak(*growths[index - 1][1:]), rel=FLOAT32)
+            assert plan.growth == pytest.approx(timeline.peak(*growths[index - 1][1:]), rel=GROWTH[preset])
 
 
 def test_constants_kept_here_to_spare_an_import_of_torch() -> None:
