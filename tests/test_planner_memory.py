@@ -307,7 +307,7 @@ def spanned(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
     monkeypatch.setattr(owner, name, marked)
 
 
-# Two steps for Mamba: the moments of what is new are there in the second, and its steps, not their trials, are the peak.
+# Two steps for Mamba, whose peak is not in a trial: only in the second are there moments of what is new.
 STEPS = {"tokenformer": 1, "mamba": 2}
 # A certificate goes through a Mamba layer's float64 pass with up to 4 % less than twice what scoring in float32 takes.
 GROWTH = {"tokenformer": FLOAT32, "mamba": PROMISED}
@@ -343,7 +343,8 @@ def test_a_run_that_grows(preset: str, tmp_path: Path, monkeypatch: pytest.Monke
     recipe["monitor"] |= {"probe_tokens": 256, "validation_tokens": 1024, "sample_tokens": 0, "ngram_order": 0}
     size = {"context_length": 64, "global_batch_tokens": 512, "micro_batch_size": 4}
     recipe["stages"] = [
-        {"name": f"stage {i}", "duration": f"{STEPS[preset]} steps", "grow": grow} | size for i, grow in enumerate(grows)
+        {"name": f"stage {i}", "duration": f"{STEPS[preset]} steps", "grow": grow} | size
+        for i, grow in enumerate(grows)
     ]
     recipe["stages"][-1]["freeze"] = ["old_entries"]
     loaded, schedule = planned(tmp_path, recipe)
