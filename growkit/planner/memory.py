@@ -17,6 +17,7 @@ from growkit.planner.passes import evaluation_peak, layer_traces, loss_peak, sco
 from growkit.schedule.stage import GrowthSchedule, Stage
 
 MOMENTS = 2 * FLOAT  # bytes of AdamW's two moments of one entry
+ELEMENTWISE = ("gain", "bias", "conv", "a_log", "skip")  # roles of parameters that no product reads
 FLOAT64 = 8
 VALIDATION_ROWS = 32  # windows of a validation's forward pass: eval/validate.py, ROWS
 GRADIENT_TOKENS = 32  # of the probe, for the gradients of a certificate: growth/verify.py
@@ -113,7 +114,7 @@ def _stage(
     layers: Counter[int | None] = Counter()
     for spec in param_specs(stage.model).values():
         layers[spec.layer] += spec.numel
-        if spec.role in ("gain", "bias") or spec.component == "stream":
+        if spec.role in ELEMENTWISE or spec.component == "stream":
             elementwise[spec.layer] += spec.numel
 
     def passes(adds_gradients: bool) -> tuple[float, float]:

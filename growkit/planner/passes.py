@@ -5,8 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from growkit.models.config import Attention, DenseMLP, LayerSpec, ModelConfig, MoEMLP, Pattention
-from growkit.planner import experts
+from growkit.models.config import (
+    Attention,
+    DenseMLP,
+    LayerSpec,
+    Mamba,
+    Mixer,
+    ModelConfig,
+    MoEMLP,
+    Pattention,
+)
+from growkit.models.config import projections as projections_of
+from growkit.planner import experts, mamba
 from growkit.planner.activations import (
     BFLOAT,
     FLOAT,
@@ -86,16 +96,9 @@ class LayerPass:
         self.mask = at.tokens * embed * mask if dropout else 0.0
         lends = not at.bf16 and not dropout  # then a branch's gradient is the residual stream's own
         self.lends = lends
-        mlp: Block
-        if isinstance(spec.mlp, DenseMLP):
-            mlp = DenseFeedForward(at, spec.mlp, embed, lends_gradient=lends)
-        elif isinstance(spec.mlp, MoEMLP):
-            mlp = experts.MixtureFeedForward(at, spec.mlp, embed, lends_gradient=lends)
-        else:
-            (mlp,) = projections(at, (spec.mlp.projection,), embed, (embed,), is_wide=True, lends_gradient=lends)
         self.norm = NormBlock(at, config.norm, embed)
         self.out, self.keeps_input = self.x, self.norm.holds_input
-        self.branches: list[Block] = [AttentionBlock(at, spec.mixer, embed, lends_gradient=lends), mlp]
+        self.branches = [_mixer(at, spec.mixer, embed, lends), *_feed_forward(at, spec, embed, lends)]
 
     def forward(self, ledger: Ledger) -> None:
         for branch in self.branches:
@@ -110,7 +113,7 @@ class LayerPass:
             ledger.take(self.x)
             ledger.give(self.narrow)
         if not self.norm.holds_input:
-            ledger.give(self.x, self.x)
+            ledger.give(self.x * len(self.branches))
         elif self.parallel:  # both norms hold the layer's input, and nothing the sum between them
             ledger.give(self.x)
 
@@ -131,6 +134,23 @@ class LayerPass:
                 ledger.take(self.x if self.lends else 0.0)  # the sum is not what attention's branch was lent
         if self.parallel:
             ledger.give(self.x if self.lends else 0.0)
+
+
+def _mixer(at: Pass, spec: Mixer, embed: int, lends: bool) -> Block:
+    if isinstance(spec, Mamba):
+        return mamba.MambaBlock(at, spec, embed, lends_gradient=lends)
+    return AttentionBlock(at, spec, embed, lends_gradient=lends)
+
+
+def _feed_forward(at: Pass, spec: LayerSpec, embed: int, lends: bool) -> list[Block]:
+    """Of a layer that is all mixer, none."""
+    if spec.mlp is None:
+        return []
+    if isinstance(spec.mlp, DenseMLP):
+        return [DenseFeedForward(at, spec.mlp, embed, lends_gradient=lends)]
+    if isinstance(spec.mlp, MoEMLP):
+        return [experts.MixtureFeedForward(at, spec.mlp, embed, lends_gradient=lends)]
+    return projections(at, (spec.mlp.projection,), embed, (embed,), is_wide=True, lends_gradient=lends)
 
 
 class FinalNorm(NormBlock):
@@ -244,7 +264,7 @@ def trace(config: ModelConfig, at: Pass, elementwise: Mapping[int | None, float]
     ledger, back = Ledger(), Ledger()
     width = config.parts * config.embed_dim
     x = at.wide(width)
-    ropes = {s.mixer.rope for s in config.layers}
+    ropes = {s.mixer.rope for s in config.layers if isinstance(s.mixer, Attention)}
     batch = 4 * INDEX * at.tokens + sum(FLOAT * at.context * rotated for _, rotated, _ in ropes)
     ledger.take(batch, x)
     ends = EndsPass(at, config.stream, config.embed_dim) if config.stream is not None else None
@@ -336,19 +356,26 @@ def scored_layers(config: ModelConfig, at: Pass) -> float:
         if (spec.mixer, spec.mlp) in known:
             continue
         known.add((spec.mixer, spec.mlp))
-        mixer, mlp = spec.mixer, spec.mlp
-        heads, kv = at.narrow(mixer.num_heads * mixer.head_dim), at.narrow(mixer.num_kv_heads * mixer.head_dim)
-        if isinstance(mlp, DenseMLP):
-            hidden = at.narrow(HIDDEN[mlp.kind] * mlp.dim)
-        elif isinstance(mlp, MoEMLP):
-            hidden = experts.scored(at, mlp, config.embed_dim)
-        else:
-            hidden = _scored(mlp.projection, at)
-        read = [p for p in (mixer.q, mixer.k, mixer.v, mixer.o) if isinstance(p, Pattention)]
-        attention = 3 * (heads + kv) + max((_scored(p, at) for p in read), default=0.0)
-        widest = max(widest, attention, hidden)
+        widest = max(widest, _scored_mixer(spec.mixer, at), _scored_mlp(spec, config, at))
     x, blocks = at.wide(config.embed_dim), config.stream.blocks if config.stream is not None else 0
     return max((blocks + 3) * x + widest, (2 * blocks + 2) * x)  # in a layer, or while the blocks are written
+
+
+def _scored_mixer(mixer: Mixer, at: Pass) -> float:
+    read = max((_scored(p, at) for p in projections_of(mixer).values() if isinstance(p, Pattention)), default=0.0)
+    if isinstance(mixer, Mamba):
+        return mamba.scored(at, mixer) + read
+    heads, kv = at.narrow(mixer.num_heads * mixer.head_dim), at.narrow(mixer.num_kv_heads * mixer.head_dim)
+    return 3 * (heads + kv) + read
+
+
+def _scored_mlp(spec: LayerSpec, config: ModelConfig, at: Pass) -> float:
+    mlp = spec.mlp
+    if isinstance(mlp, DenseMLP):
+        return at.narrow(HIDDEN[mlp.kind] * mlp.dim)
+    if isinstance(mlp, MoEMLP):
+        return experts.scored(at, mlp, config.embed_dim)
+    return 0.0 if mlp is None else _scored(mlp.projection, at)
 
 
 def _scored(spec: Pattention, at: Pass) -> float:
