@@ -1,6 +1,6 @@
 """Trains the Mamba recipes on synthetic tasks, and scores them at every length, long ones by recurrent evaluation.
 
-    python scripts/mamba_tasks.py [--only mamba-induction] [--threads 1] [--keep FOLDER] [--longest 1048576]
+    python scripts/mamba_tasks.py [--only mamba-induction] [--threads 1] [--keep FOLDER] [--lengths 64 4096]
 
 Goes through `growkit train` and `growkit eval`, one recipe after the other; a finished run of the recipe that is in
 FOLDER is scored and not trained again. Writes docs/results/mamba_tasks.json and docs/pictures/mamba-tasks.png, and
@@ -47,12 +47,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=RECIPES, default=RECIPES, help="recipes to run (default: all)")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch (default: 1)")
     parser.add_argument("--keep", type=Path, help="a folder to keep the runs in, and to find finished ones")
-    parser.add_argument("--longest", type=int, default=1 << 20, help="length to score, tokens (default: 1048576)")
+    parser.add_argument("--lengths", type=int, nargs="+", help="to score, tokens (default: all of LENGTHS)")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         for name in options.only:
-            row = one(name, options.keep or Path(folder), options.threads, options.longest)
+            row = one(name, options.keep or Path(folder), options.threads, options.lengths or LENGTHS[name])
             rows = {old["recipe"]: old for old in measured()} | {name: row}
             machine = hardware.environment("cpu", torch.float32, 1) | {"cores": os.cpu_count()}
             ordered = [rows[recipe] for recipe in RECIPES if recipe in rows]
@@ -69,7 +69,7 @@ def measured() -> list[dict[str, Any]]:
     return rows
 
 
-def one(name: str, folder: Path, threads: int, longest: int) -> dict[str, Any]:
+def one(name: str, folder: Path, threads: int, lengths: Sequence[int]) -> dict[str, Any]:
     """Trains the recipe ``name``, unless that is done, and scores it."""
     run = folder / name
     steps = sum(stage.steps for stage in read(name, [])[1].stages)
@@ -80,11 +80,10 @@ def one(name: str, folder: Path, threads: int, longest: int) -> dict[str, Any]:
     if validations[-1]["step"] != steps:
         raise SystemExit(f"{run}: stopped at step {validations[-1]['step']} of {steps}; growkit resume {run}")
     scored = []
-    for length in LENGTHS[name]:
-        if length <= longest:
-            count = SEQUENCES if length <= MANY else max(LEAST, LONG_TOKENS // length)
-            scored.append(json.loads(growkit("eval", run, "--json", "--sequences", count, "--context", length)))
-            print(name, length, count, f"{scored[-1]['sequence_accuracy']:.1%}", flush=True)
+    for length in lengths:
+        count = SEQUENCES if length <= MANY else max(LEAST, LONG_TOKENS // length)
+        scored.append(json.loads(growkit("eval", run, "--json", "--sequences", count, "--context", length)))
+        print(name, length, count, f"{scored[-1]['sequence_accuracy']:.1%}", flush=True)
     kept = ("context_length", "sequences", "sequence_accuracy", "sequence_accuracy_95", "token_accuracy", "loss")
     return {
         "recipe": name,
