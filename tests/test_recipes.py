@@ -10,7 +10,7 @@ import torch
 from growkit.cli.recipes import built_in, read
 from growkit.config.load import apply_override
 from growkit.models.decoder import DecoderLM
-from scripts import synthetic_tasks
+from scripts import mamba_tasks, synthetic_tasks
 from tests.recipes import CHOOSING, EXTENSIONS, RECIPES
 from tests.support import cli, corpus_file, records
 
@@ -33,12 +33,15 @@ GOLDEN: dict[str, list[float]] = {
     "grow-on-plateau": [3.2441, 2.1430, 1.4577],
     "importance": [4.1655],
     "induction": [2.7942],
+    "mamba-induction": [2.9760, 2.8818, 2.6237],
+    "mamba-selective-copying": [2.6974, 2.6510, 2.6488, 2.6757, 2.6716, 2.6615],
     "needle": [2.9237],
     "quickstart": [3.2696, 2.0730, 1.4500],
     "quickstart-static": [3.5976],
     "selective-copying": [2.1226],
 }
 
+TASKS = (*synthetic_tasks.RECIPES, *mamba_tasks.RECIPES)
 GOLDEN_CHOSEN = {"rho-1": [4.3587], "rho-loss": [4.2388]}
 
 
@@ -55,7 +58,7 @@ def test_all_recipes_are_here() -> None:
         "dataset-decomposition",
     ]
     texts += ["first-text", "greedy-stages", "grow-on-plateau", "importance", "quickstart", "quickstart-static"]
-    assert sorted(RECIPES) == sorted([*texts, *synthetic_tasks.RECIPES])
+    assert sorted(RECIPES) == sorted([*texts, *TASKS])
     assert RECIPES.keys() | EXTENSIONS.keys() | CHOOSING.keys() == built_in().keys()
 
 
@@ -77,7 +80,7 @@ def test_golden_losses(name: str, tmp_path: Path) -> None:
     keys = ("duration=5 steps", "new_warmup=0 steps", "until=null")
     short = [f"stages.{i}.{key}" for i in range(len(schedule.stages)) for key in keys]
     short += [f"stages.{i}.probe=1 step" for i, stage in enumerate(schedule.stages) if stage.trials]
-    text = [] if name in synthetic_tasks.RECIPES else [f"data.source={corpus_file(tmp_path)}"]
+    text = [] if name in TASKS else [f"data.source={corpus_file(tmp_path)}"]
     if recipe.data.packing == "decompose":  # documents of several lengths
         (tmp_path / "texts").mkdir()
         whole = corpus_file(tmp_path).read_text()

@@ -396,6 +396,7 @@ def test_who_is_frozen() -> None:
     for selector, rule in expected.items():
         assert frozen_names(SPECS, BORN, 2, [selector]) == {name for name in SPECS if rule(name)}, selector
         assert check_selector(selector, "k") == selector
+    assert check_selector("mamba.A_log", "k") == "mamba.A_log"
     assert frozen_names(SPECS, BORN, 2, ["old", "new"]) == set(SPECS)
     assert frozen_names(SPECS, BORN, 2, []) == set()
     assert frozen_names(SPECS, BORN, 2, ["old_entries"]) == set(SPECS) - set(BORN)
@@ -410,7 +411,7 @@ def test_who_is_frozen() -> None:
 
 @pytest.mark.parametrize(
     "selector",
-    ["", "bank", "bank:", "bank:x", "bank:-1", "layer:1.0", "OLD", "weights", "new:1", "a.", ".a", "a..b", "a.B"],
+    ["", "bank", "bank:", "bank:x", "bank:-1", "layer:1.0", "OLD", "weights", "new:1", "a.", ".a", "a..b", "A.b"],
 )
 def test_what_selects_nothing_known(selector: str) -> None:
     with pytest.raises(ConfigError, match=r"stages\.1\.freeze.*bad-selector"):

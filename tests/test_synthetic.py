@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from growkit.config.recipe import DataConfig
 from growkit.data.shape import StepShape
@@ -33,8 +35,10 @@ from growkit.data.synthetic.tasks import (
 )
 from growkit.errors import ConfigError
 from growkit.eval import synthetic
-from growkit.eval.synthetic import TaskScore, task_sums, wilson
+from growkit.eval.synthetic import TaskScore, asked_logits, carries_state, task_sums, wilson
+from growkit.models.decoder import DecoderLM, build
 from growkit.ops.targets import UNSCORED
+from tests.support import model_config, trained_like
 
 MASK = 2**64 - 1
 seeds = st.integers(0, 2**64 - 1)
@@ -354,6 +358,54 @@ def test_shares_of_processes_add_up(world: int, monkeypatch: pytest.MonkeyPatch)
     assert len({model.seen for model in models}) == 1
     whole = {tuple(row) for row in task.samples(EVALUATION_SEED, 0, count, 20).tokens.tolist()}
     assert whole <= set().union(*(model.rows for model in models)), "a sequence is left out for another one"
+
+
+def mamba(**fields: Any) -> DecoderLM:
+    config = model_config("mamba", vocab_size=16, **fields)
+    return build(config, trained_like(config, dtype=torch.float32).params).eval()
+
+
+@pytest.mark.parametrize("task", [SelectiveCopying(memorise=5), Induction(), Needle(4, 6, 6, 3, depth=0.5)])
+def test_a_sequence_in_pieces_is_the_whole_sequence(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of logits of about 1: sums over pieces that are cut elsewhere differ by a rounding."""
+    model = mamba()
+    tokens, targets = map(torch.from_numpy, task.samples(EVALUATION_SEED, 0, 3, 150))
+    with torch.no_grad():
+        whole = asked_logits(model, tokens, targets != UNSCORED)
+        one_pass = task_sums(model, task, EVALUATION_SEED, 20, 150)
+        assert torch.equal(whole, model(tokens)[targets != UNSCORED])
+        for size in (1, 7, 64, 149):
+            monkeypatch.setattr(synthetic, "PASS_TOKENS", size)
+            pieces = asked_logits(model, tokens, targets != UNSCORED)
+            assert (pieces - whole).abs().max() <= 1e-4 * whole.abs().max(), size
+        monkeypatch.setattr(synthetic, "PASS_TOKENS", 64)
+        assert torch.allclose(task_sums(model, task, EVALUATION_SEED, 20, 150), one_pass, rtol=1e-4)
+
+
+def most_held(run: Callable[[], object]) -> int:
+    """The most bytes that tensors made within ``run`` have held at once."""
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = profiler.profiler.kineto_results.events()
+    sizes = [event.nbytes() for event in sorted(events, key=lambda e: e.start_ns()) if event.name() == "[memory]"]
+    return max(itertools.accumulate(sizes))
+
+
+def test_memory_of_pieces_does_not_grow_with_the_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is held beside the tokens and the answers. A model with one layer of attention reads a sequence whole, for
+    its keys would grow all the same."""
+    monkeypatch.setattr(synthetic, "PASS_TOKENS", 64)
+
+    def held(model: DecoderLM, length: int) -> int:
+        tokens, targets = map(torch.from_numpy, Induction().samples(EVALUATION_SEED, 0, 1, length))
+        asked = targets != UNSCORED
+        return most_held(lambda: asked_logits(model, tokens, asked))
+
+    model, hybrid = mamba(), mamba(pattern="mamba+attention")
+    assert carries_state(model) and not carries_state(hybrid) and not carries_state(Oracle(Induction()))  # type: ignore[arg-type]
+    short, long = held(model, 4 * 64), held(model, 64 * 64)
+    assert short == long > 0
+    assert held(hybrid, 64 * 64) > 10 * held(hybrid, 4 * 64)
 
 
 def test_wilsons_interval() -> None:

@@ -17,7 +17,7 @@ from growkit.data.synthetic.tasks import EVALUATION_SEED, VALIDATION_SEED, task_
 from growkit.models.decoder import build
 from growkit.ops.targets import UNSCORED
 from growkit.report.positions import bins
-from scripts import synthetic_tasks
+from scripts import mamba_tasks, synthetic_tasks
 from tests.documents import DOCS
 from tests.support import cli, in_child, recipe_dict, records, write_recipe
 from tests.test_resume import assert_same_run
@@ -177,3 +177,12 @@ def test_what_is_said_of_the_recipes_was_measured() -> None:
     assert measured["sequences"] >= 1000
     page = (DOCS / "how-to" / "synthetic-tasks.md").read_text(encoding="utf-8")
     assert synthetic_tasks.table(measured["rows"]) in page
+
+
+def test_what_is_said_of_mamba_was_measured() -> None:
+    rows = json.loads(mamba_tasks.RESULTS.read_text())["rows"]
+    assert [row["recipe"] for row in rows] == list(mamba_tasks.RECIPES)
+    for row in rows:
+        assert all(s["sequences"] >= 1000 for s in row["scores"] if s["context_length"] <= mamba_tasks.MANY)
+    page = (DOCS / "how-to" / "synthetic-tasks.md").read_text(encoding="utf-8")
+    assert mamba_tasks.table(rows) in page and mamba_tasks.scores(rows) in page

@@ -21,7 +21,7 @@ _COMPONENTS = ("embedding", "head", "attention", "mamba", "mlp", "norm", "stream
 _ROLES = ("keys", "values")
 _AGES = ("old", "new", "old_banks", "old_layers", OLD_ENTRIES)
 _WORDS = (*_COMPONENTS, *_ROLES, *_AGES)
-_PART = re.compile(r"[a-z_]+(\.[a-z_]+|\.[0-9]+)+", re.ASCII)  # of a parameter's name in its layer, from the front
+_PART = re.compile(r"[a-z_]+(\.[A-Za-z_]+|\.[0-9]+)+", re.ASCII)  # of a parameter's name in its layer, from the front
 _DECAYED = ("weight", "keys", "values", "conv")
 _LISTED = 12  # of what a message lists of one kind
 
