@@ -3,7 +3,7 @@
     python scripts/mamba_tasks.py [--only mamba-induction] [--threads 1] [--keep FOLDER] [--lengths 64 4096]
 
 Goes through `growkit train` and `growkit eval`, one recipe after the other; a finished run of the recipe that is in
-FOLDER is scored and not trained again. Writes docs/results/mamba_tasks.json and docs/pictures/mamba-tasks.png, and
+FOLDER is scored and not trained again. Writes docs/results/mamba_tasks.json and docs/results/mamba_tasks.png, and
 prints the tables of docs/how-to/synthetic-tasks.md.
 """
 
@@ -30,7 +30,7 @@ from growkit.train import hardware
 from scripts.synthetic_tasks import ROOT, growkit
 
 RESULTS = ROOT / "docs" / "results" / "mamba_tasks.json"
-PICTURE = ROOT / "docs" / "pictures" / "mamba-tasks.png"
+PICTURE = ROOT / "docs" / "results" / "mamba_tasks.png"
 LENGTHS: Mapping[str, Sequence[int]] = {
     "mamba-selective-copying": [64, 512, 4096, 8192],
     "mamba-induction": [2**n for n in range(6, 21)],

@@ -338,7 +338,7 @@ def new_tokens_unread(patch: Patch) -> None:
 
 def an_embedding_without_mask(patch: Patch) -> None:
     """What the layers write to new dimensions is under the mask, what the embedding writes is not."""
-    patch.setattr(logits, "stream_mask", lambda config: None)
+    patch.setattr(logits, "stream_mask", lambda config, **_: None)
 
 
 def a_mask_at_one(patch: Patch) -> None:

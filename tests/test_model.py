@@ -439,6 +439,8 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         fields["altup_coefficients"] = draw(st.sampled_from(["static", "routed"]))
         orders = STREAM_ORDERS if fields["altup_coefficients"] == "static" else ("gemma", "paper")
         fields["altup_order"] = draw(st.sampled_from(orders))
+        if fields["altup_order"] == "round_robin":  # over as many layers
+            fields["num_layers"] = 5
     kind = PRESETS.get(preset, key="preset")
     said = {"preset", "embed_dim", "num_heads", "num_kv_heads", "head_dim", *fields}
     assert said == {field.name for field in dataclasses.fields(kind)}, "a field has no strategy"

@@ -178,8 +178,9 @@ BOTH: dict[str, dict[str, Any]] = {
     "blocks, paper": {"altup_blocks": 4, "altup_order": "paper"},
     "blocks, free, checkpointed": {"altup_blocks": 3, "altup_order": "free", "trainer": {"checkpoint_layers": True}},
     "blocks, free, layernorm": {"altup_blocks": 3, "altup_order": "free", "norm": "layernorm"},
-    "blocks, round robin": {"altup_blocks": 4, "altup_order": "round_robin", "dropout": 0.1},
+    "blocks, round robin": {"num_layers": 4, "altup_blocks": 4, "altup_order": "round_robin", "dropout": 0.1},
     "blocks, round robin, checkpointed, full": {
+        "num_layers": 3,
         "altup_blocks": 3,
         "altup_order": "round_robin",
         "altup_variant": "full",
@@ -197,7 +198,7 @@ BOTH: dict[str, dict[str, Any]] = {
         "altup_coefficients": "routed",
         "trainer": {"checkpoint_layers": True},
     },
-    "stride": {"num_layers": 4, "altup_stride": 3},
+    "stride": {"num_layers": 4, "altup_stride": 2},
     "stride, checkpointed, layernorm": {
         "num_layers": 4,
         "altup_stride": 4,
