@@ -43,7 +43,7 @@ def test_what_does_not_come_out_even_is_refused_with_what_does(method: str, afte
         grown_config(model_config("transformer", num_layers=6), {"num_layers": after}, {"depth": method})
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES[::2], ids=str)  # the others: test_growth_contract_too.py
 def test_contract(case: Case) -> None:
     for clause in CLAUSES:
         clause(case)
