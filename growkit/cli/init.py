@@ -143,6 +143,8 @@ def _model(preset: str, size: Size, stages: int) -> tuple[str, list[dict[str, in
     def projections(quarters: int) -> dict[str, int]:
         if preset == "tokenformer":
             return {"attention_tokens": size.width * quarters // 8, "mlp_tokens": size.width * quarters // 2}
+        if preset == "mamba":
+            return {"d_state": 4 * quarters}
         return {"mlp_dim": size.mlp_dim * quarters // 4}
 
     narrow, half, wide = (projections(quarters) for quarters in (1, 2, 4))
@@ -158,6 +160,7 @@ def _model(preset: str, size: Size, stages: int) -> tuple[str, list[dict[str, in
         "attention_tokens": "parameter tokens of each of q, k, v and o",
         "mlp_tokens": "parameter tokens of the feed-forward block",
         "mlp_dim": "hidden units of the feed-forward block",
+        "d_state": "states of each channel",
         "num_layers": "at first" if stages > 1 else "",
     }
     values: list[tuple[str, Any, str]] = [
