@@ -406,7 +406,7 @@ def test_two_processes_that_build_at_once(tmp_path: Path) -> None:
 def test_without_a_compiler_the_loop_runs_and_says_so_once(tmp_path: Path, env: dict[str, str], said: str) -> None:
     out, err = start(tmp_path, **env).communicate()
     assert out == "False True\n"
-    assert err.count(said) == err.count("as a loop of torch calls; the kernel is about") == 1, err
+    assert err.count(said) == err.count("as a loop of torch calls; the kernel is several times") == 1, err
 
 
 def test_a_damaged_library_is_built_again(

@@ -82,8 +82,8 @@ class Blocks(nn.Module):
     def coefficients(self) -> Coefficients:
         """(K,), (K, K), (K,)."""
         if self.order == "round_robin":
-            unit = torch.eye(len(self.read), dtype=self.read.dtype, device=self.read.device)
-            return self.read, unit - torch.outer(unit[self.block], self.read), unit[self.block]
+            own = _unit(self.read, self.block)
+            return self.read, torch.ones_like(own).diag() - torch.outer(own, self.read), own
         row = self.read if self.order == "free" else self.mix[self.block]
         a = _unit(row, self.block) if self.order == "paper" else row
         return a, self.mix - torch.outer(self.write, row), self.write

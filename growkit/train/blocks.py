@@ -51,11 +51,11 @@ def new_share(model: DecoderLM, source: ModelConfig) -> float | None:
     is. Every process calls this."""
     sizes = {"blocks": source.stream.blocks if source.stream is not None else 0, "parts": source.parts}
     total = new = 0.0
-    there = False
+    there, specs = False, param_specs(model.config)
     for name, parameter in model.named_parameters():
         if (gradient := parameter.grad) is None:
             continue
-        axes = param_specs(model.config)[name].axes
+        axes = specs[name].axes
         total += (squared := _squared(gradient))
         old = [_steady(axis, sizes) for axis in axes]
         if any(len(indices) < axis.size for indices, axis in zip(old, axes, strict=True)):

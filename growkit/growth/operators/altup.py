@@ -228,8 +228,9 @@ def _mixing(growth: TensorGrowth, K: int, index: int) -> Tensor:
     noise = _noise(growth) * (SPREAD / math.sqrt(len(layers)))
     if growth.method == "copies":
         noise = noise - noise.mean(1, keepdim=True)
-    value = noise.fill_diagonal_(0) if growth.method != "copies" else noise
-    value = value + value.new_ones(K).diag()
+    else:
+        noise.fill_diagonal_(0)
+    value = noise + noise.new_ones(K).diag()
     if growth.method == "push":
         value[(block + 1) % K] = value[block]
     elif growth.method != "copies":

@@ -69,7 +69,7 @@ class State(_OfMamba):
     size, reads = "state", "states"
 
     def exactness(self, source: ModelConfig, target: ModelConfig, method: str) -> Exactness:
-        if any(isinstance(layer.mixer, Mamba) and layer.mixer.inner_norm is not None for layer in source.layers):
+        if _normed_inside(source):
             return Exactness("not", "B and C are normalised over their states, and there are more of them")
         return super().exactness(source, target, method)
 
@@ -114,7 +114,7 @@ class DtRank(_OfMamba):
     size, reads = "dt_rank", "dimensions of the rank"
 
     def exactness(self, source: ModelConfig, target: ModelConfig, method: str) -> Exactness:
-        if any(isinstance(layer.mixer, Mamba) and layer.mixer.inner_norm is not None for layer in source.layers):
+        if _normed_inside(source):
             return Exactness("not", "the rank is normalised as a whole, and it has more dimensions")
         return super().exactness(source, target, method)
 
@@ -135,6 +135,10 @@ class Conv(_OfMamba):
         assert growth.old is not None
         taps, old = growth.spec.shape[1], growth.old.shape[1]
         return {"conv": [*[NEW] * (taps - old), *range(old)]}
+
+
+def _normed_inside(config: ModelConfig) -> bool:
+    return any(isinstance(layer.mixer, Mamba) and layer.mixer.inner_norm is not None for layer in config.layers)
 
 
 def _each_mamba(config: ModelConfig, target: ModelConfig, change: Callable[[Mamba, Mamba], Mamba]) -> ModelConfig:

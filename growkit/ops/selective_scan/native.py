@@ -29,7 +29,6 @@ SOURCE = Path(__file__).with_name("kernel.cpp")
 COMPILERS = ("c++", "g++", "clang++")
 # Nothing of -ffast-math: the polynomials need their roundings, and NaN must stay NaN.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi", "-fPIC", "-shared", "-pthread")
-GAIN = 5  # times faster than the loop, forward and backward on one core (scripts/bench_scan.py), rounded
 
 
 class _Rows(ctypes.Structure):
@@ -96,7 +95,7 @@ class Kernel:
 @cache
 def kernel() -> Kernel | None:
     """The kernel, built if this machine has not built it yet; None, and a line in the log, where it cannot be."""
-    loop = f"the selective scan runs on the CPU as a loop of torch calls; the kernel is about {GAIN} times faster"
+    loop = "the selective scan runs on the CPU as a loop of torch calls; the kernel is several times faster"
     compiler = find_compiler()
     if compiler is None:
         log.warning("no C++ compiler (%s, or $CXX): %s", ", ".join(COMPILERS), loop)

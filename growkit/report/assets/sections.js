@@ -158,6 +158,8 @@ function certificate(mark) {
     ["Parameters without a gradient", String(dead.length), dead.length ? dead.join(", ") : "training reaches every one"],
     ["Rows locked to another", String(found.locked_rows ?? DASH), found.locked_rows
       ? "training cannot tell them apart" : "every new row can learn something of its own"],
+    ...((found.tied_blocks || []).length ? [["Blocks tied to another", found.tied_blocks.map((pair) => pair.join("–")).join(", "),
+      "training cannot tell them apart"]] : []),
   ];
   const said = found.exact ? "The larger model computes what the smaller one did. Measured, not assumed:"
     : "The larger model computes something else than the smaller one, as the method says. Measured:";
