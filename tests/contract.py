@@ -30,7 +30,12 @@ LR = 1e-3
 GRADIENT_TOLERANCE = 1e-9  # relative, of a carried moment and the gradient it stands for, both in float64
 # Relative, where clones share their gradient unevenly, of which moments know the mean only; cloned blocks are a few,
 # and one of them may be read five times as much as the other.
-UNEVEN = {("width", "clone_noise"): 1.0, ("width", "clone_split"): 1.0, ("altup", "clone"): 5.0}
+UNEVEN = {
+    ("experts", "clone_noise"): 1.0,
+    ("width", "clone_noise"): 1.0,
+    ("width", "clone_split"): 1.0,
+    ("altup", "clone"): 5.0,
+}
 NOT_EXACT = 1e-6  # what is labelled not exact moves the logits by far more than rounding
 
 FAMILIES: dict[str, dict[str, Any]] = {
