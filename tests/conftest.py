@@ -17,6 +17,8 @@ torch.set_num_threads(1)
 settings.register_profile("growkit", derandomize=True, database=None, deadline=None)
 settings.load_profile("growkit")
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # where there is no hub, a name on it would be asked for again and again
+
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have the folder of the process that started them
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="growkit-tests-")
     atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)

@@ -143,13 +143,14 @@ def check_outcomes(
     def follow(schedule: GrowthSchedule, made: tuple[Decision, ...]) -> None:
         nonlocal left
         position, stage = next(((n, one) for n, one in enumerate(schedule.stages) if one.trials), (0, None))
-        for trial in stage.trials if stage is not None else ():
-            assert stage is not None
-            if left == 0:
-                mend = "offer fewer candidates, or in fewer stages"
-                problem = f"lead to more than {MOST_OUTCOMES} schedules"
-                raise ConfigError("too-many-outcomes", problem, key=f"stages.{position}.candidates", mend=mend)
-            left -= 1
+        if stage is None:
+            return
+        if len(stage.trials) > left:
+            mend = "offer fewer candidates, or in fewer stages"
+            problem = f"lead to more than {MOST_OUTCOMES} schedules"
+            raise ConfigError("too-many-outcomes", problem, key=f"stages.{position}.candidates", mend=mend)
+        left -= len(stage.trials)
+        for trial in stage.trials:
             chosen = (*made, Decision(CANDIDATES, stage.index, stage.name, 0, 0, 0, 0.0, chosen=trial.name))
             with _named(f"if the choice in {stage.name!r} is {trial.name!r}", "", ""):
                 outcome = plan(chosen)
