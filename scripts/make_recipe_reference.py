@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from growkit.config import recipe  # noqa: E402
 from growkit.models import presets  # noqa: E402
+from growkit.models.presets import PRESETS  # noqa: E402
 
 OUTPUT = ROOT / "docs" / "recipe-reference.md"
 
@@ -38,7 +39,6 @@ LINES = {
     "model.k_tokens": "as q_tokens",
     "model.v_tokens": "as q_tokens",
     "model.o_tokens": "as q_tokens",
-    "model.mlp_tokens": "parameter tokens of the feed-forward block",
     "optim.beta1": "AdamW's, of exp_avg; 0 or more, below 1",
     "optim.beta2": "AdamW's, of exp_avg_sq; 0 or more, below 1",
     "optim.eps": "AdamW's, added to the root of exp_avg_sq",
@@ -136,6 +136,8 @@ A duration is a number, an optional `k`, `M`, `G` or `B`, `T`, `P`, and a unit: 
 Where the unit column has `%`, a share of the stage's steps is allowed too: `2%`.
 """
 
+_PRESETS = ", ".join(f"`{name}`" for name in PRESETS)
+
 # heading, prefix of the keys, module and class of the fields, what to say first
 SECTIONS: tuple[tuple[str, str, ModuleType, str, str], ...] = (
     ("run", "run", recipe, "RunConfig", ""),
@@ -144,10 +146,18 @@ SECTIONS: tuple[tuple[str, str, ModuleType, str, str], ...] = (
         "model",
         presets,
         "_Common",
-        "`model.preset` must be given: `tokenformer` or `transformer`. These keys belong to both.",
+        f"`model.preset` must be given: {_PRESETS}. These keys belong to all of them.",
     ),
-    ("model, preset tokenformer", "model", presets, "TokenFormer", "The keys above, and:"),
-    ("model, preset transformer", "model", presets, "Transformer", "The keys above, and:"),
+    *(
+        (
+            f"model, preset {name}",
+            "model",
+            presets,
+            PRESETS.get(name, key="").__name__,
+            "The keys above, and:",
+        )
+        for name in PRESETS
+    ),
     ("data", "data", recipe, "DataConfig", "What the sources are: [use your own data](how-to/own-data.md)."),
     (
         "data.mixture",

@@ -129,6 +129,7 @@ def test_names_of_the_original_checkpoints_are_read(tmp_path: Path) -> None:
     save_file(tensors, folder / WEIGHTS)
     config = json.loads((folder / "config.json").read_text())
     config |= {"d_model": 32, "d_inner": 64, "n_layer": 2, "ssm_cfg": {}}  # words of theirs that stay behind
+    config |= {"time_step_min": 1e-5}  # what new channels start at
     del config["tie_word_embeddings"]
     (folder / "config.json").write_text(json.dumps(config))
     with torch.no_grad():
@@ -138,6 +139,7 @@ def test_names_of_the_original_checkpoints_are_read(tmp_path: Path) -> None:
     grown = json.loads((tmp_path / "out" / "config.json").read_text())
     assert not {"d_model", "d_inner", "n_layer", "ssm_cfg"} & grown.keys()
     assert (grown["expand"], grown["intermediate_size"], grown["time_step_rank"]) == (3, 96, 3)
+    assert (grown["time_step_min"], grown["time_step_max"]) == (1e-5, 0.1)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from growkit.growth.engine import lazy_states
+from growkit.growth.path import grown_config, path
+from growkit.growth.state import TrainState
 from growkit.models.config import Attention, Mamba, ModelConfig
 from growkit.models.decoder import Cache, build, init_params
 from growkit.models.layers import Layer
@@ -124,6 +127,18 @@ def test_the_start_is_the_published_one() -> None:
     bounds |= {"x_proj.weight": 512**-0.5, "out_proj.weight": 512**-0.5 / 2}
     for name, bound in bounds.items():
         assert 0.9 * bound < params[prefix + name].abs().max() <= bound * 1.0001, name
+
+
+def test_a_start_that_remembers_longer() -> None:
+    """Fresh channels of a recipe's own range, those that growth adds to them as well."""
+    config = model_config("mamba", embed_dim=64, dt_min=1e-6, dt_max=1e-4)
+    name = "layers.0.mamba.dt_bias"
+    params = init_params(config, torch.Generator().manual_seed(0))
+    target = grown_config(config, {"expand": 4}, {})
+    chain = lazy_states(TrainState(config, params, {}), path(config, target, {}), torch.Generator().manual_seed(1))
+    for start in (params[name], chain[-1].materialized().params[name][128:]):
+        dt = F.softplus(start.double())
+        assert 1e-6 * 0.999 <= dt.min() < 3e-6 and 4e-5 < dt.max() <= 1e-4 * 1.001
 
 
 def test_what_decays() -> None:

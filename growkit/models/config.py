@@ -102,7 +102,8 @@ class Mamba:
     """A selective state space over ``inner`` channels of ``state`` states each (Mamba, arXiv 2312.00752, section 3.4):
     ``in_proj`` to x | z, a causal convolution of ``conv`` taps, ``x_proj`` to the ``dt_rank`` of Δ | B | C, ``dt_proj``
     to Δ, the scan, ``out_proj``. ``inner_norm``: eps of a norm without gain on each of Δ's rank, B and C
-    (FalconMamba)."""
+    (FalconMamba). ``dt_start``: least and most Δ of a fresh channel; what a token moves a state by goes with Δ, and so
+    does what a state loses."""
 
     inner: int
     state: int
@@ -114,6 +115,7 @@ class Mamba:
     out_proj: Projection
     conv_bias: bool = True
     inner_norm: float | None = None
+    dt_start: tuple[float, float] = (1e-3, 0.1)
     kind: Literal["mamba"] = "mamba"
 
 

@@ -25,7 +25,6 @@ from growkit.ops.selective_scan import selective_scan
 if TYPE_CHECKING:
     from growkit.models.layers import LayerCache
 
-DT_LEAST, DT_MOST, DT_FLOOR = 1e-3, 0.1, 1e-4  # of Δ at the start, log-uniform (the published code's)
 
 NO_TIME = -1e4  # before its softplus, whatever the bias: a Δ of zero, over which a state stays as it is
 
@@ -115,13 +114,15 @@ def _normed(x: Tensor, eps: float) -> Tensor:
 
 
 def mamba_start(spec: ParamSpec, generator: torch.Generator) -> Tensor:
-    """``a_log``: log(n + 1), so that A_n = −(n + 1) (S4D-real). ``dt_bias``: softplus⁻¹ of Δ, log-uniform in
-    DT_LEAST..DT_MOST. ``uniform``: as wide as has ``init_std``."""
+    """``a_log``: log(n + 1), so that A_n = −(n + 1) (S4D-real). ``dt_bias``: softplus⁻¹ of Δ, log-uniform
+    ``between``. ``uniform``: as wide as has ``init_std``."""
     if spec.start == "a_log":
         return torch.arange(1.0, spec.shape[1] + 1).log().expand(spec.shape).clone()
     drawn = torch.empty(spec.shape).uniform_(generator=generator)
     if spec.start == "uniform":
         assert spec.init_std is not None
         return drawn.mul_(2).sub_(1).mul_(spec.init_std * math.sqrt(3))
-    dt = torch.exp(drawn * (math.log(DT_MOST) - math.log(DT_LEAST)) + math.log(DT_LEAST)).clamp_min(DT_FLOOR)
+    assert spec.between is not None
+    least, most = map(math.log, spec.between)
+    dt = torch.exp(drawn * (most - least) + least)
     return dt + torch.log(-torch.expm1(-dt))

@@ -256,7 +256,7 @@ class TokenFormer(_Common):
     k_tokens: int | None = None
     v_tokens: int | None = None
     o_tokens: int | None = None
-    mlp_tokens: int = 512
+    mlp_tokens: int = 512  # parameter tokens of the feed-forward block
     theta: str = "l2_norm_gelu"  # l2_norm_gelu | gelu_l2_norm | softmax
     token_norm: str = "bank"  # bank: every bank normalised on its own; shared: over all tokens, as published
 
@@ -313,7 +313,9 @@ class MambaLM(_Common):
     expand: int = 2  # channels, in embed_dim
     d_conv: int = 4  # taps of the convolution
     dt_rank: int | None = None  # of what Δ is made of; default: embed_dim / 16, rounded up
-    conv_bias: bool = True
+    dt_min: float = 1e-3  # least Δ of a fresh channel: 1 / dt_min tokens are how long it remembers
+    dt_max: float = 0.1  # most
+    conv_bias: bool = True  # on the convolution
     bias: bool = False  # on the projections into and out of the mixer
     projection: str = "linear"  # linear | pattention: parameter tokens in place of every dense map of the mixers
     mamba_tokens: int = 128  # parameter tokens of each projection of a Mamba layer
@@ -326,7 +328,10 @@ class MambaLM(_Common):
     def written_out(self) -> ModelConfig:
         self._check()
         _positive(self, "d_state", "expand", "d_conv", "dt_rank", "mamba_tokens", "attention_tokens", "mlp_tokens")
-        _positive(self, "mlp_dim")
+        _positive(self, "mlp_dim", "dt_min", "dt_max")
+        if self.dt_max < self.dt_min:
+            problem, mend = f"is below model.dt_min = {self.dt_min}", f"use dt_max={max(0.1, self.dt_min)}"
+            raise ConfigError("too-small", problem, key="model.dt_max", value=self.dt_max, mend=mend)
         _choice(self.projection, ("linear", "pattention"), "projection")
         _choice(self.theta, THETAS, "theta")
         _choice(self.token_norm, ("bank", "shared"), "token_norm")
@@ -337,7 +342,12 @@ class MambaLM(_Common):
         around, inside = (self._map(self.mamba_tokens, bias) for bias in (self.bias, False))
         sizes = self.expand * self.embed_dim, self.d_state, rank, self.d_conv
         layers: dict[str, dict[str, Any]] = {
-            "mamba": {"mixer": Mamba(*sizes, around, inside, inside, around, self.conv_bias), "mlp": None}
+            "mamba": {
+                "mixer": Mamba(
+                    *sizes, around, inside, inside, around, self.conv_bias, dt_start=(self.dt_min, self.dt_max)
+                ),
+                "mlp": None,
+            }
         }
         if "attention" in mixers:
             layers["attention"] = self._with_attention()

@@ -41,7 +41,7 @@ INIT_STD = 0.02  # embeddings and linear maps: GPT-2's choice
 class ParamSpec:
     """One parameter. ``axes``: one per dimension. ``init_std``: None means a constant (gains 1, biases 0, or
     ``constant``, row-major), which is what there is besides the noise if there is both. ``start``: what is drawn, where
-    that is no normal (models/mamba.py).
+    that is no normal (models/mamba.py); ``between``: least and most of what is drawn log-uniformly.
 
     ``layer``/``local``: which layer it belongs to and its name there, so that an inserted layer finds its origin's.
     ``experts_per_token``: of its first axis, where that is experts and a token goes through some of them.
@@ -57,6 +57,7 @@ class ParamSpec:
     experts_per_token: int | None = None
     constant: tuple[float, ...] | None = None
     start: Start = "normal"
+    between: tuple[float, float] | None = None
     routed: bool = False
 
     @property
@@ -262,7 +263,8 @@ def _mamba(mixer: Mamba, embed: Axis, layer: int, depth: int) -> list[tuple[str,
     for name, (axes, role, std, start) in given.items():
         if name != "conv_bias" or mixer.conv_bias:
             local = f"mamba.{name}"
-            rows.append((local, ParamSpec(axes, role, "mamba", std, layer, local, start=start)))
+            between = mixer.dt_start if start == "dt_bias" else None
+            rows.append((local, ParamSpec(axes, role, "mamba", std, layer, local, start=start, between=between)))
     for name, inp, out in (
         ("in_proj", embed, Concat((inner, inner))),
         ("x_proj", inner, Concat((rank, state, state))),

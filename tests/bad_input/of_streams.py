@@ -29,6 +29,8 @@ MAMBA_CASES = [
     model("a pattern of no number", "preset: mamba, pattern: mamba*x", "pattern", "bad-layers", "'mamba*x'",
           "how often"),
     model("no states", "preset: mamba, d_state: 0", "d_state", "not-positive", "0", "above zero"),
+    model("channels that forget at once", "preset: mamba, dt_min: 0", "dt_min", "not-positive", "0", "above zero"),
+    model("least above most", "preset: mamba, dt_min: 0.5", "dt_max", "too-small", "0.1", "dt_max=0.5"),
     model("maps that are not", "preset: mamba, projection: dense", "projection", "unknown-choice", "'dense'",
           "linear, pattention"),
     grow("fewer states", "grow: {d_state: 8}", "d_state", "shrinking-target", "8", "choose 16 or more", MAMBA),

@@ -69,6 +69,10 @@ class MambaAdapter(Adapter):
             out_proj=around,
             conv_bias=config.get("use_conv_bias", bool, True),
             inner_norm=config.positive("mixer_rms_eps", float, 1e-6) if self.inner_norm else None,
+            dt_start=(
+                config.positive("time_step_min", float, 0.001),
+                config.positive("time_step_max", float, 0.1),
+            ),
         )
         norm = Norm("rmsnorm", config.positive("layer_norm_epsilon", float, 1e-5))
         return self.model(config, mixer, None, norm, tied=True)
@@ -110,6 +114,8 @@ class MambaAdapter(Adapter):
                 "intermediate_size": mixer.inner,
                 "time_step_rank": mixer.dt_rank,
                 "conv_kernel": mixer.conv,
+                "time_step_min": mixer.dt_start[0],
+                "time_step_max": mixer.dt_start[1],
                 "use_bias": biases["in_proj"],
                 "use_conv_bias": mixer.conv_bias,
                 "hidden_act": "silu",
