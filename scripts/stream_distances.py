@@ -4,8 +4,8 @@
 
 The model of recipes/altup.yaml, trained for a while, grows to more blocks by every method (docs/operators/altup.md) and
 trains on, each time through `growkit train`. ``distance`` is the smallest ‖x_i − x_j‖ of two blocks at the end of the
-stack, over the mean of their norms (growkit/train/blocks.py). Blocks that are tied, so that K is really less, stay below
-1e-6. Writes docs/results/stream_distances.json and prints the table of docs/operators/altup.md.
+stack, over the mean of their norms (growkit/train/blocks.py); of tied blocks, with which K is really less, it is
+rounding. Writes docs/results/stream_distances.json and prints the table of docs/operators/altup.md.
 """
 
 from __future__ import annotations
