@@ -37,7 +37,8 @@ def test_a_healthy_machine(tmp_path: Path) -> None:
     code, found = findings("--folder", tmp_path / "runs" / "not" / "yet")
     assert code == 0 and all(finding["state"] != "problem" for finding in found.values())
     assert torch.__version__ in found["torch"]["found"] and "lightning 2" in found["libraries"]["found"]
-    assert "compiled" in found["kernels"]["found"] and str(tmp_path) in found["disk"]["found"]
+    assert "selective_scan: auto takes compiled" in found["kernels"]["found"]
+    assert "kernel, built by" in found["scan on the CPU"]["found"] and str(tmp_path) in found["disk"]["found"]
     assert not (tmp_path / "runs").exists()
     code, out, _ = cli("doctor", "--folder", tmp_path)
     assert code == 0 and "what to do" in out and "matrix products" in out
@@ -53,7 +54,9 @@ def broken(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
         "forbidden": lambda: set_(tempfile, "TemporaryFile", Mock(side_effect=PermissionError)),
         "library": lambda: set_(doctor, "_version", lambda name: None if name == "plotly" else version(name)),
         "extra": lambda: set_(doctor, "_version", lambda name: None if name == "tensorboard" else version(name)),
-        "driver": lambda: set_(shutil, "which", lambda _: "/usr/bin/nvidia-smi"),
+        "driver": lambda: set_(shutil, "which", lambda name: "/usr/bin/nvidia-smi" if name == "nvidia-smi" else None),
+        "compiler": lambda: set_(shutil, "which", lambda _: None),
+        "wrong compiler": lambda: set_(doctor.native, "kernel", lambda: None),
         "threads": lambda: set_(torch, "get_num_threads", lambda: 999),
         "key": lambda: monkeypatch.setenv("WANDB_MODE", "offline"),
         "memory": lambda: set_(doctor, "_available_memory", lambda: 10**8),
@@ -69,6 +72,8 @@ def broken(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
         ("library", "plotly", "problem", "pip install growkit"),
         ("extra", "tensorboard", "note", "growkit[tensorboard]"),
         ("driver", "GPU", "problem", "CUDA build"),
+        ("compiler", "scan on the CPU", "note", "install a C++ compiler (g++ or"),
+        ("wrong compiler", "scan on the CPU", "note", "$CXX"),
         ("threads", "processor", "note", "run.threads="),
         ("key", "Weights & Biases", "note", "wandb login"),
         ("memory", "memory", "note", "checkpoint_layers"),

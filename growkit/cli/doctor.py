@@ -23,6 +23,7 @@ from growkit import __version__
 from growkit.config.recipe import TrainerConfig
 from growkit.duration import quantity
 from growkit.ops.dispatch import resolve_backend
+from growkit.ops.selective_scan import native
 from growkit.train import hardware
 
 FINE, NOTE, PROBLEM = "ok", "note", "problem"
@@ -99,7 +100,23 @@ def _processor() -> Iterator[Finding]:
         yield Finding("matrix products", found, NOTE, f"try trainer.precision={short}")
     else:
         yield Finding("matrix products", found)
-    yield Finding("kernels", f"pattention: auto takes {resolve_backend('pattention', 'auto')}")
+    paths = (f"{op}: auto takes {resolve_backend(op, 'auto')}" for op in ("pattention", "selective_scan"))
+    yield Finding("kernels", "; ".join(paths))
+    yield _scan_kernel()
+
+
+def _scan_kernel() -> Finding:
+    """Whether Mamba's scan has its kernel for the CPU, which is built here if it never was."""
+    about, loop = "scan on the CPU", "a loop of torch calls; the kernel is several times faster"
+    compiler = native.find_compiler()
+    if compiler is None:
+        mend = "to train Mamba here, install a C++ compiler (g++ or clang++), or name one in $CXX"
+        return Finding(about, loop, NOTE, mend)
+    if native.kernel() is None:
+        return Finding(
+            about, loop, NOTE, f"{compiler} cannot build the kernel: the log above says why; name another in $CXX"
+        )
+    return Finding(about, f"a kernel, built by {compiler}")
 
 
 def _name(dtype: torch.dtype) -> str:
