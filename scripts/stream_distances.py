@@ -69,7 +69,7 @@ def one(
     assert isinstance(recipe, dict)
     recipe["model"]["altup_blocks"] = before
     first, second, _ = recipe["stages"]
-    first["duration"] = f"{BEFORE} steps"
+    first |= {"duration": f"{BEFORE} steps", "global_batch_tokens": 1024}
     second |= {
         "duration": f"{options.steps} steps",
         "grow": {"altup_blocks": after, **more},
