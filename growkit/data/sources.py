@@ -1,7 +1,8 @@
 """Sources: what gives documents, one after the other, and says beforehand which text it is.
 
-A file is a document, unless its name says that it holds rows (JSON lines, Parquet, Arrow): then each row is one. What a
-source is known by is the content of its files, never where they lie or when they were written.
+A file is a document, unless its name says that it holds rows (JSON lines, Parquet, Arrow; FASTA and WAV, signals.py):
+then each row is one. What a source is known by is the content of its files, never where they lie or when they were
+written.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import xxhash
 
 from growkit.config.recipe import STDLIB, DataConfig
 from growkit.data.document import Document
+from growkit.data.signals import fasta, wav
 from growkit.data.synthetic.tasks import is_task
 from growkit.errors import DataError
 from growkit.registry import Registry
@@ -264,6 +266,8 @@ _READERS = {
     ".json.gz": _lines,
     ".parquet": _parquet,
     ".arrow": _arrow,
+    **{f"{suffix}{packed}": fasta for suffix in (".fasta", ".fa", ".fna", ".faa") for packed in ("", ".gz")},
+    ".wav": wav,
 }
 
 

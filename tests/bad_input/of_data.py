@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import wave
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,18 @@ def _parquet(_: pytest.MonkeyPatch) -> None:
     import pyarrow.parquet
 
     pyarrow.parquet.write_table(pyarrow.table({"text": ["abc"], "n": [1]}), "rows.parquet")
+
+
+def _wav(samples: int, cut: int = 0) -> Arrange:
+    """``cut``: bytes that are missing at its end."""
+
+    def made(_: pytest.MonkeyPatch) -> None:
+        with wave.open("a.wav", "wb") as file:
+            file.setparams((1, 2, 8000, 0, "NONE", ""))
+            file.writeframes(bytes(2 * samples))
+        os.truncate("a.wav", os.path.getsize("a.wav") - cut)
+
+    return made
 
 
 def _entry() -> Path:
@@ -99,6 +112,19 @@ PREPARE_CASES = [
            _rows("", "empty.txt")),
     source("a file of one byte", "one.txt", "corpus-too-short", "data.source", "'one.txt'", "more text",
            _rows("x", "one.txt")),
+    source("an empty FASTA", "genes.fa", "corpus-empty", "data.source", "'genes.fa'", "with text",
+           _rows("", "genes.fa")),
+    source("FASTA without a header", "genes.fa", "broken-line", "data.source", "'genes.fa, line 1'", "mend the line",
+           _rows("ACGT\n", "genes.fa")),
+    source("FASTA with other than letters", "genes.fa", "broken-line", "data.source", "'genes.fa, line 3'", "leave",
+           _rows(">one\nACGT\nAC1GT\n", "genes.fa")),
+    source("a record of nothing", "genes.fa", "broken-line", "data.source", "'genes.fa, line 1'", "mend the line",
+           _rows(">one\n>two\nACGT\n", "genes.fa")),
+    source("a WAV file of nothing", "a.wav", "broken-audio", "data.source", "'a.wav'", "pcm_s16le", _rows("", "a.wav")),
+    source("a WAV file that is none", "a.wav", "broken-audio", "data.source", "'a.wav'", "pcm_s16le",
+           _rows("RIFX" * 20, "a.wav")),
+    source("a WAV file without sound", "a.wav", "corpus-empty", "data.source", "'a.wav'", "with text", _wav(0)),
+    source("a WAV file cut short", "a.wav", "broken-audio", "data.source", "'a.wav'", "integer PCM", _wav(900, 150)),
     source("no rows", "rows.jsonl", "corpus-empty", "data.source", "'rows.jsonl'", "with text", _rows("\n\n")),
     # Mixtures.
     train("a source and a mixture", "data.mixture=[{source: stdlib}]", "two-sources", "'corpus.txt'", "null",
