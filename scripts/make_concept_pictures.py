@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/concepts.md into docs/pictures/, the same bytes each time.
+"""Draws the pictures of docs/concepts.md and docs/kernels.md into docs/pictures/, the same bytes each time.
 
     python scripts/make_concept_pictures.py [FOLDER]
 
@@ -153,7 +153,39 @@ def schedule() -> Figure:
     return figure
 
 
-PICTURES = {"bank": bank, "identity-layer": layer, "schedule": schedule}
+def scan() -> Figure:
+    """How the selective scan's kernel goes through one sequence: tasks across, chunks down."""
+    figure, axes = canvas(9.2, 3.4)
+    left, top, width, height = 0.9, 2.75, 1.15, 0.62
+    for task in range(3):
+        x = left + task * width
+        axes.text(x + width / 2, top + 0.12, "128 channels", ha="center", fontsize=9.5)
+        for chunk in range(3):
+            y = top - (chunk + 1) * height
+            face = OLD if (task, chunk) == (1, 1) else ZERO
+            axes.add_patch(Rectangle((x, y), width, height, facecolor=face, alpha=0.25, edgecolor=None))
+            axes.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=OLD, linewidth=1.2))
+            axes.plot(x + width / 2, y + height, "o", color=NEW, markersize=7)
+            axes.text(x + 0.08, y + 0.12, "32 tokens", fontsize=8.5, color=SOFT)
+    arrow(axes, (left - 0.2, top), (left - 0.2, top - 3 * height))
+    axes.text(left - 0.3, top - 1.5 * height, "forward", rotation=90, ha="right", va="center", fontsize=9.5)
+    right = left + 3 * width
+    arrow(axes, (right + 0.2, top - 3 * height), (right + 0.2, top), NEW)
+    axes.text(right + 0.3, top - 1.5 * height, "backward", rotation=90, va="center", fontsize=9.5, color=NEW)
+    for line, (text, color) in enumerate(
+        (
+            ("in work: 32 tokens of 128 channels;", OLD),
+            ("16 states of 16 channels in registers", OLD),
+            ("kept by forward: the state before each chunk", NEW),
+            ("made again by backward: a chunk's other states", NEW),
+        )
+    ):
+        axes.text(right + 0.62, top - 0.35 - 0.42 * line, text, color=color, fontsize=9.5)
+    axes.text(left, 0.2, "A column is a task: no task waits for another, and every sum has one order.")
+    return figure
+
+
+PICTURES = {"bank": bank, "identity-layer": layer, "schedule": schedule, "scan": scan}
 
 
 def draw(folder: Path) -> None:
