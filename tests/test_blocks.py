@@ -15,16 +15,18 @@ from torch import Tensor
 from growkit.cli import recipes
 from growkit.growth.engine import added_entries
 from growkit.models.config import AltUp, ModelConfig
-from growkit.models.decoder import build, init_params
+from growkit.models.decoder import DecoderLM, build, init_params
 from growkit.models.spec import param_specs
 from growkit.report.page import page, run_data
 from growkit.report.run_summary import RunSummary
 from growkit.train import blocks
 from growkit.train.loggers.rows import COEFFICIENT_COLUMNS, Rows
 from tests.support import cli, model_config, probe, recipe_dict, records, trained_like, write_recipe
+from tests.test_distributed import FSDP, two_processes
 from tests.test_report import data_of
 
 TOLERANCE = 1e-4  # five digits are logged
+ALIKE = 1e-3  # three steps in another order of sums, and five digits
 K = 3
 STREAMS = {
     "gemma": AltUp(K),
@@ -219,3 +221,35 @@ def test_the_report_has_the_last_coefficients_and_the_course_of_the_distance(gro
     (plain / "metrics.jsonl").write_text("".join(lines))
     without = run_data(RunSummary.read(plain))
     assert without["blocks"] is None and not {"distance", "new_block_grad_share"} & without["curves"].keys()
+
+
+WAYS = {"sharded": [*FSDP, "trainer.precision=fp32"], "compiled": ["trainer.compile=true"]}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("coefficients", ["static", "routed"])
+def test_however_a_model_is_trained_its_blocks_are_measured_alike(
+    way: str, coefficients: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_dict(tmp_path, model={"num_layers": 2, "dropout": 0.0})
+    grow = {"altup_blocks": 2, "altup_variant": "full"}
+    method = {}
+    if coefficients == "routed":
+        grow |= {"altup_coefficients": "routed"}
+        method = {"methods": {"altup": "copies"}}
+    first = recipe["stages"][0] | {"micro_batch_size": 2, "duration": "3 steps"}
+    stages = [first, {"name": "blocks", "duration": "3 steps", "micro_batch_size": 2, "grow": grow, **method}]
+    path, runs = write_recipe(tmp_path, recipe | {"stages": stages}), tmp_path / "runs"
+    assert cli("train", path, "run.name=plain")[0] == 0
+    if way == "sharded":
+        assert two_processes("train", path, *WAYS[way], f"run.name={way}", run=runs / way) == [0, 0]
+    else:
+        compiled = torch.nn.Module.compile
+        monkeypatch.setattr(DecoderLM, "compile", lambda self, **_: compiled(self, backend="eager"))
+        assert cli("train", path, *WAYS[way], f"run.name={way}")[0] == 0
+    (plain,), (other,) = records(runs / "plain", "blocks"), records(runs / way, "blocks")
+    for key in ("distances", "new_block_grad_share"):
+        assert other[key] == pytest.approx(plain[key], rel=ALIKE), key
+    for one, two in zip(plain["layers"], other["layers"], strict=True):
+        for key in ("read", "mix", "write"):
+            assert torch.allclose(torch.tensor(one[key]), torch.tensor(two[key]), rtol=ALIKE, atol=ALIKE), key

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from growkit.models.axes import NEW, AnyAxis, Axis, Concat, Product, index_map
@@ -49,6 +50,8 @@ def new_share(model: DecoderLM, source: ModelConfig) -> float | None:
     """The share of the squared norm of all gradients that is in what ``source`` did not have of the blocks of a token
     and of the parts of embedding and head; None where there is nothing new, or no gradient. Clipping leaves it as it
     is. Every process calls this."""
+    if isinstance(model, FSDPModule):  # a validation leaves whole parameters behind, which have no gradients
+        model.reshard()
     sizes = {"blocks": source.stream.blocks if source.stream is not None else 0, "parts": source.parts}
     total = new = 0.0
     there, specs = False, param_specs(model.config)
