@@ -1,8 +1,10 @@
 """Takes a picture of a run's report in a headless Chromium, by day and by night.
 
     python scripts/screenshot_report.py runs/quickstart [-o docs/results/report.png]
+    python scripts/screenshot_report.py runs/altup --section blocks -o docs/results/altup_blocks.png
 
-Writes the report first, then a PNG of its upper part: the left half in light colours, the right half in dark ones.
+Writes the report first, then a PNG of its upper part, or of one section: the left half in light colours, the right half
+in dark ones.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="run folders")
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "docs" / "results" / "report.png")
+    parser.add_argument("--section", help="the id of a section: that alone, whatever its height")
     options = parser.parse_args()
     if (reason := missing()) is not None:
         sys.exit(reason)
@@ -39,9 +42,11 @@ def main() -> None:
             halves = []
             for dark in (False, True):
                 page.open(file, width=WIDTH, height=HEIGHT, dark=dark)
-                halves.append(image.imread(io.BytesIO(page.driver.get_screenshot_as_png())))
+                shot = page.find(f"#{options.section}").screenshot_as_png if options.section else None
+                halves.append(image.imread(io.BytesIO(shot or page.driver.get_screenshot_as_png())))
     shown = halves[0].copy()
-    shown[:, WIDTH // 2 :] = halves[1][:, WIDTH // 2 :]
+    middle = shown.shape[1] // 2
+    shown[:, middle:] = halves[1][:, middle:]
     image.imsave(options.output, shown)
     print(f"wrote {options.output} ({options.output.stat().st_size / 1000:.0f} kB)")
 
