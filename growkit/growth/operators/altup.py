@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 # Standard deviation of what a new block's mixing starts at besides its own value, over √layers: products of such
 # matrices neither vanish nor burst along the depth, and blocks are apart by more than 0.05 from the start.
 SPREAD = 0.5
+HALF = 0.5  # push: of what a layer changed, what its own block gets; the next one gets all of it
 # method from one block → the orders it can start, the first by default
 STARTS: Mapping[str, tuple[str, ...]] = {
     "pull": ("gemma",),
@@ -224,7 +225,10 @@ def _mixing(growth: TensorGrowth, K: int, index: int) -> Tensor:
     """``mix`` and ``write`` of layer ``index``, alike for all tokens."""
     value, layers, block = growth.fresh(), growth.target.layers, growth.target.layers[index].block
     if growth.spec.role == "write":
-        return value.fill_(1)
+        value.fill_(1)
+        if growth.method == "push":  # both blocks would hold what the layer made
+            value[block] = HALF
+        return value
     noise = _noise(growth) * (SPREAD / math.sqrt(len(layers)))
     if growth.method == "copies":
         noise = noise - noise.mean(1, keepdim=True)
