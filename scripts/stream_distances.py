@@ -1,6 +1,6 @@
 """How far apart AltUp's blocks are after 300 steps, from every start and lift there is, on the quickstart's data.
 
-    python scripts/stream_distances.py [--steps 300] [--jobs 2] [--threads 1]
+    python scripts/stream_distances.py [--steps 300] [--only push] [--jobs 2] [--threads 1]
 
 The model of recipes/altup.yaml, trained for a while, grows to more blocks by every method (docs/operators/altup.md) and
 trains on, each time through `growkit train`. ``distance`` is the smallest ‖x_i − x_j‖ of two blocks at the end of the
@@ -46,12 +46,17 @@ GROWTHS: list[tuple[int, int, str, dict[str, Any]]] = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300, help="after growth (default: 300)")
+    methods = tuple(dict.fromkeys(method for _, _, method, _ in GROWTHS))
+    parser.add_argument("--only", nargs="+", choices=methods, default=methods, help="methods (default: all)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch, each (default: 1)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
-        jobs = [pool.submit(one, Path(folder), options, *growth) for growth in GROWTHS]
-        rows = [job.result() for job in jobs]
+        wanted = [growth for growth in GROWTHS if growth[2] in options.only]
+        rows = [job.result() for job in [pool.submit(one, Path(folder), options, *growth) for growth in wanted]]
+    if len(wanted) < len(GROWTHS):
+        rows += [row for row in json.loads(RESULTS.read_text())["rows"] if row["method"] not in options.only]
+    rows.sort(key=lambda row: GROWTHS.index((row["before"], row["after"], row["method"], row["more"])))
     machine = hardware.environment("cpu", torch.float32, 1) | {"cores": os.cpu_count(), "threads": options.threads}
     report = {"steps": options.steps, "steps_before": BEFORE, "machine": machine, "rows": rows}
     RESULTS.write_text(json.dumps(report, indent=1) + "\n")
