@@ -1,6 +1,6 @@
 """How fast data are prepared, beside the ``tokenizers`` library alone, and how fast batches are made, beside training.
 
-    python scripts/bench_data.py [--megabytes 48] [--rounds 5]
+    python scripts/bench_data.py [--megabytes 12] [--rounds 5]
 
 The text is the standard library's sources and made-up sentences, half of it each, in files of a folder. On one core and
 on two, both arms run in turns on the same documents: the library's ``encode_batch_fast`` in one call on texts that are
@@ -58,7 +58,7 @@ TRAINED_ON = 4_000_000  # bytes of text that the tokenizer is trained on
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=48, help="of text (default: 48)")
+    parser.add_argument("--megabytes", type=int, default=12, help="of text (default: 12)")
     parser.add_argument("--rounds", type=int, default=5, help="of both arms, on each number of cores")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "bench_data.json")
     parser.add_argument("--on", nargs=2, help=argparse.SUPPRESS)  # of a bound process: the arm, the folder
