@@ -25,7 +25,6 @@ def fasta(path: Path, _: str) -> Iterator[tuple[int, bytes]]:
     """(line of its header from 1 on, letters) of each record, also gzipped. Letters are upper case: lower case marks
     repeats, not other bases. Raises DataError naming the line that is none of FASTA."""
     header, parts = 0, list[bytes]()
-    number = 0
     with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             line = line.strip()
