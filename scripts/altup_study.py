@@ -109,13 +109,15 @@ def growkit(*words: str) -> None:
 def one(arm: Arm, seed: int, extra: list[str], folder: Path) -> dict[str, Any]:
     """Trains an arm on one seed, and reads its log."""
     name = f"{arm.title.replace(': ', '-').replace(', ', '-').replace(' ', '-').replace('=', '')}-{seed}"
-    log = folder / name / "metrics.jsonl"
-    if not log.is_file() or not any(record["kind"] == "ngram" for record in read_log(log)):
-        fixed = [*extra, f"run.folder={folder}", f"run.name={name}", "run.threads=1", f"run.seed={seed}"]
-        fixed += ["monitor.progress=off", "trainer.precision=fp32", *arm.changes]
-        growkit("train", arm.recipe, *fixed, *same_flops(arm, extra))
+    log, changes = folder / name / "metrics.jsonl", [*extra, *arm.changes, *same_flops(arm, extra)]
+    if not log.is_file():
+        fixed = [f"run.folder={folder}", f"run.name={name}", "run.threads=1", f"run.seed={seed}"]
+        growkit("train", arm.recipe, *fixed, "monitor.progress=off", "trainer.precision=fp32", *changes)
     records = list(read_log(log))
     validations = [record for record in records if record["kind"] == "validation"]
+    steps = sum(stage.steps for stage in read(arm.recipe, changes)[1].stages)
+    if not validations or validations[-1]["step"] != steps:
+        raise SystemExit(f"{folder / name}: is not at step {steps}; delete it, or growkit resume {folder / name}")
     return {
         "arm": arm.title,
         "seed": seed,
