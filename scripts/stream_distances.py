@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,8 +24,8 @@ from omegaconf import OmegaConf
 from growkit.checkpoint.metrics_log import read_log
 from growkit.cli.recipes import built_in
 from growkit.train import hardware
+from scripts.synthetic_tasks import ROOT, growkit
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results" / "stream_distances.json"
 BEFORE = 100  # steps before growth
 LEAST = 0.05  # of what counts as apart
@@ -84,7 +82,7 @@ def one(
     recipe["run"] = {"folder": str(folder), "name": name, "threads": options.threads, "seed": 0}
     recipe["monitor"] = {"progress": "off"}
     OmegaConf.save(recipe, written := folder / f"{name}.yaml")
-    subprocess.run([sys.executable, "-m", "growkit.cli.main", "train", str(written)], cwd=ROOT, check=True)
+    growkit("train", written)
     log = list(read_log(folder / name / "metrics.jsonl"))
     blocks = [record for record in log if record["kind"] == "blocks"]
     validation = [record for record in log if record["kind"] == "validation"][-1]
