@@ -8,8 +8,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
+from matplotlib.image import imread
 from torch import Tensor
 
 from growkit.cli import recipes
@@ -20,7 +22,8 @@ from growkit.models.spec import param_specs
 from growkit.report.page import page, run_data
 from growkit.report.run_summary import RunSummary
 from growkit.train import blocks
-from growkit.train.loggers.rows import COEFFICIENT_COLUMNS, Rows
+from growkit.train.loggers.heat_map import heat_maps, pixels
+from growkit.train.loggers.rows import COEFFICIENT_COLUMNS, Rows, coefficient_lines
 from tests.support import cli, model_config, probe, recipe_dict, records, trained_like, write_recipe
 from tests.test_distributed import FSDP, two_processes
 from tests.test_report import data_of
@@ -199,8 +202,29 @@ def test_loggers_get_the_figures_and_a_table_of_cells(grown: Path) -> None:
             for i in range(4):
                 assert cells.pop((layer["id"], str(i), str(j))) == layer["mix"][i][j]
     assert not cells
-    (table,) = (grown / "wandb").glob("offline-run-*/files/media/table/blocks/coefficients_15_*")
+    media = grown / "wandb"
+    (table,) = media.glob("offline-run-*/files/media/table/blocks/coefficients_15_*")
     assert json.loads(table.read_text()) == {"columns": [*COEFFICIENT_COLUMNS], "data": row.coefficients}
+    pictures = sorted(media.glob("offline-run-*/files/media/images/blocks/heat_maps_*"))
+    assert [picture.name.split("_")[2] for picture in pictures] == ["12", "15", "9"]
+    assert (255 * imread(pictures[1])).round().tolist() == pixels(heat_maps(row.coefficients or ())).tolist()
+
+
+def test_a_heat_map_has_the_coefficients_of_each_layer_around_zero() -> None:
+    """Read above, written on the right, the corner empty; one scale for all layers; one that is no number is empty."""
+    layers = [
+        {"id": "a", "read": [1.0, 0.0], "mix": [[0.5, -2.0], [0.25, None]], "write": [1.0, 0.5]},
+        {"id": "b", "read": [0.0, 1.0], "mix": [[1.0, 0.0], [0.0, 1.0]], "write": [0.0, 1.0]},
+    ]
+    figure = heat_maps(coefficient_lines({"layers": layers}))
+    first, second = [axes.images[0] for axes in figure.axes]
+    nan = float("nan")
+    expected = [[1.0, 0.0, nan], [0.5, -2.0, 1.0], [0.25, nan, 0.5]]
+    assert numpy.array_equal(first.get_array().filled(nan), expected, equal_nan=True)
+    assert first.get_clim() == second.get_clim() == (-2.0, 2.0)
+    assert [axes.get_title() for axes in figure.axes] == ["layer a", "layer b"]
+    shown = " ".join(text.get_text() for text in figure.axes[0].texts)
+    assert shown == "1.00 0.00 0.50 -2.00 1.00 0.25 0.50"
 
 
 def test_the_report_has_the_last_coefficients_and_the_course_of_the_distance(grown: Path, tmp_path: Path) -> None:

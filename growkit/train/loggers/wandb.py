@@ -26,6 +26,7 @@ from growkit.checkpoint.run_folder import MARK, RunFolder, step_name
 from growkit.config.load import load_recipe
 from growkit.models.presets import PRESETS
 from growkit.train.loggers.fragment import is_whole
+from growkit.train.loggers.heat_map import heat_maps, pixels
 from growkit.train.loggers.rows import AXES, COEFFICIENT_COLUMNS, GROWTH_COLUMNS, SAMPLE_COLUMNS, Row, Rows
 from growkit.train.loggers.wandb_process import FAILED
 from growkit.train.loggers.wandb_state import OFFLINE, WandbState, only_one
@@ -135,6 +136,7 @@ class Session:
             values["samples/texts"] = wandb.Table(list(SAMPLE_COLUMNS), row.samples)
         if row.coefficients is not None:
             values["blocks/coefficients"] = wandb.Table(list(COEFFICIENT_COLUMNS), row.coefficients)
+            values["blocks/heat_maps"] = wandb.Image(pixels(heat_maps(row.coefficients)), mode="RGBA")
         self.run.log(values, step=row.step, commit=True)
         self.held = row.step
 

@@ -54,6 +54,7 @@ def layout(entity: str, project: str) -> ws.Workspace:
                 "Blocks",
                 _plot("nearest two blocks of a stream", "tokens", "blocks/distance"),
                 _plot("gradient share of new blocks", "tokens", "gradients/new_block_share"),
+                wr.MediaBrowser(title="coefficients", media_keys=["blocks/heat_maps"], num_columns=1),
                 wr.WeavePanelSummaryTable(table_name="blocks/coefficients"),
             ),
             _section("Samples", wr.WeavePanelSummaryTable(table_name="samples/texts")),
