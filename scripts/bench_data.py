@@ -6,9 +6,9 @@ The text is the standard library's sources and made-up sentences, half of it eac
 (the library remembers the words that it sees first: whoever read all of one kind before the other would be slower). On
 one core and on two, both arms run in turns on the same documents: the library's ``encode_batch_fast`` in one call on
 texts that are in memory, which is its fastest way, to the ids of each as a list; and growkit's whole way from files
-that nobody has seen to an entry of the cache on the disk. Each time is a process of its own, bound to the cores. A round
-is library, growkit, growkit, library; its ratio is of what both took together; the median of the rounds counts. Beside
-the seconds on the wall stand those of the processor.
+that nobody has seen to an entry of the cache on the disk. Each time is a process of its own, bound to the cores. A
+round is library, growkit, growkit, library; its ratio is of what both took together; the median of the rounds counts.
+Beside the seconds on the wall stand those of the processor.
 
 Batches are those of the quickstart's stages, on its own text, as each kind of packing has them; the rate of training is
 that of the optimizer step on the same machine, in the same process, measured between two rounds of the batches.
