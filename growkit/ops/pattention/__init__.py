@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from growkit.ops.dispatch import resolve_backend
+from growkit.ops.dispatch import choose
 from growkit.ops.pattention import compiled, reference
 from growkit.ops.pattention.reference import Tokens
 
@@ -24,4 +24,11 @@ def pattention(backend: str = "auto") -> Pattention:
     Several projections of one x (q, k and v) in one call share what they can. The path is chosen once, when a module
     is built: a look-up or a log line inside ``forward`` would break a compiled graph.
     """
-    return PATHS[resolve_backend("pattention", backend)]
+    return choose("pattention", backend, PATHS, _triton)
+
+
+def _triton() -> Pattention:
+    """Loaded when it is chosen: triton need not be there otherwise."""
+    from growkit.ops.pattention import triton
+
+    return triton.pattention
