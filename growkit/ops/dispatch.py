@@ -54,9 +54,8 @@ def resolve_backend(op: str, backend: str) -> str:
     chosen, why = backend, ""
     if backend == "auto":
         missing = triton_lacks()
-        chosen, why = (
-            ("compiled", "") if missing else ("triton", " for tensors on a GPU, on the compiled path for others")
-        )
+        chosen = "compiled" if missing else "triton"
+        why = "" if missing else " for tensors on a GPU, on the compiled path for others"
     elif backend == "triton":
         missing = None if interpreted() else triton_lacks()
         if missing:

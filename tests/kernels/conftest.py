@@ -1,5 +1,8 @@
 """Whether kernels are interpreted is fixed when they are loaded, so files ``interpreted_*.py`` have a process of their
-own: ``test_interpreter.py`` starts it. By hand: TRITON_INTERPRET=1 python -m pytest tests/kernels/interpreted_scan.py"""
+own: ``test_interpreter.py`` starts it. By hand:
+
+    TRITON_INTERPRET=1 python -m pytest tests/kernels/interpreted_scan.py
+"""
 
 from __future__ import annotations
 
