@@ -31,10 +31,12 @@ GELU_L2_NORM = tl.constexpr(1)
 
 @triton.jit
 def _gelu(s):
-    """gelu(s) by erf, and its slope."""
-    below = 0.5 * (1.0 + tl.erf(s * 0.7071067811865476))
-    density = 0.3989422804014327 * tl.exp(-0.5 * s * s)
-    return s * below, below + s * density
+    """gelu(s) = s Φ(s), and its slope Φ(s) + s φ(s)."""
+    e = tl.exp(-0.5 * s * s)
+    t = 1.0 / (1.0 + 0.23164189 * tl.abs(s))
+    tail = ((((0.530702715 * t - 0.726576013) * t + 0.710706870) * t - 0.142248368) * t + 0.127414796) * t * e
+    below = tl.where(s < 0.0, tail, 1.0 - tail)
+    return s * below, below + s * (0.3989422804014327 * e)
 
 
 @triton.jit
@@ -181,18 +183,16 @@ def second_product(
 
 @triton.jit
 def score_gradients(
-    x, keys, grad, values, tiles, taus, squares, weights, direct, along, partials,
-    count, depth, width, first_slot, here_slots, slots, first_col, norms,
-    x_stride, keys_stride, grad_stride, values_stride, written_stride,
-    THETA: tl.constexpr, FLOOR: tl.constexpr, EVEN: tl.constexpr, EVEN_OUT: tl.constexpr, ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    grad, values, scores, tiles, taus, squares, weights, direct, partials,
+    count, width, first_slot, here_slots, slots, first_col, norms, grad_stride, values_stride, scores_stride,
+    THETA: tl.constexpr, FLOOR: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Of one projection, both products that backward begins with: a = x Kᵀ again, and dw = dout Vᵀ.
+    """dw = dout Vᵀ of one projection, and with it half of the way to da; ``settle`` goes the other half.
 
-    With u the scores over their norm (``gelu_l2_norm``: gelu(a) over its norm), da = ``direct`` − c · ``along`` with
-    c = τ/‖·‖ · Σ over the row of what ``partials`` (C, S) holds. Writes, all (C, N):
-    ``l2_norm_gelu``: weights gelu(τu), direct τ/‖a‖ · ds, along u; sums u · ds, with ds = dw gelu'(τu).
-    ``gelu_l2_norm``: weights τu, direct τ/‖g‖ · dw gelu'(a), along u gelu'(a); sums u · dw.
+    Of scores a, (C, N) like all that is written. With u = a/‖a‖ (``gelu_l2_norm``: gelu(a) over its norm):
+    ``l2_norm_gelu``: weights gelu(τu), direct τ/‖a‖ · ds, partials Σ u ds over a tile, ds = dw gelu'(τu);
+    ``gelu_l2_norm``: weights τu, direct τ/‖gelu(a)‖ · dw gelu'(a), partials Σ u dw.
     """
     block, slot = _swizzled(tl.program_id(0), tl.cdiv(count, BM), here_slots, GROUP)
     slot += first_slot
@@ -202,14 +202,14 @@ def score_gradients(
     inside = tl.arange(0, BN)
     cols = start + inside
     col_mask = inside < size
-    a = _product(
-        x, x_stride, rows, row_mask, keys, keys_stride, cols, col_mask, depth, BM, BN, BK, EVEN, PRECISION
-    )  # fmt: skip
     dw = _product(
         grad, grad_stride, rows, row_mask, values, values_stride, cols - first_col, col_mask, width,
-        BM, BN, BK, EVEN_OUT, PRECISION,
+        BM, BN, BK, EVEN, PRECISION,
     )  # fmt: skip
     long_rows = rows.to(tl.int64)
+    places = long_rows[:, None] * scores_stride + cols[None, :]
+    mask = row_mask[:, None] & col_mask[None, :]
+    a = tl.load(scores + places, mask=mask, other=0.0).to(tl.float32)
     tau = tl.load(taus + norm)
     inverse = _inverse_norm(tl.load(squares + long_rows * norms + norm, mask=row_mask, other=1.0), FLOOR)[:, None]
     if THETA == L2_NORM_GELU:
@@ -217,44 +217,42 @@ def score_gradients(
         w, slope = _gelu(u * tau)
         turned = dw * slope
         summed = u * turned
-        side = u
     else:
         raised, slope = _gelu(a)
         u = raised * inverse
         w = u * tau
         turned = dw * slope
         summed = u * dw
-        side = u * slope
     tl.store(partials + long_rows * slots + slot, tl.sum(summed, 1), mask=row_mask)
-    places = long_rows[:, None] * written_stride + cols[None, :]
-    mask = row_mask[:, None] & col_mask[None, :]
     narrow = weights.dtype.element_ty
     tl.store(weights + places, w.to(narrow), mask=mask)
     tl.store(direct + places, (turned * (inverse * tau)).to(narrow), mask=mask)
-    tl.store(along + places, side.to(narrow), mask=mask)
 
 
 @triton.jit
 def settle(
-    direct, along, tiles, taus, squares, sums, count, slots, norms, written_stride,
-    FLOOR: tl.constexpr, ALIGNED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    scores, direct, tiles, taus, squares, sums, count, norms, scores_stride,
+    THETA: tl.constexpr, FLOOR: tl.constexpr, ALIGNED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """da = direct − τ/‖·‖ · sums · along, in ``direct``'s place. At the floor the scale is a constant, so nothing is
-    subtracted."""
+    """da, in ``direct``'s place: less τ/‖·‖ · sums · u (``gelu_l2_norm``: · u gelu'(a)). At the floor the scale is a
+    constant, so nothing is subtracted."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    slot = tl.program_id(1)
     row_mask = rows < count
     long_rows = rows.to(tl.int64)
-    start, size, norm = _tile(tiles, slot, ALIGNED)
+    start, size, norm = _tile(tiles, tl.program_id(1), ALIGNED)
     inside = tl.arange(0, BN)
     mask = row_mask[:, None] & (inside < size)[None, :]
     at = tl.load(squares + long_rows * norms + norm, mask=row_mask, other=1.0)
     row_sum = tl.load(sums + long_rows * norms + norm, mask=row_mask, other=0.0)
-    share = tl.where(at < FLOOR * FLOOR, 0.0, _inverse_norm(at, FLOOR) * tl.load(taus + norm) * row_sum)[:, None]
-    places = long_rows[:, None] * written_stride + (start + inside)[None, :]
+    inverse = _inverse_norm(at, FLOOR)
+    share = tl.where(at < FLOOR * FLOOR, 0.0, inverse * inverse * tl.load(taus + norm) * row_sum)[:, None]
+    places = long_rows[:, None] * scores_stride + (start + inside)[None, :]
+    along = tl.load(scores + places, mask=mask, other=0.0).to(tl.float32)
+    if THETA == GELU_L2_NORM:
+        raised, slope = _gelu(along)
+        along = raised * slope
     plain = tl.load(direct + places, mask=mask, other=0.0).to(tl.float32)
-    side = tl.load(along + places, mask=mask, other=0.0).to(tl.float32)
-    tl.store(direct + places, (plain - share * side).to(direct.dtype.element_ty), mask=mask)
+    tl.store(direct + places, (plain - share * along).to(direct.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -22,7 +22,7 @@ CHUNK_MULTIPLE = 128
 ALIGN = 16  # elements: rows of buffers begin at multiples of it, which wide loads and stores need
 GROUP = 8  # row blocks that go together, see kernels._swizzled
 SUM_ROWS, SETTLE_ROWS = 128, 32
-THETAS = {"l2_norm_gelu": kernels.L2_NORM_GELU, "gelu_l2_norm": kernels.GELU_L2_NORM}
+THETAS = {"l2_norm_gelu": kernels.L2_NORM_GELU.value, "gelu_l2_norm": kernels.GELU_L2_NORM.value}
 FLOAT32 = ("taus", "squares", "partials", "sums", "total")  # arguments that are so whatever is computed in
 
 
@@ -119,7 +119,7 @@ def _type(name: str, element: str) -> str:
         return "*i32"
     if name in FLOAT32:
         return "*fp32"
-    tensors = ("x", "keys", "values", "grad", "written", "weights", "direct", "along", "out", "left", "right")
+    tensors = ("x", "keys", "values", "grad", "scores", "written", "weights", "direct", "out", "left", "right")
     return f"*{element}" if name in tensors else "i32"
 
 
@@ -128,15 +128,16 @@ def variants() -> list[Variant]:
     found = []
     for wide, element, how in ((False, "bf16", "ieee"), (True, "fp32", "ieee"), (True, "fp32", "tf32")):
         given = {"wide": wide, "element": element, "ALIGNED": True, "PRECISION": how}
-        for writes in (kernels.SCORES, kernels.RAISED, kernels.FINISHED, kernels.SQUARES):
-            found.append(variant("first_product", **given, WRITES=writes, EVEN=True))
+        for writes in (kernels.SCORES, kernels.RAISED, *(() if wide else (kernels.FINISHED, kernels.SQUARES))):
+            found.append(variant("first_product", **given, WRITES=writes.value, EVEN=True))
         for prologue in (kernels.PLAIN_SCALE, kernels.SCALE_AND_GELU):
-            found.append(variant("second_product", **given, PROLOGUE=prologue))
+            found.append(variant("second_product", **given, PROLOGUE=prologue.value))
         for theta in THETAS.values():
-            found.append(variant("score_gradients", **given, THETA=theta, EVEN=True, EVEN_OUT=True))
+            found.append(variant("score_gradients", **given, THETA=theta, EVEN=True))
+            if how == "ieee":
+                found.append(variant("settle", **given, THETA=theta))
         found.append(variant("weight_gradient", **given))
-        if how == "ieee":
-            found += [variant(name, **given) for name in ("row_sums", "settle")]
+    found.append(variant("row_sums", wide=False))
     return found
 
 
@@ -181,36 +182,37 @@ def second_product(
     _launch(grid, plan, "second_product", (*tensors, *sizes), PROLOGUE=prologue)
 
 
-class Gradients(NamedTuple):
-    """What ``score_gradients`` writes, see kernels."""
+class Rows(NamedTuple):
+    """Buffers of backward for a chunk, see ``kernels.score_gradients``."""
 
-    weights: Tensor  # (C, N)
-    direct: Tensor
-    along: Tensor
+    scores: Tensor  # (C, N)
+    weights: Tensor
+    direct: Tensor  # in the end da
     partials: Tensor  # (C, S)
+    sums: Tensor  # (C, G)
 
 
 def score_gradients(
-    plan: Plan, at: int, x: Tensor, keys: Tensor, grad: Tensor, values: Tensor, taus: Tensor, squares: Tensor,
-    found: Gradients, theta: str,
-) -> None:  # fmt: skip
-    """Of projection ``at``: x (C, D), keys (N, D), grad (C, E), values (n, E), squares (C, G)."""
+    plan: Plan, at: int, grad: Tensor, values: Tensor, taus: Tensor, squares: Tensor, buffers: Rows, theta: str
+) -> None:
+    """Of projection ``at``: grad (C, E), values (n, E), squares (C, G)."""
     blocks, slots = WIDE if plan.wide else NARROW, plan.slots_of[at]
     here_slots = slots.stop - slots.start
-    grid = (triton.cdiv(len(x), blocks.rows) * here_slots,)
-    depth, width = x.shape[1], grad.shape[1]
+    grid = (triton.cdiv(len(grad), blocks.rows) * here_slots,)
     here = (slots.start, here_slots, plan.slots, plan.columns[at].start, plan.norms)
-    strides = (x.stride(0), keys.stride(0), grad.stride(0), values.stride(0), found.direct.stride(0))
-    tensors = (x, keys, grad, values, plan.tiles, taus, squares, *found)
-    flags = {"THETA": THETAS[theta], "EVEN": _even(plan, depth), "EVEN_OUT": _even(plan, width)}
-    _launch(grid, plan, "score_gradients", (*tensors, len(x), depth, width, *here, *strides), **flags)
+    sizes = (len(grad), grad.shape[1], *here, grad.stride(0), values.stride(0), buffers.scores.stride(0))
+    written = (buffers.weights, buffers.direct, buffers.partials)
+    tensors = (grad, values, buffers.scores, plan.tiles, taus, squares, *written)
+    _launch(grid, plan, "score_gradients", (*tensors, *sizes), THETA=THETAS[theta], EVEN=_even(plan, grad.shape[1]))
 
 
-def settle(plan: Plan, found: Gradients, taus: Tensor, squares: Tensor, sums: Tensor) -> None:
-    """``found.direct`` becomes da; squares and sums (C, G)."""
-    grid = (triton.cdiv(len(sums), SETTLE_ROWS), plan.slots)
-    sizes = (len(sums), plan.slots, plan.norms, found.direct.stride(0))
-    _launch(grid, plan, "settle", (found.direct, found.along, plan.tiles, taus, squares, sums, *sizes))
+def settle(plan: Plan, taus: Tensor, squares: Tensor, buffers: Rows, theta: str) -> None:
+    """``buffers.direct`` becomes da; squares (C, G)."""
+    row_sums(plan, buffers.partials, buffers.sums)
+    grid = (triton.cdiv(len(squares), SETTLE_ROWS), plan.slots)
+    tensors = (buffers.scores, buffers.direct, plan.tiles, taus, squares, buffers.sums)
+    sizes = (len(squares), plan.norms, buffers.scores.stride(0))
+    _launch(grid, plan, "settle", (*tensors, *sizes), THETA=THETAS[theta])
 
 
 def weight_gradient(plan: Plan, left: Tensor, right: Tensor, total: Tensor) -> None:

@@ -179,18 +179,19 @@ def _backward_op(
         for rows in _chunks(len(x), plan.width):
             count = rows.stop - rows.start
             three = [launch.buffer(x, count, plan.width) for _ in range(3)]
-            found = launch.Gradients(*three, x.new_empty(count, plan.slots, dtype=torch.float32))
+            two = [x.new_empty(count, size, dtype=torch.float32) for size in (plan.slots, plan.norms)]
+            found = launch.Rows(*three, *two)
+            writes = kernels.SCORES.value
+            launch.first_product(plan, x[rows], keys, tau, squares[rows], found.scores, found.partials, writes)
             for at, v in enumerate(values):
-                launch.score_gradients(plan, at, x[rows], keys, grads[at][rows], v, tau, squares[rows], found, theta)
+                launch.score_gradients(plan, at, grads[at][rows], v, tau, squares[rows], found, theta)
                 columns = plan.columns[at]
                 for start, stop in _within(wanted_values, columns):
                     total = d_values[at][start - columns.start : stop - columns.start]
                     launch.weight_gradient(plan, found.weights[:, start:stop], grads[at][rows], total)
             if not (wanted_x or wanted_keys):
                 continue
-            sums = x.new_empty(count, plan.norms, dtype=torch.float32)
-            launch.row_sums(plan, found.partials, sums)
-            launch.settle(plan, found, tau, squares[rows], sums)
+            launch.settle(plan, tau, squares[rows], found, theta)
             for start, stop in _within(wanted_keys, slice(0, plan.width)):
                 launch.weight_gradient(plan, found.direct[:, start:stop], x[rows], d_keys[start:stop])
             if wanted_x:
