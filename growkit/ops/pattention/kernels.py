@@ -182,6 +182,28 @@ def second_product(
 
 
 @triton.jit
+def _half_gradients(dw, scores, weights, direct, places, cols, size, row_mask, inverse, tau, THETA: tl.constexpr):
+    """What ``score_gradients`` writes of half a tile; what it sums, (BM,)."""
+    places = places + cols[None, :]
+    mask = row_mask[:, None] & (cols < size)[None, :]
+    a = tl.load(scores + places, mask=mask, other=0.0).to(tl.float32)
+    scale = (inverse * tau)[:, None]
+    if THETA == L2_NORM_GELU:
+        w, slope = _gelu(a * scale)
+        turned = dw * slope
+        summed = a * turned
+    else:
+        raised, slope = _gelu(a)
+        w = raised * scale
+        turned = dw * slope
+        summed = raised * dw
+    narrow = weights.dtype.element_ty
+    tl.store(weights + places, w.to(narrow), mask=mask)
+    tl.store(direct + places, (turned * scale).to(narrow), mask=mask)
+    return tl.sum(summed, 1) * inverse
+
+
+@triton.jit
 def score_gradients(
     grad, values, scores, tiles, taus, squares, weights, direct, partials,
     count, width, first_slot, here_slots, slots, first_col, norms, grad_stride, values_stride, scores_stride,
@@ -207,26 +229,17 @@ def score_gradients(
         BM, BN, BK, EVEN, PRECISION,
     )  # fmt: skip
     long_rows = rows.to(tl.int64)
-    places = long_rows[:, None] * scores_stride + cols[None, :]
-    mask = row_mask[:, None] & col_mask[None, :]
-    a = tl.load(scores + places, mask=mask, other=0.0).to(tl.float32)
     tau = tl.load(taus + norm)
-    inverse = _inverse_norm(tl.load(squares + long_rows * norms + norm, mask=row_mask, other=1.0), FLOOR)[:, None]
-    if THETA == L2_NORM_GELU:
-        u = a * inverse
-        w, slope = _gelu(u * tau)
-        turned = dw * slope
-        summed = u * turned
-    else:
-        raised, slope = _gelu(a)
-        u = raised * inverse
-        w = u * tau
-        turned = dw * slope
-        summed = u * dw
-    tl.store(partials + long_rows * slots + slot, tl.sum(summed, 1), mask=row_mask)
-    narrow = weights.dtype.element_ty
-    tl.store(weights + places, w.to(narrow), mask=mask)
-    tl.store(direct + places, (turned * (inverse * tau)).to(narrow), mask=mask)
+    inverse = _inverse_norm(tl.load(squares + long_rows * norms + norm, mask=row_mask, other=1.0), FLOOR)
+    # In halves: a whole tile of scores beside the accumulator would spill registers.
+    left, right = tl.split(dw.reshape(BM, 2, BN // 2).permute(0, 2, 1))
+    half = tl.arange(0, BN // 2)
+    places = long_rows[:, None] * scores_stride + start
+    total = _half_gradients(left, scores, weights, direct, places, half, size, row_mask, inverse, tau, THETA)
+    tl.debug_barrier()
+    half += BN // 2
+    total += _half_gradients(right, scores, weights, direct, places, half, size, row_mask, inverse, tau, THETA)
+    tl.store(partials + long_rows * slots + slot, total, mask=row_mask)
 
 
 @triton.jit
