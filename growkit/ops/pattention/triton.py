@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,11 +31,14 @@ from torch.utils.flop_counter import register_flop_formula
 
 from growkit.errors import ConfigError
 from growkit.ops.dispatch import KEY, interpreted
-from growkit.ops.pattention import compiled, kernels, launch
+from growkit.ops.pattention import compiled
+from growkit.ops.pattention import triton_kernels as kernels
+from growkit.ops.pattention import triton_launch as launch
 from growkit.ops.pattention.reference import Tokens
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GRAM_RATIO = 4  # of n, and of T, to D, from which on (ii) is taken
+INTERPRETED = interpreted()  # fixed, as it is for the kernels, when they are loaded
 OTHERS = "or take auto, compiled or reference"
 
 
@@ -88,11 +92,11 @@ def _together(x: Tensor, projections: list[Tokens]) -> list[Tensor]:
             _ranges(columns, wanted_keys), _ranges(columns, wanted_values),
         )  # fmt: skip
     parts = out.split([each[0].shape[1] for each in values], -1)
-    return [part.view(*x.shape[:-1], -1) for part in parts]
+    return [part.view(*x.shape[:-1], part.shape[1]) for part in parts]
 
 
 def _check(x: Tensor, tensors: list[Tensor]) -> None:
-    if not (x.is_cuda or interpreted()):
+    if not (x.is_cuda or INTERPRETED):
         problem = f"pattention's kernels were given tensors on {x.device}"
         raise ConfigError("no-triton", problem, key=KEY, value="triton", mend=f"move the model to a GPU, {OTHERS}")
     for tensor in tensors:
@@ -130,7 +134,7 @@ def _op(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """x (T, D), keys (N, D), values of each projection (n, E) → all outputs side by side (T, ΣE), and ‖·‖² (T, G).
 
-    ``sizes`` (G) and ``norms_of``: see ``launch.plan``. τ is ``moving`` (G) if given, else ``taus`` (G). ``wanted_*``:
+    ``sizes`` (G) and ``norms_of``: see ``triton_launch.plan``. τ is ``moving`` (G) if given, else ``taus`` (G). ``wanted_*``:
     ranges of columns whose gradients will be asked for.
     """
     x, keys, values = _by_rows(x), _by_rows(keys), [_by_rows(v) for v in values]
@@ -228,14 +232,10 @@ def _gram_squares(x: Tensor, keys: Tensor, sizes: list[int], norms_of: list[int]
         launch.row_sums(plan, partials, squares[rows])
 
 
-@torch.compiler.disable
+@cache
 def _taus(taus: tuple[float, ...], device: torch.device) -> Tensor:
-    if (taus, device) not in _TAUS:  # a copy to the device waits for all that runs there
-        _TAUS[taus, device] = torch.tensor(taus, dtype=torch.float32, device=device)
-    return _TAUS[taus, device]
-
-
-_TAUS: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
+    """Made once: a copy to a GPU waits for all that runs there."""
+    return torch.tensor(taus, dtype=torch.float32, device=device)
 
 
 def _by_rows(tensor: Tensor) -> Tensor:
@@ -290,3 +290,33 @@ def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
 
 
 _op.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _under_autocast(x: Tensor, keys: Tensor, values: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
+    dtype = torch.get_autocast_dtype(x.device.type)
+    with torch.autocast(x.device.type, enabled=False):
+        return _op(x.to(dtype), keys.to(dtype), [v.to(dtype) for v in values], *rest)
+
+
+_LIBRARY = torch.library.Library("growkit", "FRAGMENT")  # as long as it lives
+for _key in ("AutocastCUDA", "AutocastCPU"):
+    _LIBRARY.impl("pattention", _under_autocast, _key)
+
+
+@register_flop_formula(torch.ops.growkit.pattention)
+def _flops(x: Any, keys: Any, values: Any, *_: Any, **__: Any) -> int:
+    """Shapes are given for tensors."""
+    return 2 * x[0] * (keys[0] * keys[1] + sum(n * width for n, width in values))
+
+
+@register_flop_formula(torch.ops.growkit.pattention_backward)
+def _backward_flops(grad: Any, x: Any, keys: Any, values: Any, *rest: Any, **_: Any) -> int:
+    """Of what is asked for; the scores that are made again are not counted, as checkpointed layers are not."""
+    wanted_x, wanted_keys, wanted_values = rest[-3:]
+    total, start = 0, 0
+    for n, width in values:
+        columns = sum(stop - start for start, stop in _within(wanted_values, slice(start, start + n)))
+        total += (n + columns) * width
+        start += n
+    columns = sum(stop - start for start, stop in _within(wanted_keys, slice(0, start)))
+    return 2 * x[0] * (total + (wanted_x * keys[0] + columns) * keys[1])

@@ -13,14 +13,14 @@ import torch
 import triton
 from torch import Tensor
 
-from growkit.ops.pattention import kernels
+from growkit.ops.pattention import triton_kernels as kernels
 from growkit.ops.pattention.reference import NORM_FLOOR
 from growkit.ops.variants import Variant
 
 WORK_ELEMENTS = 2**25  # of one buffer (C, N) at the most; forward has one of them, backward three
 CHUNK_MULTIPLE = 128
 ALIGN = 16  # elements: rows of buffers begin at multiples of it, which wide loads and stores need
-GROUP = 8  # row blocks that go together, see kernels._swizzled
+GROUP = 8  # row blocks that go together, see triton_kernels._swizzled
 SUM_ROWS, SETTLE_ROWS = 128, 32
 THETAS = {"l2_norm_gelu": kernels.L2_NORM_GELU.value, "gelu_l2_norm": kernels.GELU_L2_NORM.value}
 FLOAT32 = ("taus", "squares", "partials", "sums", "total")  # arguments that are so whatever is computed in
@@ -48,7 +48,7 @@ class Plan(NamedTuple):
     wide: bool
     precision: str
     aligned: bool  # every norm's columns begin and end at a multiple of ALIGN
-    tiles: Tensor  # (S, 3), see kernels
+    tiles: Tensor  # (S, 3), see triton_kernels
     norms: int  # G
     columns: tuple[slice, ...]  # of each projection
     slots_of: tuple[slice, ...]  # the same among the tiles
@@ -156,7 +156,7 @@ def _even(plan: Plan, size: int) -> bool:
 def first_product(
     plan: Plan, x: Tensor, keys: Tensor, taus: Tensor, squares: Tensor, written: Tensor, partials: Tensor, writes: Any
 ) -> None:
-    """x (C, D), keys (N, D), squares (C, G); written (C, N), partials (C, S): see kernels."""
+    """x (C, D), keys (N, D), squares (C, G); written (C, N), partials (C, S): see triton_kernels."""
     blocks = WIDE if plan.wide else NARROW
     grid = (triton.cdiv(len(x), blocks.rows) * plan.slots,)
     sizes = (len(x), x.shape[1], plan.slots, plan.norms, x.stride(0), keys.stride(0), written.stride(0))
@@ -183,7 +183,7 @@ def second_product(
 
 
 class Rows(NamedTuple):
-    """Buffers of backward for a chunk, see ``kernels.score_gradients``."""
+    """Buffers of backward for a chunk, see ``triton_kernels.score_gradients``."""
 
     scores: Tensor  # (C, N)
     weights: Tensor
