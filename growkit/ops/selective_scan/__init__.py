@@ -9,7 +9,7 @@ step of decoding.
 
 | tensor | shape | dtype | |
 |---|---|---|---|
-| x, dt, z | (B, L, D) | that of x: bfloat16, float32 or float64 | z: optional |
+| x, dt, z | (B, L, D) | that of x: bfloat16, float16, float32 or float64 | z: optional |
 | B, C | (B, L, N) | that of x | |
 | A | (D, N) | wide: float32, or float64 where x is | below zero in a model, though nothing here needs it |
 | D, dt_bias | (D) | wide | dt_bias: optional |
@@ -38,7 +38,7 @@ from growkit.ops.selective_scan import compiled, reference
 
 __all__ = ["PATHS", "SelectiveScan", "selective_scan"]
 
-DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class SelectiveScan(Protocol):

@@ -1,0 +1,257 @@
+"""The scan on a GPU: which of Triton's kernels run, over which parts of the work. ``triton_kernels`` has the kernels.
+
+Legend: as the package says, and BN: N to the next power of two, BD: channels of a program, spans: parts of L that are
+gone through at once. Sums over blocks of channels (dB, dC), sequences and spans (dA, dD) are written as parts and
+added in one order: results do not change from run to run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from growkit.errors import ConfigError
+from growkit.ops.dispatch import KEY, interpreted
+from growkit.ops.selective_scan import compiled, triton_kernels
+from growkit.ops.selective_scan.loop import KEPT, Inputs
+from growkit.ops.variants import Variant
+
+MOST_STATES = 256  # of a channel: beyond, a tile of states does not fit the registers
+LANES = 32  # channels of a program: those of a warp, each thread with all or some of its channel's states
+FORWARD_STATES, BACKWARD_STATES = 16, 16  # of a thread; more of them spill
+FORWARD_UNROLL, BACKWARD_UNROLL = 4, 4  # tokens; the backward pass has their states in registers
+MOST_SPANS = 64
+# Warps that a scheduler of a multiprocessor should have before L is left whole: a second pass over the tokens costs
+# about half of the first, and below one warp for each scheduler more than half of the machine waits.
+WARPS_WANTED = {"forward": 1, "backward": 2}
+SCHEDULERS = 4  # of a multiprocessor
+
+
+def selective_scan(
+    x_BLD: Tensor,
+    dt_BLD: Tensor,
+    A_DN: Tensor,
+    B_BLN: Tensor,
+    C_BLN: Tensor,
+    D_D: Tensor,
+    *,
+    dt_bias_D: Tensor | None = None,
+    z_BLD: Tensor | None = None,
+    h0_BDN: Tensor | None = None,
+    segments_BL: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Same signature and meaning as ``reference.selective_scan``. Float64, in which growth is measured and which GPUs
+    hardly compute, goes to ``compiled``. Raises ConfigError for more than 256 states, and for tensors on a CPU outside
+    Triton's interpreter."""
+    path = "compiled" if x_BLD.dtype == torch.float64 else "triton"
+    if path == "triton":
+        _check(x_BLD, A_DN)
+    return compiled.run(
+        x_BLD, dt_BLD, A_DN, B_BLN, C_BLN, D_D, dt_bias_D, z_BLD, h0_BDN, segments_BL=segments_BL, path=path
+    )
+
+
+def _check(x: Tensor, A: Tensor) -> None:
+    if A.shape[1] > MOST_STATES:
+        mend = f"take at most {MOST_STATES}, or {KEY}=compiled"
+        problem = "is more states than Triton's kernels have registers for"
+        raise ConfigError("scan-misfit", problem, key="selective_scan.A", value=A.shape[1], mend=mend)
+    if x.device.type == "cpu" and not _INTERPRETED:
+        mend = f"move the tensors to a GPU, or take {KEY}=auto, compiled or reference"
+        raise ConfigError("scan-misfit", "has no kernels of Triton's", key="selective_scan.x", value="cpu", mend=mend)
+
+
+_INTERPRETED = interpreted()  # like the kernels, which are loaded now
+
+
+def forward(inputs: Inputs, keep: bool, spans: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, h_T, the state before each 64 tokens (B, ⌈L/64⌉, N, D); none of them unless ``keep``). ``spans``: at most;
+    by default what fills the GPU."""
+    x, dt, A, B, C, D, bias, z, h0, starts = _dense(inputs)
+    (batch, length, channels), states = x.shape, A.shape[1]
+    span, spans = _spans(x, "forward", spans)
+    first = None if h0 is None else h0.transpose(1, 2).contiguous()
+    if spans > 1:
+        ends = torch.empty(batch, spans, states, channels, dtype=A.dtype, device=x.device)
+        sums = torch.empty(batch, spans, channels, dtype=A.dtype, device=x.device)
+        rows = (*_row(x), *_row(dt), *_row(B))
+        _launch("ends", x, states, batch * spans, x, dt, B, A, bias, starts, ends, sums, *rows, length, channels, span)
+        first = _carried(x, A, sums, ends, first, _resets(starts, span, spans), back=False)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    last = torch.empty(batch, channels, states, dtype=A.dtype, device=x.device)
+    kept = torch.empty((batch, -(-length // KEPT), states, channels) if keep else (0,), dtype=A.dtype, device=x.device)
+    rows = (*_row(x), *_row(dt), *_row(z), *_row(B), *_row(C))
+    tensors = (x, dt, z, B, C, A, D, bias, first, starts, y, last, kept if keep else None)
+    _launch("forward", x, states, batch * spans, *tensors, *rows, length, channels, span)
+    return y, last, kept
+
+
+def backward(
+    inputs: Inputs, kept: Tensor, dy_BLD: Tensor, dh_BDN: Tensor, spans: int | None = None
+) -> tuple[Tensor, ...]:
+    """Gradients of x, dt, A, B, C, D, dt_bias, z and h0; an absent one's is empty."""
+    x, dt, A, B, C, D, bias, z, h0, starts = _dense(inputs)
+    dy = _rows_dense(dy_BLD)
+    (batch, length, channels), states = x.shape, A.shape[1]
+    span, spans = _spans(x, "backward", spans)
+    blocks = -(-channels // LANES)
+
+    def wide(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=A.dtype, device=x.device)
+
+    after = dh_BDN.transpose(1, 2).contiguous()
+    if spans > 1:
+        ends, sums = wide(batch, spans, states, channels), wide(batch, spans, channels)
+        rows = (*_row(dt), *_row(z), *_row(C), *_row(dy))
+        tensors = (dt, z, C, A, bias, starts, dy, ends, sums)
+        _launch("back_ends", x, states, batch * spans, *tensors, *rows, length, channels, span)
+        after = _carried(x, A, sums, ends, after, _resets(starts, span, spans), back=True)
+    dx, d_dt = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    dz = None if z is None else torch.empty_like(dx)
+    dB, dC = (wide(blocks, batch, length, states) for _ in range(2))
+    dA, dD = wide(batch, spans, states, channels), wide(batch, spans, channels)
+    d_bias = None if bias is None else torch.empty_like(dD)
+    dh0 = None if h0 is None else wide(batch, channels, states)
+    scratch = wide(blocks * batch * spans, KEPT // BACKWARD_UNROLL, _power(states), LANES)
+    tensors = (x, dt, z, B, C, A, D, bias, starts, kept, after, dy, scratch, dx, d_dt, dz, dB, dC, dA, dD, d_bias, dh0)
+    rows = (*_row(x), *_row(dt), *_row(z), *_row(B), *_row(C), *_row(dy))
+    _launch("backward", x, states, batch * spans, *tensors, *rows, length, channels, span, batch)
+    return (
+        dx,
+        d_dt,
+        dA.sum((0, 1)).T.contiguous(),
+        dB.sum(0).to(B.dtype),
+        dC.sum(0).to(C.dtype),
+        dD.sum((0, 1)),
+        wide(0) if d_bias is None else d_bias.sum((0, 1)),
+        x.new_empty(0) if dz is None else dz,
+        wide(0) if dh0 is None else dh0,
+    )
+
+
+def variant(name: str, states: int, dtype: torch.dtype, absent: frozenset[str] = frozenset()) -> Variant:
+    """The way in which the kernel ``name`` runs for so many states. ``absent``: which optional tensors are."""
+    kernel = _kernel(name)
+    constants: dict[str, Any] = {"N": states, "BN": _power(states), "BD": LANES, **_SIZES[name]}
+    if name in ("forward", "backward"):
+        constants["K"] = KEPT
+    constants |= dict.fromkeys(absent)
+    types = {argument: _type(argument, dtype) for argument in kernel.arg_names if argument not in constants}
+    pointers = (argument for argument, kind in types.items() if kind.startswith("*") and kind != "*u8")
+    rows = (argument for argument in types if argument in ("B_b", "B_t", "C_b", "C_t"))
+    of_thread = BACKWARD_STATES if name == "backward" else FORWARD_STATES
+    warps = max(1, constants["BN"] // of_thread)
+    return Variant(name, kernel, types, constants, (*pointers, *rows), warps)
+
+
+def variants() -> Iterator[Variant]:
+    """All that may be launched: of states some of each number of warps, of optional tensors all or the least."""
+    for states in (1, 3, 8, 16, 24, 32, 64, 128, 256):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for name in _SIZES:
+                yield variant(name, states, dtype)
+                yield variant(name, states, dtype, frozenset(_OPTIONAL[name]))
+
+
+def _kernel(name: str) -> Any:
+    return getattr(triton_kernels, f"{name.removesuffix('_back')}_kernel")
+
+
+_SIZES: dict[str, dict[str, Any]] = {
+    "forward": {"U": FORWARD_UNROLL},
+    "ends": {"U": FORWARD_UNROLL},
+    "carry": {"BACK": False},
+    "carry_back": {"BACK": True},
+    "back_ends": {"U": FORWARD_UNROLL},
+    "backward": {"U": BACKWARD_UNROLL},
+}
+_OPTIONAL: dict[str, set[str]] = {
+    "forward": {"z", "bias", "first", "starts", "kept"},
+    "ends": {"bias", "starts"},
+    "carry": {"first", "resets"},
+    "carry_back": {"resets"},
+    "back_ends": {"z", "bias", "starts"},
+    "backward": {"z", "bias", "starts", "dz", "d_bias", "dh0"},
+}
+_OF_X = ("x", "dt", "z", "B", "C", "y", "dy", "dx", "d_dt", "dz")
+
+
+def _type(argument: str, dtype: torch.dtype) -> str:
+    if argument == "starts" or argument == "resets":
+        return "*u8"
+    if argument in ("L", "channels", "span", "spans", "sequences") or argument.endswith(("_b", "_t")):
+        return "i32"
+    short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+    return f"*{short}" if argument in _OF_X else "*fp32"
+
+
+def _launch(name: str, x: Tensor, states: int, parts: int, *arguments: Any) -> None:
+    """One program for each block of channels of each of ``parts``."""
+    chosen = variant(name, states, x.dtype)
+    grid = (-(-x.shape[2] // LANES) * parts,)
+    options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages, "enable_fp_fusion": chosen.fp_fusion}
+    with torch.cuda.device_of(x):
+        chosen.kernel[grid](*arguments, **chosen.constants, **options)
+
+
+def _carried(
+    x: Tensor, A: Tensor, sums: Tensor, local: Tensor, first: Tensor | None, resets: Tensor | None, *, back: bool
+) -> Tensor:
+    """(B, spans, N, D): what goes into each span."""
+    carried = torch.empty_like(local)
+    batch, spans = sums.shape[:2]
+    name = "carry_back" if back else "carry"
+    _launch(name, x, A.shape[1], batch, A, sums, local, first, resets, carried, x.shape[2], spans)
+    return carried
+
+
+def _spans(x: Tensor, name: str, most: int | None) -> tuple[int, int]:
+    """Tokens of a span, whole numbers of those between kept states, and how many spans there are."""
+    batch, length, channels = x.shape
+    if most is None:
+        programs = -(-channels // LANES) * batch
+        most = max(1, min(MOST_SPANS, WARPS_WANTED[name] * SCHEDULERS * _processors(x.device) // programs))
+    span = -(-length // (most * KEPT)) * KEPT
+    return span, -(-length // span)
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _resets(starts: Tensor | None, span: int, spans: int) -> Tensor | None:
+    """(B, spans): whether a document begins in it, after which nothing of what came before is left."""
+    if starts is None:
+        return None
+    padded = torch.nn.functional.pad(starts, (0, span * spans - starts.shape[1]))
+    return padded.view(starts.shape[0], spans, span).amax(2)
+
+
+def _power(states: int) -> int:
+    return 1 << (states - 1).bit_length()
+
+
+def _dense(inputs: Inputs) -> Inputs:
+    """As kernels read them: rows whose numbers lie side by side, the rest contiguous, starts as bytes."""
+    x, dt, A, B, C, D, bias, z, h0, starts = inputs
+    return Inputs(
+        *(_rows_dense(x), _rows_dense(dt), A.contiguous(), _rows_dense(B), _rows_dense(C), D.contiguous()),
+        dt_bias=None if bias is None else bias.contiguous(),
+        z=None if z is None else _rows_dense(z),
+        h0=h0,
+        starts=None if starts is None else starts.contiguous().view(torch.uint8),
+    )
+
+
+def _rows_dense(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _row(tensor: Tensor | None) -> tuple[int, int]:
+    """Numbers from one sequence, and one token, to the next."""
+    return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
