@@ -235,7 +235,7 @@ def raw(x: Tensor, keys: Tensor, values: Tensor) -> tuple[Any, ...]:
 
 
 def test_the_op_is_what_torch_expects() -> None:
-    """Its schema, its fake kernels (of backward too) and its autograd; under autocast it reconciles dtypes by itself."""
+    """Its schema, its fake kernels (of backward too), its autograd; under autocast it reconciles dtypes itself."""
     x, (keys,), (values,) = inputs((12,), torch.float32, (5,))
     torch.library.opcheck(torch.ops.growkit.pattention, raw(x, keys, values))
     with torch.autocast("cpu", torch.bfloat16):

@@ -91,7 +91,7 @@ def _together(x: Tensor, projections: list[Tokens]) -> list[Tensor]:
             flat, _joined(keys), [_joined(each) for each in values], taus, fixed, sizes, norms_of, projections[0].theta,
             _ranges(columns, wanted_keys), _ranges(columns, wanted_values),
         )  # fmt: skip
-    parts = out.split([each[0].shape[1] for each in values], -1)
+    parts = torch.split(out, [each[0].shape[1] for each in values], -1)
     return [part.view(*x.shape[:-1], part.shape[1]) for part in parts]
 
 
@@ -134,15 +134,15 @@ def _op(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """x (T, D), keys (N, D), values of each projection (n, E) → all outputs side by side (T, ΣE), and ‖·‖² (T, G).
 
-    ``sizes`` (G) and ``norms_of``: see ``triton_launch.plan``. τ is ``moving`` (G) if given, else ``taus`` (G). ``wanted_*``:
-    ranges of columns whose gradients will be asked for.
+    ``sizes`` (G) and ``norms_of``: see ``triton_launch.plan``. τ is ``moving`` (G) if given, else ``taus`` (G).
+    ``wanted_*``: ranges of columns whose gradients will be asked for.
     """
     x, keys, values = _by_rows(x), _by_rows(keys), [_by_rows(v) for v in values]
     plan = _plan(x, sizes, norms_of)
     tau = _taus(tuple(taus), x.device) if moving is None else moving
     out = x.new_empty(len(x), sum(v.shape[1] for v in values))
     squares = x.new_empty(len(x), plan.norms, dtype=torch.float32)
-    outs = out.split([v.shape[1] for v in values], -1)
+    outs = torch.split(out, [v.shape[1] for v in values], -1)
     with _device_of(x):
         ahead = theta == "l2_norm_gelu" and _norms_ahead(x, plan)
         if ahead:
@@ -176,7 +176,7 @@ def _backward_op(
     grad, x, keys, values = _by_rows(grad), _by_rows(x), _by_rows(keys), [_by_rows(v) for v in values]
     plan = _plan(x, sizes, norms_of)
     tau = _taus(tuple(taus), x.device) if moving is None else moving
-    grads = grad.split([v.shape[1] for v in values], -1)
+    grads = torch.split(grad, [v.shape[1] for v in values], -1)
     dx = torch.empty_like(x) if wanted_x else x.new_empty(0)
     d_keys, *d_values = (torch.zeros_like(each, dtype=torch.float32) for each in (keys, *values))
     with _device_of(x):
@@ -204,14 +204,13 @@ def _backward_op(
 
 
 def _plan(x: Tensor, sizes: list[int], norms_of: list[int], repeat: int = 1) -> launch.Plan:
-    wide = x.dtype == torch.float32
-    return launch.plan(tuple(sizes), tuple(norms_of), wide, launch.precision() if wide else "ieee", x.device, repeat)
+    return launch.plan(tuple(sizes), tuple(norms_of), launch.kind(x), x.device, repeat)
 
 
 def _norms_ahead(x: Tensor, plan: launch.Plan) -> bool:
     """Whether way (ii) is taken."""
     tokens, depth = x.shape
-    return not plan.wide and plan.width >= GRAM_RATIO * depth * plan.norms and tokens >= GRAM_RATIO * depth
+    return plan.kind == "narrow" and plan.width >= GRAM_RATIO * depth * plan.norms and tokens >= GRAM_RATIO * depth
 
 
 def _gram_squares(x: Tensor, keys: Tensor, sizes: list[int], norms_of: list[int], squares: Tensor) -> None:
@@ -219,7 +218,7 @@ def _gram_squares(x: Tensor, keys: Tensor, sizes: list[int], norms_of: list[int]
     depth = x.shape[1]
     plan = _plan(x, [depth] * len(sizes), [len(sizes)], repeat=2)
     parts = []
-    for k in keys.split(sizes):
+    for k in torch.split(keys, sizes):
         gram = x.new_zeros(depth, depth, dtype=torch.float32)
         launch.weight_gradient(plan, k, k, gram)
         upper = gram.to(x.dtype)
@@ -298,9 +297,9 @@ def _under_autocast(x: Tensor, keys: Tensor, values: list[Tensor], *rest: Any) -
         return _op(x.to(dtype), keys.to(dtype), [v.to(dtype) for v in values], *rest)
 
 
-_LIBRARY = torch.library.Library("growkit", "FRAGMENT")  # as long as it lives
+_LIBRARY = torch.library.Library("growkit", "FRAGMENT")  # type: ignore[no-untyped-call]  # rules go when it goes
 for _key in ("AutocastCUDA", "AutocastCPU"):
-    _LIBRARY.impl("pattention", _under_autocast, _key)
+    _LIBRARY.impl("pattention", _under_autocast, _key)  # type: ignore[no-untyped-call]
 
 
 @register_flop_formula(torch.ops.growkit.pattention)

@@ -63,7 +63,7 @@ def _swizzled(pid, across, down, GROUP: tl.constexpr):
 
 @triton.jit
 def _tile(tiles, slot, ALIGNED: tl.constexpr):
-    """First column, columns, norm. ``ALIGNED``: all begin and end at multiples of 16, so that wide loads may be used."""
+    """First column, columns, norm. ``ALIGNED``: all begin and end at multiples of 16, which wide loads need."""
     start, size, norm = tl.load(tiles + 3 * slot), tl.load(tiles + 3 * slot + 1), tl.load(tiles + 3 * slot + 2)
     if ALIGNED:
         start, size = tl.multiple_of(start, 16), tl.multiple_of(size, 16)

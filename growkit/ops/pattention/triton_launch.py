@@ -36,22 +36,28 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# Sixteen bits go through matrix instructions: 128 × 128 with eight warps takes 64 registers of a thread for each
-# accumulator. Float32 is multiplied as float32 unless torch is told otherwise: that is bound by arithmetic.
-NARROW = Blocks(128, 128, 64, 8, 3)
-WIDE = Blocks(64, 64, 32, 4, 2)
+# By what is multiplied, and how. Sixteen bits go through matrix instructions: with eight warps 128 × 128 takes 64
+# registers of a thread for the accumulator; 128 × 256 spills. Float32 as float32 is bound by arithmetic.
+BLOCKS = {
+    "narrow": Blocks(128, 128, 64, 8, 3),
+    "ieee": Blocks(64, 64, 16, 4, 2),
+    "tf32": Blocks(64, 64, 32, 4, 2),
+}
 
 
 class Plan(NamedTuple):
     """Where things lie among the N columns of a call, and how its kernels are made."""
 
-    wide: bool
-    precision: str
+    kind: str  # of BLOCKS
     aligned: bool  # every norm's columns begin and end at a multiple of ALIGN
     tiles: Tensor  # (S, 3), see triton_kernels
     norms: int  # G
     columns: tuple[slice, ...]  # of each projection
     slots_of: tuple[slice, ...]  # the same among the tiles
+
+    @property
+    def blocks(self) -> Blocks:
+        return BLOCKS[self.kind]
 
     @property
     def slots(self) -> int:
@@ -63,12 +69,10 @@ class Plan(NamedTuple):
 
 
 @cache
-def plan(
-    sizes: tuple[int, ...], norms_of: tuple[int, ...], wide: bool, precision: str, device: torch.device, repeat: int = 1
-) -> Plan:
+def plan(sizes: tuple[int, ...], norms_of: tuple[int, ...], kind: str, device: torch.device, repeat: int = 1) -> Plan:
     """``sizes``: columns under each norm. ``norms_of``: how many norms each projection has. ``repeat``: each norm's
     columns stand there as often, one after the other."""
-    cols = (WIDE if wide else NARROW).cols
+    cols = BLOCKS[kind].cols
     table: list[tuple[int, int, int]] = []
     columns, slots_of = [], []
     start = norm = 0
@@ -83,11 +87,13 @@ def plan(
         slots_of.append(slice(first_slot, len(table)))
     tiles = torch.tensor(table, dtype=torch.int32, device=device)
     aligned = all(size % ALIGN == 0 for size in sizes)
-    return Plan(wide, precision, aligned, tiles, norm, tuple(columns), tuple(slots_of))
+    return Plan(kind, aligned, tiles, norm, tuple(columns), tuple(slots_of))
 
 
-def precision() -> str:
-    """Of float32 products, as torch's own."""
+def kind(x: Tensor) -> str:
+    """Float32 is multiplied as torch multiplies it."""
+    if x.dtype != torch.float32:
+        return "narrow"
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
@@ -99,10 +105,11 @@ def buffer(like: Tensor, rows: int, width: int) -> Tensor:
     return like.new_empty(rows, -(-width // ALIGN) * ALIGN)[:, :width]
 
 
-def variant(name: str, *, wide: bool, element: str = "bf16", **flags: Any) -> Variant:
+def variant(name: str, kind: str, **flags: Any) -> Variant:
     """A kernel as it is launched. ``flags``: its constants that are not sizes of blocks."""
     kernel = getattr(kernels, name)
-    blocks = WIDE if wide else NARROW
+    blocks, element = BLOCKS[kind], "bf16" if kind == "narrow" else "fp32"
+    flags["PRECISION"] = "tf32" if kind == "tf32" else "ieee"  # of no meaning in sixteen bits
     sizes = {"BM": blocks.rows, "BN": blocks.cols, "BK": blocks.depth, "TILE": blocks.cols, "GROUP": GROUP}
     warps, stages = blocks.warps, blocks.stages
     if name in ("row_sums", "settle"):
@@ -126,38 +133,36 @@ def _type(name: str, element: str) -> str:
 def variants() -> list[Variant]:
     """All that is ever launched for sizes that are multiples of 16; others differ in masks."""
     found = []
-    for wide, element, how in ((False, "bf16", "ieee"), (True, "fp32", "ieee"), (True, "fp32", "tf32")):
-        given = {"wide": wide, "element": element, "ALIGNED": True, "PRECISION": how}
-        for writes in (kernels.SCORES, kernels.RAISED, *(() if wide else (kernels.FINISHED, kernels.SQUARES))):
-            found.append(variant("first_product", **given, WRITES=writes.value, EVEN=True))
+    for kind in BLOCKS:
+        writes = (kernels.SCORES, kernels.RAISED, *((kernels.FINISHED, kernels.SQUARES) if kind == "narrow" else ()))
+        found += [variant("first_product", kind, ALIGNED=True, EVEN=True, WRITES=each.value) for each in writes]
         for prologue in (kernels.PLAIN_SCALE, kernels.SCALE_AND_GELU):
-            found.append(variant("second_product", **given, PROLOGUE=prologue.value))
+            found.append(variant("second_product", kind, ALIGNED=True, PROLOGUE=prologue.value))
         for theta in THETAS.values():
-            found.append(variant("score_gradients", **given, THETA=theta, EVEN=True))
-            if how == "ieee":
-                found.append(variant("settle", **given, THETA=theta))
-        found.append(variant("weight_gradient", **given))
-    found.append(variant("row_sums", wide=False))
+            found.append(variant("score_gradients", kind, ALIGNED=True, EVEN=True, THETA=theta))
+            if kind != "tf32":  # no product: as in float32
+                found.append(variant("settle", kind, ALIGNED=True, THETA=theta))
+        found.append(variant("weight_gradient", kind))
+    found.append(variant("row_sums", "narrow"))
     return found
 
 
 def _launch(grid: tuple[int, ...], plan: Plan, name: str, arguments: tuple[Any, ...], **flags: Any) -> None:
-    flags |= {"ALIGNED": plan.aligned, "PRECISION": plan.precision}
-    found = variant(name, wide=plan.wide, **flags)
+    found = variant(name, plan.kind, ALIGNED=plan.aligned, **flags)
     warps = found.num_warps if torch.version.hip is None else max(1, found.num_warps // 2)  # AMD's have 64 threads
     how = {"num_warps": warps, "num_stages": found.num_stages, "enable_fp_fusion": found.fp_fusion}
     found.kernel[grid](*arguments, **found.constants, **how)
 
 
 def _even(plan: Plan, size: int) -> bool:
-    return size % (WIDE if plan.wide else NARROW).depth == 0
+    return size % plan.blocks.depth == 0
 
 
 def first_product(
     plan: Plan, x: Tensor, keys: Tensor, taus: Tensor, squares: Tensor, written: Tensor, partials: Tensor, writes: Any
 ) -> None:
     """x (C, D), keys (N, D), squares (C, G); written (C, N), partials (C, S): see triton_kernels."""
-    blocks = WIDE if plan.wide else NARROW
+    blocks = plan.blocks
     grid = (triton.cdiv(len(x), blocks.rows) * plan.slots,)
     sizes = (len(x), x.shape[1], plan.slots, plan.norms, x.stride(0), keys.stride(0), written.stride(0))
     tensors = (x, keys, plan.tiles, taus, squares, written, partials)
@@ -174,7 +179,7 @@ def second_product(
     plan: Plan, at: int, written: Tensor, values: Tensor, taus: Tensor, squares: Tensor, out: Tensor, prologue: Any
 ) -> None:
     """Of projection ``at``: written (C, N), values (n, E), squares (C, G) → out (C, E)."""
-    blocks, slots = WIDE if plan.wide else NARROW, plan.slots_of[at]
+    blocks, slots = plan.blocks, plan.slots_of[at]
     grid = (triton.cdiv(len(out), blocks.rows) * triton.cdiv(out.shape[1], blocks.cols),)
     here = (slots.start, slots.stop - slots.start, plan.columns[at].start, plan.norms)
     sizes = (len(out), out.shape[1], *here, written.stride(0), values.stride(0), out.stride(0))
@@ -196,7 +201,7 @@ def score_gradients(
     plan: Plan, at: int, grad: Tensor, values: Tensor, taus: Tensor, squares: Tensor, buffers: Rows, theta: str
 ) -> None:
     """Of projection ``at``: grad (C, E), values (n, E), squares (C, G)."""
-    blocks, slots = WIDE if plan.wide else NARROW, plan.slots_of[at]
+    blocks, slots = plan.blocks, plan.slots_of[at]
     here_slots = slots.stop - slots.start
     grid = (triton.cdiv(len(grad), blocks.rows) * here_slots,)
     here = (slots.start, here_slots, plan.slots, plan.columns[at].start, plan.norms)
@@ -217,7 +222,7 @@ def settle(plan: Plan, taus: Tensor, squares: Tensor, buffers: Rows, theta: str)
 
 def weight_gradient(plan: Plan, left: Tensor, right: Tensor, total: Tensor) -> None:
     """total (n, E), float32, += leftᵀ right: left (C, n), right (C, E)."""
-    blocks = WIDE if plan.wide else NARROW
+    blocks = plan.blocks
     grid = (triton.cdiv(left.shape[1], blocks.rows) * triton.cdiv(right.shape[1], blocks.cols),)
     strides = (left.stride(0), right.stride(0), total.stride(0))
     _launch(grid, plan, "weight_gradient", (left, right, total, len(left), *total.shape, *strides))
