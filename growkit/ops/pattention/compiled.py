@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from growkit.ops.pattention.chunks import chunks
+from growkit.ops.chunks import chunks
 from growkit.ops.pattention.reference import NORM_FLOOR, Tokens
 
 

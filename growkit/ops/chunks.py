@@ -1,4 +1,4 @@
-"""How many rows the compiled path takes at a time. Plain numbers: plans are made without torch."""
+"""How many rows Pattention's compiled path takes at a time. Plain numbers: plans are made without torch."""
 
 from __future__ import annotations
 
