@@ -165,15 +165,16 @@ class FusedTokens:
         self.out_gradients = [] if lends_gradient else self.outs
         width = sum(spec.tokens for spec in specs)
         self.scores = at.narrow(width)
-        rows = chunk_rows(at.tokens, width, at.cuda)
+        rows = chunk_rows(at.tokens, at.element * width, at.cuda)
         share = rows / at.tokens  # what is not kept is there for these rows only
         self.work, self.several = share * self.scores, rows < at.tokens
         norms = [size for spec in specs for size in (spec.banks if spec.scope == "bank" else (spec.tokens,))]
         moving = any(spec.tau_from is not None for spec in specs)  # a τ that moves is each projection's own
         alike = len(set(norms)) == 1 and len({tau for spec in specs for tau in spec.taus}) == 1
         alike = alike and (len(norms) == 1 or not moving)
-        self.normed = share * at.wide(sum(norms) if alike else max(norms))  # what is normed at once, in float32
-        self.norm_copy = self.normed if at.bf16 else 0.0
+        together = sum(norms) if alike else max(norms)  # columns that are normed at once
+        self.normed = share * at.narrow(together)
+        self.norm_copy = share * at.wide(together) if at.bf16 else 0.0
         self.scales = at.narrow(len(norms))
         self.keys = Weights(at, inp * sum(spec.tokens for spec in specs))
         self.values = [Weights(at, out * spec.tokens) for spec, out in zip(specs, outs, strict=True)]
@@ -198,7 +199,7 @@ class FusedTokens:
         ledger.take(self.joined_keys, *self.joined_values, self.input.size, self.work)
         for values in self.values:
             values.product(ledger)
-        ledger.passing(2 * self.norm_copy, self.normed)
+        ledger.passing(self.normed)
         self.keys.product(ledger)
         every = (*self.values, self.keys)
         summed = [weights for weights in every if self.several and weights.cast]
@@ -206,7 +207,7 @@ class FusedTokens:
             ledger.take(weights.gradient, weights.cast)
             ledger.give(2 * weights.cast)
         if self.several:
-            ledger.passing(2 * self.norm_copy, self.normed)
+            ledger.passing(self.normed)
         ledger.give(self.work)
         ledger.take(*(weights.cast for weights in summed))
         ledger.give(*(weights.gradient for weights in summed))

@@ -121,7 +121,7 @@ class _NormGelu(torch.autograd.Function):
         outputs = tuple(x.new_empty(len(x), v.shape[1]) for v in joined)
         s = F.linear(x, _joined(keys))
         scales = x.new_empty(len(x), len(layout.norms))
-        several = chunks(len(x), layout.width, x.is_cuda)
+        several = chunks(len(x), s.element_size() * layout.width, x.is_cuda)
         work = torch.empty_like(s[several[0]])
         for rows in several:
             part_s, g = s[rows], work[: rows.stop - rows.start]
@@ -145,7 +145,7 @@ class _NormGelu(torch.autograd.Function):
         d_keys = _Sums(layout.banks, ctx.needs_input_grad[2 : 2 + count])
         d_values = _Sums(layout.banks, ctx.needs_input_grad[2 + count :])
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        several = chunks(len(x), layout.width, x.is_cuda)
+        several = chunks(len(x), s.element_size() * layout.width, x.is_cuda)
         work = torch.empty_like(s[several[0]])
         for rows in several:
             part_s, ds = s[rows], work[: rows.stop - rows.start]
@@ -166,7 +166,7 @@ class _NormGelu(torch.autograd.Function):
 def _through_norm(s: Tensor, ds: Tensor, scale: Tensor, tau: float | Tensor) -> None:
     """ds becomes da."""
     wide = torch.promote_types(s.dtype, torch.float32)
-    along = torch.linalg.vecdot(s.to(wide), ds.to(wide)).unsqueeze(-1) / tau**2
+    along = torch.linalg.vecdot(s, ds).to(wide).unsqueeze(-1) / tau**2  # a product of matrices: summed in float32
     along = along.masked_fill(scale >= _scale(along.new_zeros(1), tau, scale.dtype), 0).to(s.dtype)
     ds.addcmul_(s, along, value=-1).mul_(scale)
 
