@@ -1,8 +1,11 @@
-"""Pattention: token–parameter attention. ``reference`` is the definition, ``compiled`` the fast path."""
+"""Pattention: token–parameter attention. ``reference`` is the definition, ``compiled`` the fast path, ``triton`` that
+of GPUs."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from functools import cache
 
 from torch import Tensor
 
@@ -14,6 +17,7 @@ __all__ = ["PATHS", "Pattention", "Tokens", "pattention"]
 
 Pattention = Callable[[Tensor, Sequence[Tokens]], list[Tensor]]
 
+log = logging.getLogger(__name__)
 PATHS: dict[str, Pattention] = {"reference": reference.pattention, "compiled": compiled.pattention}
 
 
@@ -27,8 +31,10 @@ def pattention(backend: str = "auto") -> Pattention:
     return choose("pattention", backend, PATHS, _triton)
 
 
+@cache
 def _triton() -> Pattention:
     """Loaded when it is chosen: triton need not be there otherwise."""
     from growkit.ops.pattention import triton
 
+    log.info("op pattention has no kernels for softmax and float64: they take the compiled path's formula")
     return triton.pattention

@@ -3,8 +3,8 @@
 Norms are taken in float32 under bf16 autocast, as the reference does. In eager training with the default Θ, all banks
 of all projections of one x run as one product with a backward pass of its own (``_NormGelu``): at small widths calls
 and elementwise passes cost more than the products. It keeps the scaled scores, (T, n), and nothing else of that size:
-what can be made from them is made again for some rows at a time. Elsewhere the plain formula stands: torch.compile fuses it, and
-decoding would pay for bringing the keys together.
+what can be made from them is made again, for some rows at a time. Elsewhere the plain formula stands: torch.compile
+fuses it, and decoding would pay for bringing the keys together.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def _activation(a: Tensor, theta: str, tau: float | Tensor) -> Tensor:
     return torch.softmax(a, -1) * tau
 
 
-def _joined(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
 
 
 def _norm(a: Tensor) -> Tensor:
