@@ -7,14 +7,17 @@ added in one order: results do not change from run to run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from growkit.errors import ConfigError
+from growkit.ops import flops
 from growkit.ops.dispatch import KEY, interpreted
 from growkit.ops.selective_scan import compiled, triton_kernels
 from growkit.ops.selective_scan.loop import KEPT, Inputs
@@ -65,6 +68,18 @@ def _check(x: Tensor, A: Tensor) -> None:
         raise ConfigError("scan-misfit", "has no kernels of Triton's", key="selective_scan.x", value="cpu", mend=mend)
 
 
+# The counter loads triton, so it is told of the op here; the compiled path it does not see, whatever has been loaded.
+@register_flop_formula(torch.ops.growkit.selective_scan)
+def _flops(x_BLD: tuple[int, ...], dt: object, A_DN: tuple[int, ...], *rest: object, **more: object) -> int:
+    """Of the recurrence, by our convention."""
+    return flops.SCAN * math.prod(x_BLD) * A_DN[1] if "triton" in rest else 0
+
+
+@register_flop_formula(torch.ops.growkit.selective_scan_backward)
+def _backward_flops(*given: Any, **more: object) -> int:
+    return flops.BACKWARD * _flops(*given)
+
+
 _INTERPRETED = interpreted()  # like the kernels, which are loaded now
 
 
@@ -72,22 +87,21 @@ def forward(inputs: Inputs, keep: bool, spans: int | None = None) -> tuple[Tenso
     """(y, h_T, the state before each 64 tokens (B, ⌈L/64⌉, N, D); none of them unless ``keep``). ``spans``: at most;
     by default what fills the GPU."""
     x, dt, A, B, C, D, bias, z, h0, starts = _dense(inputs)
-    (batch, length, channels), states = x.shape, A.shape[1]
+    (batch, length, channels), states = x.shape, A.shape[0]
     span, spans = _spans(x, "forward", spans)
     first = None if h0 is None else h0.transpose(1, 2).contiguous()
     if spans > 1:
         ends = torch.empty(batch, spans, states, channels, dtype=A.dtype, device=x.device)
         sums = torch.empty(batch, spans, channels, dtype=A.dtype, device=x.device)
-        rows = (*_row(x), *_row(dt), *_row(B))
-        _launch("ends", x, states, batch * spans, x, dt, B, A, bias, starts, ends, sums, *rows, length, channels, span)
+        tensors: tuple[Tensor | None, ...] = (x, dt, B, A, bias, starts, ends, sums)
+        _launch("ends", x, states, batch * spans, *tensors, *_rows(x, dt, B), length, channels, span)
         first = _carried(x, A, sums, ends, first, _resets(starts, span, spans), back=False)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    last = torch.empty(batch, channels, states, dtype=A.dtype, device=x.device)
+    last = torch.empty(batch, states, channels, dtype=A.dtype, device=x.device)
     kept = torch.empty((batch, -(-length // KEPT), states, channels) if keep else (0,), dtype=A.dtype, device=x.device)
-    rows = (*_row(x), *_row(dt), *_row(z), *_row(B), *_row(C))
     tensors = (x, dt, z, B, C, A, D, bias, first, starts, y, last, kept if keep else None)
-    _launch("forward", x, states, batch * spans, *tensors, *rows, length, channels, span)
-    return y, last, kept
+    _launch("forward", x, states, batch * spans, *tensors, *_rows(x, dt, z, B, C), length, channels, span)
+    return y, last.transpose(1, 2).contiguous(), kept
 
 
 def backward(
@@ -96,7 +110,7 @@ def backward(
     """Gradients of x, dt, A, B, C, D, dt_bias, z and h0; an absent one's is empty."""
     x, dt, A, B, C, D, bias, z, h0, starts = _dense(inputs)
     dy = _rows_dense(dy_BLD)
-    (batch, length, channels), states = x.shape, A.shape[1]
+    (batch, length, channels), states = x.shape, A.shape[0]
     span, spans = _spans(x, "backward", spans)
     blocks = -(-channels // LANES)
 
@@ -106,20 +120,18 @@ def backward(
     after = dh_BDN.transpose(1, 2).contiguous()
     if spans > 1:
         ends, sums = wide(batch, spans, states, channels), wide(batch, spans, channels)
-        rows = (*_row(dt), *_row(z), *_row(C), *_row(dy))
-        tensors = (dt, z, C, A, bias, starts, dy, ends, sums)
-        _launch("back_ends", x, states, batch * spans, *tensors, *rows, length, channels, span)
+        tensors: tuple[Tensor | None, ...] = (dt, z, C, A, bias, starts, dy, ends, sums)
+        _launch("back_ends", x, states, batch * spans, *tensors, *_rows(dt, z, C, dy), length, channels, span)
         after = _carried(x, A, sums, ends, after, _resets(starts, span, spans), back=True)
     dx, d_dt = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     dz = None if z is None else torch.empty_like(dx)
     dB, dC = (wide(blocks, batch, length, states) for _ in range(2))
     dA, dD = wide(batch, spans, states, channels), wide(batch, spans, channels)
     d_bias = None if bias is None else torch.empty_like(dD)
-    dh0 = None if h0 is None else wide(batch, channels, states)
+    dh0 = None if h0 is None else wide(batch, states, channels)
     scratch = wide(blocks * batch * spans, KEPT // BACKWARD_UNROLL, _power(states), LANES)
     tensors = (x, dt, z, B, C, A, D, bias, starts, kept, after, dy, scratch, dx, d_dt, dz, dB, dC, dA, dD, d_bias, dh0)
-    rows = (*_row(x), *_row(dt), *_row(z), *_row(B), *_row(C), *_row(dy))
-    _launch("backward", x, states, batch * spans, *tensors, *rows, length, channels, span, batch)
+    _launch("backward", x, states, batch * spans, *tensors, *_rows(x, dt, z, B, C, dy), length, channels, span, batch)
     return (
         dx,
         d_dt,
@@ -129,7 +141,7 @@ def backward(
         dD.sum((0, 1)),
         wide(0) if d_bias is None else d_bias.sum((0, 1)),
         x.new_empty(0) if dz is None else dz,
-        wide(0) if dh0 is None else dh0,
+        wide(0) if dh0 is None else dh0.transpose(1, 2).contiguous(),
     )
 
 
@@ -194,7 +206,7 @@ def _launch(name: str, x: Tensor, states: int, parts: int, *arguments: Any) -> N
     chosen = variant(name, states, x.dtype)
     grid = (-(-x.shape[2] // LANES) * parts,)
     options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages, "enable_fp_fusion": chosen.fp_fusion}
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         chosen.kernel[grid](*arguments, **chosen.constants, **options)
 
 
@@ -205,7 +217,7 @@ def _carried(
     carried = torch.empty_like(local)
     batch, spans = sums.shape[:2]
     name = "carry_back" if back else "carry"
-    _launch(name, x, A.shape[1], batch, A, sums, local, first, resets, carried, x.shape[2], spans)
+    _launch(name, x, A.shape[0], batch, A, sums, local, first, resets, carried, x.shape[2], spans)
     return carried
 
 
@@ -237,10 +249,11 @@ def _power(states: int) -> int:
 
 
 def _dense(inputs: Inputs) -> Inputs:
-    """As kernels read them: rows whose numbers lie side by side, the rest contiguous, starts as bytes."""
+    """As kernels read them: rows whose numbers lie side by side, A as (N, D) so that its lie like states', starts as
+    bytes."""
     x, dt, A, B, C, D, bias, z, h0, starts = inputs
     return Inputs(
-        *(_rows_dense(x), _rows_dense(dt), A.contiguous(), _rows_dense(B), _rows_dense(C), D.contiguous()),
+        *(_rows_dense(x), _rows_dense(dt), A.T.contiguous(), _rows_dense(B), _rows_dense(C), D.contiguous()),
         dt_bias=None if bias is None else bias.contiguous(),
         z=None if z is None else _rows_dense(z),
         h0=h0,
@@ -252,6 +265,6 @@ def _rows_dense(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def _row(tensor: Tensor | None) -> tuple[int, int]:
-    """Numbers from one sequence, and one token, to the next."""
-    return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
+def _rows(*tensors: Tensor | None) -> tuple[int, ...]:
+    """Of each, numbers from one sequence, and from one token, to the next."""
+    return tuple(0 if tensor is None else tensor.stride(axis) for tensor in tensors for axis in (0, 1))

@@ -79,7 +79,7 @@ def up_to(live, index, size):
 def decays(A, n, d, channels, N: tl.constexpr):
     """A log₂e, (BN, BD)"""
     mask = (n < N)[:, None] & (d < channels)[None, :]
-    return tl.load(A + d[None, :] * N + n[:, None], mask=mask, other=0.0) * LOG2E
+    return tl.load(A + n[:, None] * channels + d[None, :], mask=mask, other=0.0) * LOG2E
 
 
 @triton.jit
@@ -160,8 +160,8 @@ def forward_kernel(
             if starts is not None:
                 starts += 1
     if s == spans - 1:
-        at = (b * channels + d[None, :]) * N + n[:, None]
-        tl.store(last + at, h, mask=mask_n[:, None] & mask_d[None, :])
+        to, mask = state_at(b, n, d, channels, N)
+        tl.store(last + to, h, mask=mask)
 
 
 @triton.jit
@@ -370,5 +370,5 @@ def backward_kernel(
         tl.store(d_bias + at, sum_bias, mask=mask_d)
     if dh0 is not None:
         if s == 0:
-            to = (b * channels + d[None, :]) * N + n[:, None]
-            tl.store(dh0 + to, dh, mask=mask_n[:, None] & mask_d[None, :])
+            to, mask = state_at(b, n, d, channels, N)
+            tl.store(dh0 + to, dh, mask=mask)
