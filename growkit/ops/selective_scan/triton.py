@@ -94,13 +94,13 @@ def forward(inputs: Inputs, keep: bool, spans: int | None = None) -> tuple[Tenso
         ends = torch.empty(batch, spans, states, channels, dtype=A.dtype, device=x.device)
         sums = torch.empty(batch, spans, channels, dtype=A.dtype, device=x.device)
         tensors: tuple[Tensor | None, ...] = (x, dt, B, A, bias, starts, ends, sums)
-        _launch("ends", x, states, batch * spans, *tensors, *_rows(x, dt, B), length, channels, span)
+        _launch("ends", x, states, batch * spans, *tensors, *_rows(x, dt), length, channels, span)
         first = _carried(x, A, sums, ends, first, _resets(starts, span, spans), back=False)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     last = torch.empty(batch, states, channels, dtype=A.dtype, device=x.device)
     kept = torch.empty((batch, -(-length // KEPT), states, channels) if keep else (0,), dtype=A.dtype, device=x.device)
     tensors = (x, dt, z, B, C, A, D, bias, first, starts, y, last, kept if keep else None)
-    _launch("forward", x, states, batch * spans, *tensors, *_rows(x, dt, z, B, C), length, channels, span)
+    _launch("forward", x, states, batch * spans, *tensors, *_rows(x, dt, z), length, channels, span)
     return y, last.transpose(1, 2).contiguous(), kept
 
 
@@ -121,7 +121,7 @@ def backward(
     if spans > 1:
         ends, sums = wide(batch, spans, states, channels), wide(batch, spans, channels)
         tensors: tuple[Tensor | None, ...] = (dt, z, C, A, bias, starts, dy, ends, sums)
-        _launch("back_ends", x, states, batch * spans, *tensors, *_rows(dt, z, C, dy), length, channels, span)
+        _launch("back_ends", x, states, batch * spans, *tensors, *_rows(dt, z, dy), length, channels, span)
         after = _carried(x, A, sums, ends, after, _resets(starts, span, spans), back=True)
     dx, d_dt = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     dz = None if z is None else torch.empty_like(dx)
@@ -131,13 +131,13 @@ def backward(
     dh0 = None if h0 is None else wide(batch, states, channels)
     scratch = wide(blocks * batch * spans, KEPT // BACKWARD_UNROLL, _power(states), LANES)
     tensors = (x, dt, z, B, C, A, D, bias, starts, kept, after, dy, scratch, dx, d_dt, dz, dB, dC, dA, dD, d_bias, dh0)
-    _launch("backward", x, states, batch * spans, *tensors, *_rows(x, dt, z, B, C, dy), length, channels, span, batch)
+    _launch("backward", x, states, batch * spans, *tensors, *_rows(x, dt, z, dy), length, channels, span, batch)
     return (
         dx,
         d_dt,
         dA.sum((0, 1)).T.contiguous(),
-        dB.sum(0).to(B.dtype),
-        dC.sum(0).to(C.dtype),
+        dB.sum(0).to(x.dtype),
+        dC.sum(0).to(x.dtype),
         dD.sum((0, 1)),
         wide(0) if d_bias is None else d_bias.sum((0, 1)),
         x.new_empty(0) if dz is None else dz,
@@ -154,10 +154,9 @@ def variant(name: str, states: int, dtype: torch.dtype, absent: frozenset[str] =
     constants |= dict.fromkeys(absent)
     types = {argument: _type(argument, dtype) for argument in kernel.arg_names if argument not in constants}
     pointers = (argument for argument, kind in types.items() if kind.startswith("*") and kind != "*u8")
-    rows = (argument for argument in types if argument in ("B_b", "B_t", "C_b", "C_t"))
     of_thread = BACKWARD_STATES if name == "backward" else FORWARD_STATES
     warps = max(1, constants["BN"] // of_thread)
-    return Variant(name, kernel, types, constants, (*pointers, *rows), warps)
+    return Variant(name, kernel, types, constants, tuple(pointers), warps)
 
 
 def variants() -> Iterator[Variant]:
@@ -189,7 +188,7 @@ _OPTIONAL: dict[str, set[str]] = {
     "back_ends": {"z", "bias", "starts"},
     "backward": {"z", "bias", "starts", "dz", "d_bias", "dh0"},
 }
-_OF_X = ("x", "dt", "z", "B", "C", "y", "dy", "dx", "d_dt", "dz")
+_OF_X = ("x", "dt", "z", "y", "dy", "dx", "d_dt", "dz")
 
 
 def _type(argument: str, dtype: torch.dtype) -> str:
@@ -250,10 +249,18 @@ def _power(states: int) -> int:
 
 def _dense(inputs: Inputs) -> Inputs:
     """As kernels read them: rows whose numbers lie side by side, A as (N, D) so that its lie like states', starts as
-    bytes."""
+    bytes. B and C are made wide here, once: every block of channels reads them, and to widen them costs as many
+    instructions there as the recurrence itself."""
     x, dt, A, B, C, D, bias, z, h0, starts = inputs
     return Inputs(
-        *(_rows_dense(x), _rows_dense(dt), A.T.contiguous(), _rows_dense(B), _rows_dense(C), D.contiguous()),
+        *(
+            _rows_dense(x),
+            _rows_dense(dt),
+            A.T.contiguous(),
+            B.to(A.dtype).contiguous(),
+            C.to(A.dtype).contiguous(),
+            D.contiguous(),
+        ),
         dt_bias=None if bias is None else bias.contiguous(),
         z=None if z is None else _rows_dense(z),
         h0=h0,
