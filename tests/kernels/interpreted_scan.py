@@ -45,8 +45,8 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> Any:
     def several(most: int) -> list[int]:
         found = triton._spans
 
-        def recorded(x: Tensor, name: str, _: int | None) -> tuple[int, int]:
-            span, count = found(x, name, most)
+        def recorded(x: Tensor, states: int, name: str, _: int | None) -> tuple[int, int]:
+            span, count = found(x, states, name, most)
             taken.append(count)
             return span, count
 

@@ -24,9 +24,11 @@ from growkit.ops.selective_scan.loop import KEPT, Inputs
 from growkit.ops.variants import Variant
 
 MOST_STATES = 256  # of a channel: beyond, a tile of states does not fit the registers
-LANES = 32  # channels of a program: those of a warp, each thread with all or some of its channel's states
-FORWARD_STATES, BACKWARD_STATES = 16, 16  # of a thread; more of them spill
-FORWARD_UNROLL, BACKWARD_UNROLL = 4, 4  # tokens; the backward pass has their states in registers
+# Channels of a program, tokens of an unrolled chunk and warps, by BN: the largest that spill no registers on any GPU that
+# tests compile for. Backward has the states of a chunk in registers. With more than 16 states a sum over them
+# crosses warps.
+FORWARD = {16: (32, 4, 1), 32: (32, 2, 2), 64: (32, 2, 4), 128: (32, 2, 8), 256: (32, 2, 8)}
+BACKWARD = {16: (32, 2, 1), 32: (32, 1, 2), 64: (32, 1, 4), 128: (16, 1, 4), 256: (16, 1, 8)}
 MOST_SPANS = 64
 # Warps that a scheduler of a multiprocessor should have before L is left whole: a second pass over the tokens costs
 # about half of the first, and below one warp for each scheduler more than half of the machine waits.
@@ -88,7 +90,7 @@ def forward(inputs: Inputs, keep: bool, spans: int | None = None) -> tuple[Tenso
     by default what fills the GPU."""
     x, dt, A, B, C, D, bias, z, h0, starts = _dense(inputs)
     (batch, length, channels), states = x.shape, A.shape[0]
-    span, spans = _spans(x, "forward", spans)
+    span, spans = _spans(x, states, "forward", spans)
     first = None if h0 is None else h0.transpose(1, 2).contiguous()
     if spans > 1:
         ends = torch.empty(batch, spans, states, channels, dtype=A.dtype, device=x.device)
@@ -111,8 +113,9 @@ def backward(
     x, dt, A, B, C, D, bias, z, h0, starts = _dense(inputs)
     dy = _rows_dense(dy_BLD)
     (batch, length, channels), states = x.shape, A.shape[0]
-    span, spans = _spans(x, "backward", spans)
-    blocks = -(-channels // LANES)
+    span, spans = _spans(x, states, "backward", spans)
+    BD, U, _ = _tile("backward", states)
+    blocks = -(-channels // BD)
 
     def wide(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=A.dtype, device=x.device)
@@ -129,7 +132,7 @@ def backward(
     dA, dD = wide(batch, spans, states, channels), wide(batch, spans, channels)
     d_bias = None if bias is None else torch.empty_like(dD)
     dh0 = None if h0 is None else wide(batch, states, channels)
-    scratch = wide(blocks * batch * spans, KEPT // BACKWARD_UNROLL, _power(states), LANES)
+    scratch = wide(blocks * batch * spans, KEPT // U, _power(states), BD)
     tensors = (x, dt, z, B, C, A, D, bias, starts, kept, after, dy, scratch, dx, d_dt, dz, dB, dC, dA, dD, d_bias, dh0)
     _launch("backward", x, states, batch * spans, *tensors, *_rows(x, dt, z, dy), length, channels, span, batch)
     return (
@@ -148,14 +151,12 @@ def backward(
 def variant(name: str, states: int, dtype: torch.dtype, absent: frozenset[str] = frozenset()) -> Variant:
     """The way in which the kernel ``name`` runs for so many states. ``absent``: which optional tensors are."""
     kernel = _kernel(name)
-    constants: dict[str, Any] = {"N": states, "BN": _power(states), "BD": LANES, **_SIZES[name]}
-    if name in ("forward", "backward"):
-        constants["K"] = KEPT
+    BD, U, warps = _tile(name, states)
+    sizes = {"N": states, "BN": _power(states), "BD": BD, "U": U, "K": KEPT, "BACK": name == "carry_back"}
+    constants: dict[str, Any] = {size: value for size, value in sizes.items() if size in kernel.arg_names}
     constants |= dict.fromkeys(absent)
     types = {argument: _type(argument, dtype) for argument in kernel.arg_names if argument not in constants}
     pointers = (argument for argument, kind in types.items() if kind.startswith("*") and kind != "*u8")
-    of_thread = BACKWARD_STATES if name == "backward" else FORWARD_STATES
-    warps = max(1, constants["BN"] // of_thread)
     return Variant(name, kernel, types, constants, tuple(pointers), warps)
 
 
@@ -163,7 +164,7 @@ def variants() -> Iterator[Variant]:
     """All that may be launched: of states some of each number of warps, of optional tensors all or the least."""
     for states in (1, 3, 8, 16, 24, 32, 64, 128, 256):
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            for name in _SIZES:
+            for name in _OPTIONAL:
                 yield variant(name, states, dtype)
                 yield variant(name, states, dtype, frozenset(_OPTIONAL[name]))
 
@@ -172,14 +173,6 @@ def _kernel(name: str) -> Any:
     return getattr(triton_kernels, f"{name.removesuffix('_back')}_kernel")
 
 
-_SIZES: dict[str, dict[str, Any]] = {
-    "forward": {"U": FORWARD_UNROLL},
-    "ends": {"U": FORWARD_UNROLL},
-    "carry": {"BACK": False},
-    "carry_back": {"BACK": True},
-    "back_ends": {"U": FORWARD_UNROLL},
-    "backward": {"U": BACKWARD_UNROLL},
-}
 _OPTIONAL: dict[str, set[str]] = {
     "forward": {"z", "bias", "first", "starts", "kept"},
     "ends": {"bias", "starts"},
@@ -203,7 +196,7 @@ def _type(argument: str, dtype: torch.dtype) -> str:
 def _launch(name: str, x: Tensor, states: int, parts: int, *arguments: Any) -> None:
     """One program for each block of channels of each of ``parts``."""
     chosen = variant(name, states, x.dtype)
-    grid = (-(-x.shape[2] // LANES) * parts,)
+    grid = (-(-x.shape[2] // chosen.constants["BD"]) * parts,)
     options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages, "enable_fp_fusion": chosen.fp_fusion}
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         chosen.kernel[grid](*arguments, **chosen.constants, **options)
@@ -220,11 +213,12 @@ def _carried(
     return carried
 
 
-def _spans(x: Tensor, name: str, most: int | None) -> tuple[int, int]:
+def _spans(x: Tensor, states: int, name: str, most: int | None) -> tuple[int, int]:
     """Tokens of a span, whole numbers of those between kept states, and how many spans there are."""
     batch, length, channels = x.shape
     if most is None:
-        programs = -(-channels // LANES) * batch
+        BD, _, warps = _tile(name, states)
+        programs = -(-channels // BD) * batch * warps
         most = max(1, min(MOST_SPANS, WARPS_WANTED[name] * SCHEDULERS * _processors(x.device) // programs))
     span = -(-length // (most * KEPT)) * KEPT
     return span, -(-length // span)
@@ -241,6 +235,11 @@ def _resets(starts: Tensor | None, span: int, spans: int) -> Tensor | None:
         return None
     padded = torch.nn.functional.pad(starts, (0, span * spans - starts.shape[1]))
     return padded.view(starts.shape[0], spans, span).amax(2)
+
+
+def _tile(name: str, states: int) -> tuple[int, int, int]:
+    """BD, U and warps."""
+    return (BACKWARD if name == "backward" else FORWARD)[max(16, _power(states))]
 
 
 def _power(states: int) -> int:

@@ -58,8 +58,10 @@ def row(rows, at):
 def vector(rows, n, N: tl.constexpr):
     """A token's B or C; zero for states that there are not."""
     if N == n.shape[0]:
-        return tl.load(rows + n)
-    return tl.load(rows + n, mask=n < N, other=0.0)
+        found = tl.load(rows + n)
+    else:
+        found = tl.load(rows + n, mask=n < N, other=0.0)
+    return found
 
 
 @triton.jit
@@ -234,11 +236,13 @@ def carry_kernel(
 def output_gradient(dy, z, at, live):
     """Gradient of y before the gate, and what its own value is multiplied by to give the gradient of z."""
     ds = tl.where(live, row(dy, at), 0.0)
-    if z is None:
-        return ds, ds
-    z_row = row(z, at)
-    gate = sigmoid(z_row)
-    return ds * z_row * gate, ds * gate * (1 + z_row * (1 - gate))
+    d_gate = ds
+    if z is not None:  # no early return: what follows one is compiled all the same
+        z_row = row(z, at)
+        gate = sigmoid(z_row)
+        d_gate = ds * gate * (1 + z_row * (1 - gate))
+        ds = ds * z_row * gate
+    return ds, d_gate
 
 
 @triton.jit
