@@ -57,7 +57,7 @@ def row(rows, at):
 @triton.jit
 def vector(rows, n, N: tl.constexpr):
     """A token's B or C; zero for states that there are not."""
-    if N == n.shape[0]:
+    if n.shape[0] == N:
         found = tl.load(rows + n)
     else:
         found = tl.load(rows + n, mask=n < N, other=0.0)
