@@ -119,8 +119,8 @@ def test_counts_by_hand() -> None:
 
 @every_config
 def test_flops_are_pytorchs(config: ModelConfig) -> None:
-    """Exactly, forward and with the backward pass, of rows that strides divide, but for Mamba's taps, which are no
-    products. The math backend of attention is made of products that the counter sees; it counts fused attention
+    """Exactly, forward and with the backward pass, of rows that strides divide, but for Mamba's scans and taps, which
+    are no products. The math backend of attention is made of products that the counter sees; it counts fused attention
     on a CPU as nothing."""
     model = trained(dataclasses.replace(config, dropout=0.0), torch.float32)
     tokens = probe(config, rows=2, context=12)
@@ -129,9 +129,9 @@ def test_flops_are_pytorchs(config: ModelConfig) -> None:
             loss = model(tokens[:, :-1], tokens[:, 1:]).total
         with FlopCounterMode(display=False) as backward:
             loss.backward()
-    assert forward.get_total_flops() == 2 * 12 * (config.forward_flops_per_token(12) - config.tap_flops_per_token())
+    assert forward.get_total_flops() == 2 * 12 * (config.forward_flops_per_token(12) - config.scan_flops_per_token())
     assert forward.get_total_flops() + backward.get_total_flops() == 2 * 12 * (
-        config.flops_per_token(12) - 3 * config.tap_flops_per_token()
+        config.flops_per_token(12) - 3 * config.scan_flops_per_token()
     )
 
 

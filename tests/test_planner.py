@@ -71,13 +71,13 @@ def stages() -> list[Any]:
 
 @pytest.mark.parametrize("model", stages())
 def test_parameters_and_flops_are_those_of_the_built_model(model: Any) -> None:
-    """The counter sees attention only as the math backend's products, and of Mamba's taps nothing."""
+    """The counter sees attention only as the math backend's products, and of Mamba's scans and taps nothing."""
     with torch.device("meta"):
         assert parameters(model) == by_name(DecoderLM(model))
     built, tokens = DecoderLM(model), torch.zeros(1, 64, dtype=torch.int64)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         built(tokens, tokens).total.backward()
-    unseen = 3 * model.tap_flops_per_token()
+    unseen = 3 * model.scan_flops_per_token()
     assert counter.get_total_flops() == 64 * (model.flops_per_token(64) - unseen)
 
 

@@ -263,13 +263,7 @@ class ModelConfig:
     def scan_flops_per_token(self) -> float:
         """Forward FLOPs of Mamba's scans and convolutions, which are no matrix products."""
         mamba = [(layer.mixer, layer.stride) for layer in self.layers if isinstance(layer.mixer, Mamba)]
-        scans = sum(flops.SCAN * m.inner * m.state / stride for m, stride in mamba)
-        return scans + self.tap_flops_per_token()
-
-    def tap_flops_per_token(self) -> float:
-        """Of those, the convolutions', which no counter of torch's sees."""
-        mamba = [(layer.mixer, layer.stride) for layer in self.layers if isinstance(layer.mixer, Mamba)]
-        return sum(2 * m.inner * m.conv / stride for m, stride in mamba)
+        return sum(m.inner * (flops.SCAN * m.state + 2 * m.conv) / stride for m, stride in mamba)
 
     def mixed_per_token(self) -> int:
         """Multiply-adds that a token's blocks take to be read, mixed and written: K² + 2K of embed_dim in each layer

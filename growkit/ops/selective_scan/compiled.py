@@ -6,14 +6,11 @@ runs as its kernels. All keep the state before every chunk of tokens and make th
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from growkit.ops import flops
 from growkit.ops.selective_scan import loop, native
 from growkit.ops.selective_scan.loop import CHUNK, KEPT, Inputs
 from growkit.ops.selective_scan.reference import document_starts
@@ -42,7 +39,7 @@ def run(*tensors: Tensor | None, segments_BL: Tensor | None, path: str) -> tuple
     """The op on x, dt, A, B, C, D, dt_bias, z and h0; ``path``: compiled or triton."""
     starts = None if segments_BL is None else document_starts(segments_BL)
     keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    y, last, _ = _forward(*tensors, starts, keep, path)  # type: ignore[arg-type]
+    y, last, _ = _forward(*tensors, starts, keep, path)
     return y, last
 
 
@@ -159,14 +156,3 @@ def _path(path: str, x: Tensor) -> Any:
         return triton
     built = x.device.type == "cpu" and x.dtype != torch.float16  # for which processors have no arithmetic to speak of
     return (native.kernel() if built else None) or loop
-
-
-@register_flop_formula(torch.ops.growkit.selective_scan)
-def _flops(x_BLD: tuple[int, ...], dt: object, A_DN: tuple[int, ...], *rest: object, **more: object) -> int:
-    """Of the recurrence, by our convention."""
-    return flops.SCAN * math.prod(x_BLD) * A_DN[1]
-
-
-@register_flop_formula(torch.ops.growkit.selective_scan_backward)
-def _backward_flops(x_BLD: tuple[int, ...], dt: object, A_DN: tuple[int, ...], *rest: object, **more: object) -> int:
-    return flops.BACKWARD * flops.SCAN * math.prod(x_BLD) * A_DN[1]

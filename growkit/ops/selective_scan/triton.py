@@ -7,23 +7,28 @@ added in one order: results do not change from run to run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from growkit.errors import ConfigError
+from growkit.ops import flops
 from growkit.ops.dispatch import KEY, interpreted
 from growkit.ops.selective_scan import compiled, triton_kernels
 from growkit.ops.selective_scan.loop import KEPT, Inputs
 from growkit.ops.variants import Variant
 
 MOST_STATES = 256  # of a channel: beyond, a tile of states does not fit the registers
-LANES = 32  # channels of a program: those of a warp, each thread with all or some of its channel's states
-FORWARD_STATES, BACKWARD_STATES = 16, 16  # of a thread; more of them spill
-FORWARD_UNROLL, BACKWARD_UNROLL = 4, 4  # tokens; the backward pass has their states in registers
+# Channels of a program, tokens of an unrolled chunk and warps, for up to so many states: the largest that spill no registers on any GPU that
+# tests compile for. Backward has the states of a chunk in registers. With more than 16 states a sum over them
+# crosses warps.
+FORWARD = {16: (32, 4, 1), 32: (32, 2, 2), 64: (32, 2, 4), 128: (32, 2, 8), 256: (32, 2, 8)}
+BACKWARD = {4: (32, 4, 1), 16: (32, 2, 1), 32: (32, 1, 2), 64: (32, 1, 4), 128: (16, 1, 4), 256: (16, 1, 8)}
 MOST_SPANS = 64
 # Warps that a scheduler of a multiprocessor should have before L is left whole: a second pass over the tokens costs
 # about half of the first, and below one warp for each scheduler more than half of the machine waits.
@@ -65,6 +70,18 @@ def _check(x: Tensor, A: Tensor) -> None:
         raise ConfigError("scan-misfit", "has no kernels of Triton's", key="selective_scan.x", value="cpu", mend=mend)
 
 
+# The counter loads triton, so it is told of the op here; the compiled path it does not see, whatever has been loaded.
+@register_flop_formula(torch.ops.growkit.selective_scan)
+def _flops(x_BLD: tuple[int, ...], dt: object, A_DN: tuple[int, ...], *rest: object, **more: object) -> int:
+    """Of the recurrence, by our convention."""
+    return flops.SCAN * math.prod(x_BLD) * A_DN[1] if "triton" in rest else 0
+
+
+@register_flop_formula(torch.ops.growkit.selective_scan_backward)
+def _backward_flops(*given: Any, **more: object) -> int:
+    return flops.BACKWARD * _flops(*given)
+
+
 _INTERPRETED = interpreted()  # like the kernels, which are loaded now
 
 
@@ -72,22 +89,21 @@ def forward(inputs: Inputs, keep: bool, spans: int | None = None) -> tuple[Tenso
     """(y, h_T, the state before each 64 tokens (B, ⌈L/64⌉, N, D); none of them unless ``keep``). ``spans``: at most;
     by default what fills the GPU."""
     x, dt, A, B, C, D, bias, z, h0, starts = _dense(inputs)
-    (batch, length, channels), states = x.shape, A.shape[1]
-    span, spans = _spans(x, "forward", spans)
+    (batch, length, channels), states = x.shape, A.shape[0]
+    span, spans = _spans(x, states, "forward", spans)
     first = None if h0 is None else h0.transpose(1, 2).contiguous()
     if spans > 1:
         ends = torch.empty(batch, spans, states, channels, dtype=A.dtype, device=x.device)
         sums = torch.empty(batch, spans, channels, dtype=A.dtype, device=x.device)
-        rows = (*_row(x), *_row(dt), *_row(B))
-        _launch("ends", x, states, batch * spans, x, dt, B, A, bias, starts, ends, sums, *rows, length, channels, span)
+        tensors: tuple[Tensor | None, ...] = (x, dt, B, A, bias, starts, ends, sums)
+        _launch("ends", x, states, batch * spans, *tensors, *_rows(x, dt), length, channels, span)
         first = _carried(x, A, sums, ends, first, _resets(starts, span, spans), back=False)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    last = torch.empty(batch, channels, states, dtype=A.dtype, device=x.device)
+    last = torch.empty(batch, states, channels, dtype=A.dtype, device=x.device)
     kept = torch.empty((batch, -(-length // KEPT), states, channels) if keep else (0,), dtype=A.dtype, device=x.device)
-    rows = (*_row(x), *_row(dt), *_row(z), *_row(B), *_row(C))
     tensors = (x, dt, z, B, C, A, D, bias, first, starts, y, last, kept if keep else None)
-    _launch("forward", x, states, batch * spans, *tensors, *rows, length, channels, span)
-    return y, last, kept
+    _launch("forward", x, states, batch * spans, *tensors, *_rows(x, dt, z), length, channels, span)
+    return y, last.transpose(1, 2).contiguous(), kept
 
 
 def backward(
@@ -96,9 +112,10 @@ def backward(
     """Gradients of x, dt, A, B, C, D, dt_bias, z and h0; an absent one's is empty."""
     x, dt, A, B, C, D, bias, z, h0, starts = _dense(inputs)
     dy = _rows_dense(dy_BLD)
-    (batch, length, channels), states = x.shape, A.shape[1]
-    span, spans = _spans(x, "backward", spans)
-    blocks = -(-channels // LANES)
+    (batch, length, channels), states = x.shape, A.shape[0]
+    span, spans = _spans(x, states, "backward", spans)
+    BD, U, _ = _tile("backward", states)
+    blocks = -(-channels // BD)
 
     def wide(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=A.dtype, device=x.device)
@@ -106,53 +123,48 @@ def backward(
     after = dh_BDN.transpose(1, 2).contiguous()
     if spans > 1:
         ends, sums = wide(batch, spans, states, channels), wide(batch, spans, channels)
-        rows = (*_row(dt), *_row(z), *_row(C), *_row(dy))
-        tensors = (dt, z, C, A, bias, starts, dy, ends, sums)
-        _launch("back_ends", x, states, batch * spans, *tensors, *rows, length, channels, span)
+        tensors: tuple[Tensor | None, ...] = (dt, z, C, A, bias, starts, dy, ends, sums)
+        _launch("back_ends", x, states, batch * spans, *tensors, *_rows(dt, z, dy), length, channels, span)
         after = _carried(x, A, sums, ends, after, _resets(starts, span, spans), back=True)
     dx, d_dt = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     dz = None if z is None else torch.empty_like(dx)
     dB, dC = (wide(blocks, batch, length, states) for _ in range(2))
     dA, dD = wide(batch, spans, states, channels), wide(batch, spans, channels)
     d_bias = None if bias is None else torch.empty_like(dD)
-    dh0 = None if h0 is None else wide(batch, channels, states)
-    scratch = wide(blocks * batch * spans, KEPT // BACKWARD_UNROLL, _power(states), LANES)
+    dh0 = None if h0 is None else wide(batch, states, channels)
+    scratch = wide(blocks * batch * spans, KEPT // U, _power(states), BD)
     tensors = (x, dt, z, B, C, A, D, bias, starts, kept, after, dy, scratch, dx, d_dt, dz, dB, dC, dA, dD, d_bias, dh0)
-    rows = (*_row(x), *_row(dt), *_row(z), *_row(B), *_row(C), *_row(dy))
-    _launch("backward", x, states, batch * spans, *tensors, *rows, length, channels, span, batch)
+    _launch("backward", x, states, batch * spans, *tensors, *_rows(x, dt, z, dy), length, channels, span, batch)
     return (
         dx,
         d_dt,
         dA.sum((0, 1)).T.contiguous(),
-        dB.sum(0).to(B.dtype),
-        dC.sum(0).to(C.dtype),
+        dB.sum(0).to(x.dtype),
+        dC.sum(0).to(x.dtype),
         dD.sum((0, 1)),
         wide(0) if d_bias is None else d_bias.sum((0, 1)),
         x.new_empty(0) if dz is None else dz,
-        wide(0) if dh0 is None else dh0,
+        wide(0) if dh0 is None else dh0.transpose(1, 2).contiguous(),
     )
 
 
 def variant(name: str, states: int, dtype: torch.dtype, absent: frozenset[str] = frozenset()) -> Variant:
     """The way in which the kernel ``name`` runs for so many states. ``absent``: which optional tensors are."""
     kernel = _kernel(name)
-    constants: dict[str, Any] = {"N": states, "BN": _power(states), "BD": LANES, **_SIZES[name]}
-    if name in ("forward", "backward"):
-        constants["K"] = KEPT
+    BD, U, warps = _tile(name, states)
+    sizes = {"N": states, "BN": _power(states), "BD": BD, "U": U, "K": KEPT, "BACK": name == "carry_back"}
+    constants: dict[str, Any] = {size: value for size, value in sizes.items() if size in kernel.arg_names}
     constants |= dict.fromkeys(absent)
     types = {argument: _type(argument, dtype) for argument in kernel.arg_names if argument not in constants}
     pointers = (argument for argument, kind in types.items() if kind.startswith("*") and kind != "*u8")
-    rows = (argument for argument in types if argument in ("B_b", "B_t", "C_b", "C_t"))
-    of_thread = BACKWARD_STATES if name == "backward" else FORWARD_STATES
-    warps = max(1, constants["BN"] // of_thread)
-    return Variant(name, kernel, types, constants, (*pointers, *rows), warps)
+    return Variant(name, kernel, types, constants, tuple(pointers), warps)
 
 
 def variants() -> Iterator[Variant]:
     """All that may be launched: of states some of each number of warps, of optional tensors all or the least."""
     for states in (1, 3, 8, 16, 24, 32, 64, 128, 256):
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            for name in _SIZES:
+            for name in _OPTIONAL:
                 yield variant(name, states, dtype)
                 yield variant(name, states, dtype, frozenset(_OPTIONAL[name]))
 
@@ -161,14 +173,6 @@ def _kernel(name: str) -> Any:
     return getattr(triton_kernels, f"{name.removesuffix('_back')}_kernel")
 
 
-_SIZES: dict[str, dict[str, Any]] = {
-    "forward": {"U": FORWARD_UNROLL},
-    "ends": {"U": FORWARD_UNROLL},
-    "carry": {"BACK": False},
-    "carry_back": {"BACK": True},
-    "back_ends": {"U": FORWARD_UNROLL},
-    "backward": {"U": BACKWARD_UNROLL},
-}
 _OPTIONAL: dict[str, set[str]] = {
     "forward": {"z", "bias", "first", "starts", "kept"},
     "ends": {"bias", "starts"},
@@ -177,7 +181,7 @@ _OPTIONAL: dict[str, set[str]] = {
     "back_ends": {"z", "bias", "starts"},
     "backward": {"z", "bias", "starts", "dz", "d_bias", "dh0"},
 }
-_OF_X = ("x", "dt", "z", "B", "C", "y", "dy", "dx", "d_dt", "dz")
+_OF_X = ("x", "dt", "z", "y", "dy", "dx", "d_dt", "dz")
 
 
 def _type(argument: str, dtype: torch.dtype) -> str:
@@ -192,9 +196,9 @@ def _type(argument: str, dtype: torch.dtype) -> str:
 def _launch(name: str, x: Tensor, states: int, parts: int, *arguments: Any) -> None:
     """One program for each block of channels of each of ``parts``."""
     chosen = variant(name, states, x.dtype)
-    grid = (-(-x.shape[2] // LANES) * parts,)
+    grid = (-(-x.shape[2] // chosen.constants["BD"]) * parts,)
     options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages, "enable_fp_fusion": chosen.fp_fusion}
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         chosen.kernel[grid](*arguments, **chosen.constants, **options)
 
 
@@ -205,15 +209,16 @@ def _carried(
     carried = torch.empty_like(local)
     batch, spans = sums.shape[:2]
     name = "carry_back" if back else "carry"
-    _launch(name, x, A.shape[1], batch, A, sums, local, first, resets, carried, x.shape[2], spans)
+    _launch(name, x, A.shape[0], batch, A, sums, local, first, resets, carried, x.shape[2], spans)
     return carried
 
 
-def _spans(x: Tensor, name: str, most: int | None) -> tuple[int, int]:
+def _spans(x: Tensor, states: int, name: str, most: int | None) -> tuple[int, int]:
     """Tokens of a span, whole numbers of those between kept states, and how many spans there are."""
     batch, length, channels = x.shape
     if most is None:
-        programs = -(-channels // LANES) * batch
+        BD, _, warps = _tile(name, states)
+        programs = -(-channels // BD) * batch * warps
         most = max(1, min(MOST_SPANS, WARPS_WANTED[name] * SCHEDULERS * _processors(x.device) // programs))
     span = -(-length // (most * KEPT)) * KEPT
     return span, -(-length // span)
@@ -232,15 +237,30 @@ def _resets(starts: Tensor | None, span: int, spans: int) -> Tensor | None:
     return padded.view(starts.shape[0], spans, span).amax(2)
 
 
+def _tile(name: str, states: int) -> tuple[int, int, int]:
+    """BD, U and warps."""
+    table = BACKWARD if name == "backward" else FORWARD
+    return next(tile for most, tile in table.items() if states <= most)
+
+
 def _power(states: int) -> int:
     return 1 << (states - 1).bit_length()
 
 
 def _dense(inputs: Inputs) -> Inputs:
-    """As kernels read them: rows whose numbers lie side by side, the rest contiguous, starts as bytes."""
+    """As kernels read them: rows whose numbers lie side by side, A as (N, D) so that its lie like states', starts as
+    bytes. B and C are made wide here, once: every block of channels reads them, and to widen them costs as many
+    instructions there as the recurrence itself."""
     x, dt, A, B, C, D, bias, z, h0, starts = inputs
     return Inputs(
-        *(_rows_dense(x), _rows_dense(dt), A.contiguous(), _rows_dense(B), _rows_dense(C), D.contiguous()),
+        *(
+            _rows_dense(x),
+            _rows_dense(dt),
+            A.T.contiguous(),
+            B.to(A.dtype).contiguous(),
+            C.to(A.dtype).contiguous(),
+            D.contiguous(),
+        ),
         dt_bias=None if bias is None else bias.contiguous(),
         z=None if z is None else _rows_dense(z),
         h0=h0,
@@ -252,6 +272,6 @@ def _rows_dense(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def _row(tensor: Tensor | None) -> tuple[int, int]:
-    """Numbers from one sequence, and one token, to the next."""
-    return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
+def _rows(*tensors: Tensor | None) -> tuple[int, ...]:
+    """Of each, numbers from one sequence, and from one token, to the next."""
+    return tuple(0 if tensor is None else tensor.stride(axis) for tensor in tensors for axis in (0, 1))
