@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from growkit.errors import ConfigError
+from growkit.models.decoder import build
 from growkit.ops.pattention import PATHS, Tokens, compiled, triton
 from growkit.ops.pattention import triton_launch as launch
+from tests.support import model_config, probe, trained_like
 from tests.test_pattention import OUT, SCOPES, WIDTH, inputs, output_and_gradients, relative, single, taus
 
 # Norm-wise relative error ‖a − b‖/‖b‖, the reference being float32 from the same inputs.
@@ -27,6 +29,7 @@ TOLERANCE = {
 AUTOCAST = 3e-2  # bfloat16's, doubled: float32 inputs, which the reference keeps, are rounded before every product too
 BOUND = 2**-16  # of ‖·‖² by the Gram matrix, times Σ|x_i M_ij x_j| / ‖A‖²: what two bfloat16 leave of a number, 2^-17,
 # and as much again for sums in float32
+SAME_LOSS = 1e-5  # relative, after two steps: each gradient is off by some 1e-6, and AdamW divides by its size
 THETAS = ("l2_norm_gelu", "gelu_l2_norm")
 CASES = list(itertools.product(THETAS, SCOPES))
 OURS, REFERENCE = single(triton.pattention), single(PATHS["reference"])
@@ -329,3 +332,22 @@ def test_what_does_not_go_together_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(triton, "INTERPRETED", False)
     with pytest.raises(ConfigError, match=r"trainer\.backend.*tensors on cpu.*GPU.*auto, compiled or reference"):
         OURS(x, keys, values, *rest)
+
+
+def test_a_tiny_tokenformer_learns_as_with_the_reference() -> None:
+    """Three steps from the same start: the losses are the same."""
+    config = model_config("tokenformer")
+    losses: dict[str, list[float]] = {}
+    for backend in ("triton", "reference"):
+        model = build(config, trained_like(config, dtype=torch.float32).params, backend=backend).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        losses[backend] = []
+        for step in range(3):
+            tokens = probe(config, context=11, seed=step)
+            loss = model(tokens[:, :-1], tokens[:, 1:]).total
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[backend].append(float(loss.detach()))
+    assert losses["triton"] == pytest.approx(losses["reference"], rel=SAME_LOSS)
+    assert losses["triton"][0] != losses["triton"][2]
