@@ -2,11 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help quickstart test lint docs soak bench clean
+.PHONY: help quickstart test kernels lint docs soak bench clean
 
 help:
 	@echo "make quickstart   train and grow a small model on real text (three to four minutes on two cores)"
 	@echo "make test         the test suite"
+	@echo "make kernels      every check of the Triton kernels: in the interpreter, and compiled for each GPU (no GPU needed)"
 	@echo "make lint         ruff and mypy"
 	@echo "make docs         the documentation as a site, in site/"
 	@echo "make soak         kill training 100 times, resume, compare bitwise"
@@ -27,7 +28,10 @@ quickstart: .venv/.installed
 	$(BIN)/growkit train recipes/quickstart.yaml
 
 test: .venv/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not kernels" -n 2 --dist loadfile --no-loadscope-reorder
+
+kernels: .venv/.installed
+	$(BIN)/python -m pytest tests/kernels
 
 lint: .venv/.installed
 	$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check . && $(BIN)/python -m mypy

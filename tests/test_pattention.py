@@ -252,5 +252,5 @@ def test_backends_are_names() -> None:
     assert pattention("auto") is pattention("compiled") is compiled.pattention
     assert pattention("reference") is reference.pattention
     assert {resolve_backend("pattention", name) for name in ("auto", "compiled", "reference")} == set(PATHS)
-    with pytest.raises(ConfigError, match=r"trainer\.backend.*triton_v2.*allowed: auto, compiled, reference"):
+    with pytest.raises(ConfigError, match=r"trainer\.backend.*triton_v2.*allowed: auto, triton, compiled, reference"):
         pattention("triton_v2")

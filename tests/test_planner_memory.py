@@ -36,7 +36,7 @@ from tests.support import cli, recipe_dict, write_recipe
 PROMISED = 0.10  # what docs/plan.md promises, relative
 # In float32 the dry run follows the code operation by operation; what it leaves out (workspaces of kernels, the
 # forward pass of a checkpointed layer, gradients of norms) was at most 2 % of the peak when this was written. Where
-# layers of several blocks are recomputed the plan was up to 6 % too high: they are held to the promise.
+# layers of several blocks or a stride are recomputed the plan was up to 6 % too high: they are held to the promise.
 FLOAT32 = 0.03
 
 
@@ -276,7 +276,7 @@ def test_a_training_step(model: dict[str, Any], precision: str, differs: dict[st
     (plan,) = stage_memories(loaded, schedule, bf16=precision == "bf16", cuda=False)
     peak = measured(lambda: train_twice(loaded, schedule.last, bf16=precision == "bf16")).peak()
     assert peak > 1.3 * (plan.weights + plan.gradients + plan.moments), "too small a step to show activations"
-    is_recomputed = loaded.trainer.checkpoint_layers and "altup_blocks" in differs
+    is_recomputed = loaded.trainer.checkpoint_layers and {"altup_blocks", "altup_stride"} & set(differs)
     rough = precision == "bf16" or is_recomputed
     assert plan.step == pytest.approx(peak, rel=PROMISED if rough else FLOAT32)
 

@@ -113,7 +113,7 @@ class TrainerConfig:
     strategy: str = "single"  # single | ddp | fsdp
     devices: int = 1  # processes
     precision: str = "auto"  # auto: bf16 where the hardware multiplies it fast, else fp32 | bf16 | fp32
-    backend: str = "auto"  # path of the ops: auto | compiled | reference
+    backend: str = "auto"  # path of the ops: auto | triton | compiled | reference
     compile: bool = False  # torch.compile
     most_graphs: int = 6  # that it may make over the run, one for each length of each stage, 1 or more
     checkpoint_layers: bool = False  # recompute each layer in backward

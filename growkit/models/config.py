@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from growkit.errors import ConfigError
 from growkit.models.rope import RopeScaling
+from growkit.ops import flops
 
 Theta = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
 NormKind = Literal["rmsnorm", "layernorm", "layernorm_gainless"]
@@ -244,7 +245,7 @@ class ModelConfig:
         """Forward FLOPs per token: 2 per weight of every matrix product (logits included, embedding look-up not; of
         the experts those that a token goes through), and 4·context·heads·head_dim per attention layer (all pairs, as
         PyTorch's counter has it). A layer of stride k costs 1/k of that, its pairs 1/k². AltUp's blocks: 2 per
-        coefficient and embed_dim. Mamba: SCAN_FLOPS per state and channel, 2 per tap."""
+        coefficient and embed_dim. Mamba: 7 (ops/flops.py, SCAN) per state and channel, 2 per tap."""
         from growkit.models.spec import param_specs
 
         strides = {layer.id: layer.stride for layer in self.layers}
@@ -262,7 +263,7 @@ class ModelConfig:
     def scan_flops_per_token(self) -> float:
         """Forward FLOPs of Mamba's scans and convolutions, which are no matrix products."""
         mamba = [(layer.mixer, layer.stride) for layer in self.layers if isinstance(layer.mixer, Mamba)]
-        return sum(m.inner * (SCAN_FLOPS * m.state + 2 * m.conv) / stride for m, stride in mamba)
+        return sum(m.inner * (flops.SCAN * m.state + 2 * m.conv) / stride for m, stride in mamba)
 
     def mixed_per_token(self) -> int:
         """Multiply-adds that a token's blocks take to be read, mixed and written: K² + 2K of embed_dim in each layer
@@ -276,8 +277,6 @@ class ModelConfig:
         return self.embed_dim * (len(self.layers) * of_layer + 2 * K * self.stream.parts)
 
 
-# Of one state for one token: Δ A, its exponential, times h, Δ x times B, their sum, and two for C h.
-SCAN_FLOPS = 7
 FLOPS_CONVENTION = 1
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from growkit.models.config import DenseMLP, Norm, Pattention, Projection
+from growkit.ops.chunks import chunk_rows
 from growkit.planner.ledger import Ledger
 
 FLOAT = 4  # bytes of a float32: weights, gradients, moments, the residual stream, statistics, logits in the loss
@@ -162,13 +163,18 @@ class FusedTokens:
         self.input = Input(at, inp, is_wide=is_wide)
         self.outs = [at.narrow(out) for out in outs]
         self.out_gradients = [] if lends_gradient else self.outs
-        self.scores = at.narrow(sum(spec.tokens for spec in specs))
+        width = sum(spec.tokens for spec in specs)
+        self.scores = at.narrow(width)
+        rows = chunk_rows(at.tokens, at.element * width, at.cuda)
+        share = rows / at.tokens  # what is not kept is there for these rows only
+        self.work, self.several = share * self.scores, rows < at.tokens
         norms = [size for spec in specs for size in (spec.banks if spec.scope == "bank" else (spec.tokens,))]
         moving = any(spec.tau_from is not None for spec in specs)  # a τ that moves is each projection's own
         alike = len(set(norms)) == 1 and len({tau for spec in specs for tau in spec.taus}) == 1
         alike = alike and (len(norms) == 1 or not moving)
-        self.normed = at.wide(sum(norms) if alike else max(norms))  # columns that are normed at once, in float32
-        self.norm_copy = self.normed if at.bf16 else 0.0
+        together = sum(norms) if alike else max(norms)  # columns that are normed at once
+        self.normed = share * at.narrow(together)
+        self.norm_copy = share * at.wide(together) if at.bf16 else 0.0
         self.scales = at.narrow(len(norms))
         self.keys = Weights(at, inp * sum(spec.tokens for spec in specs))
         self.values = [Weights(at, out * spec.tokens) for spec, out in zip(specs, outs, strict=True)]
@@ -183,25 +189,30 @@ class FusedTokens:
         for weights in (self.keys, *self.values):
             weights.forward(ledger)
         self.input.forward(ledger)
-        ledger.take(self.joined_keys, self.scores)
+        ledger.take(*self.joined_values, *self.outs, self.joined_keys, self.scores)
         ledger.give(self.joined_keys)
+        ledger.take(self.scales, self.work)
         ledger.passing(self.norm_copy)
-        ledger.take(self.scales, self.scores)
-        for out, joined in zip(self.outs, self.joined_values, strict=True):
-            ledger.take(joined, out)
-            ledger.give(joined)
+        ledger.give(self.work, *self.joined_values)
 
     def backward(self, ledger: Ledger) -> None:
-        ledger.take(self.scores)
-        for values, joined in zip(self.values, self.joined_values, strict=True):
-            ledger.passing(joined)
+        ledger.take(self.joined_keys, *self.joined_values, self.input.size, self.work)
+        for values in self.values:
             values.product(ledger)
-        ledger.passing(2 * self.norm_copy, self.normed)
-        ledger.take(self.joined_keys, self.input.size)
-        ledger.give(self.joined_keys)
+        ledger.passing(self.normed)
         self.keys.product(ledger)
-        ledger.give(3 * self.scores, self.scales, *self.out_gradients)
-        for weights in (*self.values, self.keys):
+        every = (*self.values, self.keys)
+        summed = [weights for weights in every if self.several and weights.cast]
+        for weights in summed:  # in float32 from the second chunk on
+            ledger.take(weights.gradient, weights.cast)
+            ledger.give(2 * weights.cast)
+        if self.several:
+            ledger.passing(self.normed)
+        ledger.give(self.work)
+        ledger.take(*(weights.cast for weights in summed))
+        ledger.give(*(weights.gradient for weights in summed))
+        ledger.give(self.joined_keys, *self.joined_values, self.scores, self.scales, *self.out_gradients)
+        for weights in every:
             weights.backward(ledger)
         self.input.backward(ledger)
 

@@ -29,7 +29,7 @@ def check_sections(recipe: Recipe) -> None:
         "accelerator": ("auto", "cpu", "cuda"),
         "strategy": ("single", "ddp", "fsdp"),
         "precision": ("auto", "bf16", "fp32"),
-        "backend": ("auto", "compiled", "reference"),
+        "backend": ("auto", "triton", "compiled", "reference"),
     }
     for name, allowed in choices.items():
         one_of(getattr(trainer, name), allowed, f"trainer.{name}")

@@ -1,12 +1,15 @@
-"""Pattention: token–parameter attention. ``reference`` is the definition, ``compiled`` the fast path."""
+"""Pattention: token–parameter attention. ``reference`` is the definition, ``compiled`` the fast path, ``triton`` that
+of GPUs."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from functools import cache
 
 from torch import Tensor
 
-from growkit.ops.dispatch import resolve_backend
+from growkit.ops.dispatch import choose
 from growkit.ops.pattention import compiled, reference
 from growkit.ops.pattention.reference import Tokens
 
@@ -14,6 +17,7 @@ __all__ = ["PATHS", "Pattention", "Tokens", "pattention"]
 
 Pattention = Callable[[Tensor, Sequence[Tokens]], list[Tensor]]
 
+log = logging.getLogger(__name__)
 PATHS: dict[str, Pattention] = {"reference": reference.pattention, "compiled": compiled.pattention}
 
 
@@ -24,4 +28,13 @@ def pattention(backend: str = "auto") -> Pattention:
     Several projections of one x (q, k and v) in one call share what they can. The path is chosen once, when a module
     is built: a look-up or a log line inside ``forward`` would break a compiled graph.
     """
-    return PATHS[resolve_backend("pattention", backend)]
+    return choose("pattention", backend, PATHS, _triton)
+
+
+@cache
+def _triton() -> Pattention:
+    """Loaded when it is chosen: triton need not be there otherwise."""
+    from growkit.ops.pattention import triton
+
+    log.info("op pattention has no kernels for softmax and float64: they take the compiled path's formula")
+    return triton.pattention

@@ -2,8 +2,9 @@
 
 Norms are taken in float32 under bf16 autocast, as the reference does. In eager training with the default Θ, all banks
 of all projections of one x run as one product with a backward pass of its own (``_NormGelu``): at small widths calls
-and elementwise passes cost more than the products. Elsewhere the plain formula stands: torch.compile fuses it, and
-decoding would pay for bringing the keys together.
+and elementwise passes cost more than the products. It keeps the scaled scores, (T, n), and nothing else of that size:
+what can be made from them is made again, for some rows at a time. Elsewhere the plain formula stands: torch.compile
+fuses it, and decoding would pay for bringing the keys together.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from growkit.ops.chunks import chunks
 from growkit.ops.pattention.reference import NORM_FLOOR, Tokens
 
 
@@ -57,8 +59,8 @@ def _activation(a: Tensor, theta: str, tau: float | Tensor) -> Tensor:
     return torch.softmax(a, -1) * tau
 
 
-def _joined(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
 
 
 def _norm(a: Tensor) -> Tensor:
@@ -92,11 +94,18 @@ class _Layout:
             self.norms.append((slice(begin, self.width), tau))
         self.outputs.append((slice(start, self.width), slice(first, len(self.banks))))
 
-    def under_one_norm(self, *tensors: Tensor) -> list[tuple[float | Tensor, tuple[Tensor, ...]]]:
-        """(τ, views) for each norm; norms of one size and one τ are one view (T, norms, size)."""
+    def under_one_norm(
+        self, scales: Tensor, *tensors: Tensor
+    ) -> list[tuple[float | Tensor, Tensor, tuple[Tensor, ...]]]:
+        """(τ, views of the scales (T, norms), views of the tensors) for each norm; norms of one size and one τ are one
+        view (T, norms, size)."""
         if len({(columns.stop - columns.start, tau) for columns, tau in self.norms}) == 1:
-            return [(self.norms[0][1], tuple(t.view(len(t), len(self.norms), -1) for t in tensors))]
-        return [(tau, tuple(t[:, columns] for t in tensors)) for columns, tau in self.norms]
+            views = tuple(t.view(len(t), len(self.norms), -1) for t in tensors)
+            return [(self.norms[0][1], scales.unsqueeze(-1), views)]
+        return [
+            (tau, scales[:, at : at + 1], tuple(t[:, columns] for t in tensors))
+            for at, (columns, tau) in enumerate(self.norms)
+        ]
 
 
 class _NormGelu(torch.autograd.Function):
@@ -108,43 +117,90 @@ class _NormGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layout: _Layout, *tensors: Tensor) -> tuple[Tensor, ...]:
         keys, values = tensors[: len(layout.banks)], tensors[len(layout.banks) :]
-        s = F.linear(x, _joined(list(keys)))
-        scales = []
-        for tau, (part,) in layout.under_one_norm(s):
-            scales.append(_scale(_norm(part), tau, s.dtype))
-            part.mul_(scales[-1])
-        g = F.gelu(s)
+        joined = [_joined(values[banks]) for _, banks in layout.outputs]
+        outputs = tuple(x.new_empty(len(x), v.shape[1]) for v in joined)
+        s = F.linear(x, _joined(keys))
+        scales = x.new_empty(len(x), len(layout.norms))
+        several = chunks(len(x), s.element_size() * layout.width, x.is_cuda)
+        work = torch.empty_like(s[several[0]])
+        for rows in several:
+            part_s, g = s[rows], work[: rows.stop - rows.start]
+            for tau, scale, (part,) in layout.under_one_norm(scales[rows], part_s):
+                part.mul_(scale.copy_(_scale(_norm(part), tau, s.dtype)))
+            torch.ops.aten.gelu.out(part_s, out=g)
+            for out, v, (columns, _) in zip(outputs, joined, layout.outputs, strict=True):
+                torch.mm(g[:, columns], v, out=out[rows])
         ctx.layout = layout
-        ctx.save_for_backward(x, s, g, *scales, *tensors)
-        return tuple(torch.mm(g[:, columns], _joined(list(values[banks]))) for columns, banks in layout.outputs)
+        ctx.save_for_backward(x, s, scales, *tensors)
+        return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         layout: _Layout = ctx.layout
-        x, s, g, *rest = ctx.saved_tensors
+        x, s, scales, *tensors = ctx.saved_tensors
         count = len(layout.banks)
-        scales, keys, values = rest[: -2 * count], rest[-2 * count : -count], rest[-count:]
-        wanted_keys, wanted_values = ctx.needs_input_grad[2 : 2 + count], ctx.needs_input_grad[2 + count :]
+        keys = _joined(tensors[:count])
+        values = [_joined(tensors[count:][banks]).T for _, banks in layout.outputs]
+        d_keys = _Sums(layout.banks, ctx.needs_input_grad[2 : 2 + count])
+        d_values = _Sums(layout.banks, ctx.needs_input_grad[2 + count :])
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        several = chunks(len(x), s.element_size() * layout.width, x.is_cuda)
+        work = torch.empty_like(s[several[0]])
+        for rows in several:
+            part_s, ds = s[rows], work[: rows.stop - rows.start]
+            torch.ops.aten.gelu.out(part_s, out=ds)
+            for grad, (_, banks) in zip(grads, layout.outputs, strict=True):
+                d_values.add(ds, grad[rows], banks)
+            for grad, v, (columns, _) in zip(grads, values, layout.outputs, strict=True):
+                torch.mm(grad[rows], v, out=ds[:, columns])
+            torch.ops.aten.gelu_backward.grad_input(ds, part_s, grad_input=ds)
+            for tau, scale, (part, d_part) in layout.under_one_norm(scales[rows], part_s, ds):
+                _through_norm(part, d_part, scale, tau)
+            d_keys.add(ds, x[rows], slice(0, count))
+            if dx is not None:
+                torch.mm(ds, keys, out=dx[rows])
+        return dx, None, *d_keys.each(x.dtype), *d_values.each(x.dtype)
 
-        d_values: list[Tensor | None] = []
-        ds = torch.empty_like(s)
-        for grad, (columns, banks) in zip(grads, layout.outputs, strict=True):
-            torch.mm(grad, _joined(values[banks]).T, out=ds[:, columns])
-            d_values += _per_bank(g, grad, layout.banks[banks], wanted_values[banks])
-        torch.ops.aten.gelu_backward.grad_input(ds, s, grad_input=ds)
-        wide = torch.promote_types(s.dtype, torch.float32)
-        for (tau, (part, d_part)), scale in zip(layout.under_one_norm(s, ds), scales, strict=True):
-            along = torch.linalg.vecdot(part.to(wide), d_part.to(wide)).unsqueeze(-1) / tau**2
-            along = along.masked_fill(scale >= _scale(along.new_zeros(1), tau, scale.dtype), 0).to(s.dtype)
-            d_part.addcmul_(part, along, value=-1).mul_(scale)
-        dx = torch.mm(ds, _joined(keys)) if ctx.needs_input_grad[0] else None
-        return dx, None, *_per_bank(ds, x, layout.banks, wanted_keys), *d_values
+
+def _through_norm(s: Tensor, ds: Tensor, scale: Tensor, tau: float | Tensor) -> None:
+    """ds becomes da."""
+    wide = torch.promote_types(s.dtype, torch.float32)
+    along = torch.linalg.vecdot(s, ds).to(wide).unsqueeze(-1) / tau**2  # a product of matrices: summed in float32
+    along = along.masked_fill(scale >= _scale(along.new_zeros(1), tau, scale.dtype), 0).to(s.dtype)
+    ds.addcmul_(s, along, value=-1).mul_(scale)
 
 
-def _per_bank(columns_of: Tensor, rows: Tensor, banks: list[slice], wanted: Sequence[bool]) -> list[Tensor | None]:
-    """``columns_ofᵀ rows`` for the columns of each bank; None for a bank that stands still."""
-    if all(wanted):
-        whole = torch.mm(columns_of[:, banks[0].start : banks[-1].stop].T, rows)
-        return list(torch.split(whole, [bank.stop - bank.start for bank in banks]))
-    return [torch.mm(columns_of[:, bank].T, rows) if want else None for bank, want in zip(banks, wanted, strict=True)]
+class _Sums:
+    """Gradients of banks, each a sum over chunks of rows; None for a bank that stands still. Of narrow numbers it is
+    summed in float32 as soon as there are two."""
+
+    def __init__(self, banks: list[slice], wanted: Sequence[bool]) -> None:
+        self.banks, self.wanted = banks, wanted
+        self.found: dict[tuple[int, int], Tensor] = {}  # by the columns that one product has
+
+    def add(self, columns_of: Tensor, rows: Tensor, which: slice) -> None:
+        """``columns_ofᵀ rows`` for the columns of the banks ``which``."""
+        banks, wanted = self.banks[which], self.wanted[which]
+        spans = [(bank.start, bank.stop) for bank, want in zip(banks, wanted, strict=True) if want]
+        if all(wanted):
+            spans = [(banks[0].start, banks[-1].stop)]
+        for span in spans:
+            left = columns_of[:, slice(*span)].T
+            if span not in self.found:
+                self.found[span] = torch.mm(left, rows)
+                continue
+            total = self.found[span]
+            if total.dtype in (torch.float32, torch.float64) and total.dtype == rows.dtype:
+                total.addmm_(left, rows)
+            else:
+                self.found[span] = total.to(torch.float32).add_(torch.mm(left, rows))
+
+    def each(self, dtype: torch.dtype) -> list[Tensor | None]:
+        return [self._of(bank, dtype) if want else None for bank, want in zip(self.banks, self.wanted, strict=True)]
+
+    def _of(self, bank: slice, dtype: torch.dtype) -> Tensor:
+        ((start, total),) = [
+            (start, total) for (start, stop), total in self.found.items() if start <= bank.start and bank.stop <= stop
+        ]
+        return total[bank.start - start : bank.stop - start].to(dtype)

@@ -9,7 +9,7 @@ step of decoding.
 
 | tensor | shape | dtype | |
 |---|---|---|---|
-| x, dt, z | (B, L, D) | that of x: bfloat16, float32 or float64 | z: optional |
+| x, dt, z | (B, L, D) | that of x: bfloat16, float16, float32 or float64 | z: optional |
 | B, C | (B, L, N) | that of x | |
 | A | (D, N) | wide: float32, or float64 where x is | below zero in a model, though nothing here needs it |
 | D, dt_bias | (D) | wide | dt_bias: optional |
@@ -33,12 +33,12 @@ import torch
 from torch import Tensor
 
 from growkit.errors import ConfigError
-from growkit.ops.dispatch import resolve_backend
+from growkit.ops.dispatch import choose
 from growkit.ops.selective_scan import compiled, reference
 
 __all__ = ["PATHS", "SelectiveScan", "selective_scan"]
 
-DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class SelectiveScan(Protocol):
@@ -67,7 +67,7 @@ def selective_scan(backend: str = "auto") -> SelectiveScan:
     The path is chosen once, when a module is built: a look-up or a log line inside ``forward`` would break a compiled
     graph.
     """
-    path = PATHS[resolve_backend("selective_scan", backend)]
+    path = choose("selective_scan", backend, PATHS, _triton)
 
     def scan(
         x_BLD: Tensor,
@@ -97,6 +97,13 @@ def selective_scan(backend: str = "auto") -> SelectiveScan:
         )
 
     return scan
+
+
+def _triton() -> SelectiveScan:
+    """Loaded when it is chosen: triton need not be there otherwise."""
+    from growkit.ops.selective_scan import triton
+
+    return triton.selective_scan
 
 
 def _check(

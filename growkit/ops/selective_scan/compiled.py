@@ -1,7 +1,7 @@
-"""The fast path of the selective scan: a registered op of torch, opaque to Inductor, with a backward pass of its own.
+"""The fast paths of the selective scan: a registered op of torch, opaque to Inductor, with a backward pass of its own.
 
-On a CPU it runs as the kernel of ``native``, elsewhere, and without a compiler, as ``loop``. Both keep the state before
-every chunk of 32 tokens and make the others again in the backward pass.
+``compiled``, on a CPU, runs as the kernel of ``native``, elsewhere, and without a compiler, as ``loop``; ``triton``
+runs as its kernels. All keep the state before every chunk of tokens and make the others again in the backward pass.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from growkit.ops.selective_scan import loop, native
-from growkit.ops.selective_scan.loop import CHUNK, Inputs
+from growkit.ops.selective_scan.loop import CHUNK, KEPT, Inputs
 from growkit.ops.selective_scan.reference import document_starts
 
 
@@ -30,10 +30,16 @@ def selective_scan(
     segments_BL: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Same signature and meaning as ``reference.selective_scan``."""
+    return run(
+        x_BLD, dt_BLD, A_DN, B_BLN, C_BLN, D_D, dt_bias_D, z_BLD, h0_BDN, segments_BL=segments_BL, path="compiled"
+    )
+
+
+def run(*tensors: Tensor | None, segments_BL: Tensor | None, path: str) -> tuple[Tensor, Tensor]:
+    """The op on x, dt, A, B, C, D, dt_bias, z and h0; ``path``: compiled or triton."""
     starts = None if segments_BL is None else document_starts(segments_BL)
-    tensors = (x_BLD, dt_BLD, A_DN, B_BLN, C_BLN, D_D, dt_bias_D, z_BLD, h0_BDN)
     keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    y, last, _ = _forward(*tensors, starts, keep)
+    y, last, _ = _forward(*tensors, starts, keep, path)
     return y, last
 
 
@@ -50,10 +56,11 @@ def _forward(
     h0: Tensor | None,
     starts: Tensor | None,
     keep: bool,
+    path: str = "compiled",
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = Inputs(x, dt, A, B, C, D, dt_bias, z, h0, starts)
     with torch.autocast(x.device.type, enabled=False):
-        return _path(x).forward(inputs, keep)
+        return _path(path, x).forward(inputs, keep)
 
 
 @_forward.register_fake
@@ -69,10 +76,12 @@ def _(
     h0: Tensor | None,
     starts: Tensor | None,
     keep: bool,
+    path: str = "compiled",
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, channels = x.shape
     states = A.shape[1]
-    kept = (batch, (length + CHUNK - 1) // CHUNK, states, channels) if keep else (0,)
+    chunk = KEPT if path == "triton" else CHUNK
+    kept = (batch, (length + chunk - 1) // chunk, states, channels) if keep else (0,)
     return x.new_empty(x.shape), A.new_empty(batch, channels, states), A.new_empty(kept)
 
 
@@ -91,10 +100,11 @@ def _backward(
     kept: Tensor,
     dy: Tensor,
     d_last: Tensor,
+    path: str = "compiled",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = Inputs(x, dt, A, B, C, D, dt_bias, z, h0, starts)
     with torch.autocast(x.device.type, enabled=False):
-        dx, d_dt, dA, dB, dC, dD, d_bias, dz, dh0 = _path(x).backward(inputs, kept, dy, d_last)
+        dx, d_dt, dA, dB, dC, dD, d_bias, dz, dh0 = _path(path, x).backward(inputs, kept, dy, d_last)
     return dx, d_dt, dA, dB, dC, dD, d_bias, dz, dh0
 
 
@@ -113,6 +123,7 @@ def _(
     kept: Tensor,
     dy: Tensor,
     d_last: Tensor,
+    path: str = "compiled",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     given = [tensor.new_empty(tensor.shape) for tensor in (x, dt, A, B, C, D)]
     maybe = [A.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape) for tensor in (dt_bias, z, h0)]
@@ -122,21 +133,26 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, keep = inputs
+    *tensors, keep, ctx.path = inputs
     assert keep, "a gradient was asked for after the states were thrown away"
     ctx.save_for_backward(*tensors, output[2])
 
 
 def _differentiate(ctx: Any, dy: Tensor, d_last: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, kept = ctx.saved_tensors
-    gradients = _backward(*tensors, kept, dy, d_last)
+    gradients = _backward(*tensors, kept, dy, d_last, ctx.path)
     wanted = ctx.needs_input_grad
-    return (*(gradient if want else None for gradient, want in zip(gradients, wanted)), None, None)
+    return (*(gradient if want else None for gradient, want in zip(gradients, wanted)), None, None, None)
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup)
 
 
-def _path(x: Tensor) -> Any:
-    """What runs for x: ``native.Kernel`` and ``loop`` have the same two functions."""
-    return (native.kernel() if x.device.type == "cpu" else None) or loop
+def _path(path: str, x: Tensor) -> Any:
+    """What runs for x: ``native.Kernel``, ``loop`` and ``triton`` have the same two functions."""
+    if path == "triton":
+        from growkit.ops.selective_scan import triton
+
+        return triton
+    built = x.device.type == "cpu" and x.dtype != torch.float16  # for which processors have no arithmetic to speak of
+    return (native.kernel() if built else None) or loop

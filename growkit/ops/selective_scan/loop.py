@@ -16,6 +16,9 @@ from torch.nn import functional as F
 CHUNK = 32  # tokens: the states kept are 1/32 of all, those made again at a time as well
 
 
+KEPT = 64  # tokens, likewise, of Triton's kernels, which make states again in two steps
+
+
 class Inputs(NamedTuple):
     """Of the scan, as the package says; ``starts`` (B, L): where a document begins."""
 
