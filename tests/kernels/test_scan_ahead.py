@@ -57,7 +57,7 @@ def test_instructions_of_a_state(name: str, most: float) -> None:
 
 
 def test_a_kernel_that_spills_is_seen() -> None:
-    """What is not offered: the states of eight tokens in registers."""
+    """What is not offered: the states of four tokens in registers."""
     variant = triton.variant("backward", 16, torch.bfloat16)
-    built = build(variant._replace(constants=variant.constants | {"U": 8}), "sm_90")
+    built = build(variant._replace(constants=variant.constants | {"U": 4}), "sm_90")
     assert built.spilled > 0
