@@ -50,7 +50,7 @@ class Built:
     variant: Variant
     target: str
     registers: int  # of each thread
-    spilled: int  # bytes of each thread, stores and loads; for AMD registers
+    spilled: int  # bytes of each thread, stores and loads; for AMD vector registers
     shared: int  # bytes of each program
     assembly: str  # machine code as text
 
@@ -124,5 +124,7 @@ def _amd(variant: Variant, target: str, assembly: str) -> Built:
         assert found, f"the assembly says nothing of {name}"
         return int(found[1])
 
-    spilled = figure("vgpr_spill_count") + figure("sgpr_spill_count")
-    return Built(variant, target, figure("vgpr_count"), spilled, figure("group_segment_fixed_size"), assembly)
+    # A scalar register spills into a lane of a vector register, not into memory.
+    return Built(
+        variant, target, figure("vgpr_count"), figure("vgpr_spill_count"), figure("group_segment_fixed_size"), assembly
+    )
