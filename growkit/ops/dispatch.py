@@ -5,7 +5,7 @@
 | reference | the definition, everywhere |
 | compiled | the fast path of torch calls or C++, everywhere |
 | triton | kernels for GPUs of NVIDIA and AMD; on a CPU only in Triton's interpreter (TRITON_INTERPRET=1), for tests |
-| auto | triton for tensors on a GPU where there is one and triton is installed, else compiled |
+| auto | compiled; triton for tensors on a GPU, where there is one, once ``PROVEN`` |
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from growkit.errors import ConfigError
 
 BACKENDS = ("auto", "triton", "compiled", "reference")
+PROVEN = False  # whether the kernels have been compared with the reference on a GPU; so far only interpreted
 OLDEST = (8, 0)  # compute capability of the GPUs of NVIDIA that Triton is made for
 KEY = "trainer.backend"
 Path = TypeVar("Path", bound=Callable[..., Any])
@@ -54,8 +55,8 @@ def resolve_backend(op: str, backend: str) -> str:
     chosen, why = backend, ""
     if backend == "auto":
         missing = triton_lacks()
-        chosen = "compiled" if missing else "triton"
-        why = "" if missing else " for tensors on a GPU, on the compiled path for others"
+        chosen = "triton" if PROVEN and not missing else "compiled"
+        why = "" if chosen == "compiled" else " for tensors on a GPU, on the compiled path for others"
     elif backend == "triton":
         missing = None if interpreted() else triton_lacks()
         if missing:

@@ -25,6 +25,7 @@ def _forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def machine(monkeypatch: pytest.MonkeyPatch, *, capability: Any = None, hip: str | None = None) -> None:
     """One with a GPU of this capability, or one of AMD's."""
+    monkeypatch.setattr(dispatch, "PROVEN", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
@@ -50,6 +51,12 @@ def test_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_with_a_gpu(monkeypatch: pytest.MonkeyPatch, gpu: dict[str, Any], chosen: str) -> None:
     machine(monkeypatch, **gpu)
     assert resolve_backend("op", "auto") == chosen
+
+
+def test_auto_takes_no_kernels_that_have_not_run_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, capability=(9, 0))
+    monkeypatch.setattr(dispatch, "PROVEN", False)
+    assert resolve_backend("op", "auto") == "compiled" and resolve_backend("op", "triton") == "triton"
 
 
 def test_too_old_a_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
