@@ -28,7 +28,15 @@ MOST_STATES = 256  # of a channel: beyond, a tile of states does not fit the reg
 # registers on the GPUs that tests compile for. Backward has the states of a chunk in registers. With more than 16
 # states, a sum over them crosses warps.
 FORWARD = {16: (32, 4, 1), 32: (32, 2, 2), 64: (32, 2, 4), 128: (32, 1, 8), 256: (32, 2, 8)}
-BACKWARD = {4: (32, 1, 1), 16: (32, 2, 1), 32: (32, 1, 2), 64: (32, 1, 8), 128: (16, 1, 8), 256: (8, 1, 8)}
+BACKWARD = {
+    4: (32, 1, 1),
+    8: (32, 1, 2),
+    16: (32, 2, 1),
+    32: (32, 1, 2),
+    64: (32, 1, 8),
+    128: (16, 1, 8),
+    256: (8, 1, 8),
+}
 MOST_SPANS = 64
 # Warps that a scheduler of a multiprocessor should have before L is left whole: a second pass over the tokens costs
 # about half of the first, and below one warp for each scheduler more than half of the machine waits.
