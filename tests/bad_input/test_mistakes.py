@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -112,6 +113,13 @@ def _scan(**optional: torch.Tensor) -> object:
     return selective_scan("reference")(tokens, tokens, -torch.ones(2, 3), states, states, torch.ones(2), **optional)
 
 
+def _kernels_take(tokens: torch.Tensor, interpreted: bool = False) -> object:
+    from growkit.ops.pattention import triton  # which loads it
+
+    with mock.patch.object(triton, "INTERPRETED", interpreted):
+        return triton._check(torch.zeros(1), [tokens])
+
+
 def _through_transformers(**arguments: object) -> object:
     from growkit.checkpoint.hf.auto import GrowkitForCausalLM  # which loads transformers
 
@@ -162,6 +170,21 @@ CALLS: list[tuple[str, Callable[[], object], str, str, str]] = [
         "cannot-merge",
         "--ancestor",
         "param_tokens (bank)",
+    ),
+    ("a CPU for the kernels", lambda: _kernels_take(torch.zeros(1)), "no-triton", "trainer.backend", "to a GPU"),
+    (
+        "tokens of another dtype",
+        lambda: _kernels_take(torch.zeros(1).half(), interpreted=True),
+        "mixed-dtypes",
+        "trainer.backend",
+        "autocast",
+    ),
+    (
+        "tokens on another device",
+        lambda: _kernels_take(torch.zeros(1, device="meta"), interpreted=True),
+        "mixed-devices",
+        "trainer.backend",
+        "one device",
     ),
     ("a backend", lambda: resolve_backend("pattention", "magic"), "unknown-choice", "trainer.backend", "compiled"),
     (
