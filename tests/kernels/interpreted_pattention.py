@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from growkit.errors import ConfigError
-from growkit.models.decoder import build
 from growkit.ops.pattention import PATHS, Tokens, compiled, triton
 from growkit.ops.pattention import triton_launch as launch
-from tests.support import model_config, probe, trained_like
+from tests.kernels.learning import assert_learns_as_the_reference
+from tests.support import model_config
 from tests.test_pattention import OUT, SCOPES, WIDTH, inputs, output_and_gradients, relative, single, taus
 
 # Norm-wise relative error ‖a − b‖/‖b‖, the reference being float32 from the same inputs.
@@ -335,19 +335,4 @@ def test_what_does_not_go_together_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_tiny_tokenformer_learns_as_with_the_reference() -> None:
-    """Three steps from the same start: the losses are the same."""
-    config = model_config("tokenformer")
-    losses: dict[str, list[float]] = {}
-    for backend in ("triton", "reference"):
-        model = build(config, trained_like(config, dtype=torch.float32).params, backend=backend).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-        losses[backend] = []
-        for step in range(3):
-            tokens = probe(config, context=11, seed=step)
-            loss = model(tokens[:, :-1], tokens[:, 1:]).total
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses[backend].append(float(loss.detach()))
-    assert losses["triton"] == pytest.approx(losses["reference"], rel=SAME_LOSS)
-    assert losses["triton"][0] != losses["triton"][2]
+    assert_learns_as_the_reference(model_config("tokenformer"), SAME_LOSS)

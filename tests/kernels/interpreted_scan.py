@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from growkit.errors import ConfigError
-from growkit.models.decoder import build
 from growkit.ops.selective_scan import PATHS, compiled, loop, native, selective_scan, triton
-from tests.support import model_config, probe, trained_like
+from tests.kernels.learning import assert_learns_as_the_reference
+from tests.support import model_config
 from tests.test_selective_scan import OPTIONS, Tensors, assert_same, call, documents, inputs, relative, results
 
 # Norm-wise, as of the other paths: float32 throughout, from the same inputs, with roundings in another order.
@@ -201,19 +201,4 @@ def test_too_many_states_are_named() -> None:
 
 
 def test_a_model_learns_as_with_the_reference() -> None:
-    """Three steps of a tiny Mamba from the same start: the losses are the same."""
-    config = model_config("mamba", d_state=5)
-    losses = {}
-    for backend in ("triton", "reference"):
-        model = build(config, trained_like(config, dtype=torch.float32).params, backend=backend).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-        losses[backend] = []
-        for step in range(3):
-            tokens = probe(config, context=11, seed=step)
-            loss = model(tokens[:, :-1], tokens[:, 1:]).total
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses[backend].append(float(loss.detach()))
-    assert losses["triton"] == pytest.approx(losses["reference"], rel=SAME_LOSS)
-    assert losses["triton"][0] != losses["triton"][2]
+    assert_learns_as_the_reference(model_config("mamba", d_state=5), SAME_LOSS)

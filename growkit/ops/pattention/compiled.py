@@ -43,8 +43,8 @@ def pattention(x_TD: Tensor, projections: Sequence[Tokens]) -> list[Tensor]:
 def _formula(x: Tensor, tokens: Tokens) -> Tensor:
     out: Tensor | None = None
     for keys, values, tau in tokens.groups():
-        a = F.linear(x, _joined(keys))
-        part = F.linear(_activation(a, tokens.theta, tau), _joined(values).T)
+        a = F.linear(x, joined(keys))
+        part = F.linear(_activation(a, tokens.theta, tau), joined(values).T)
         out = part if out is None else out + part
     assert out is not None
     return out
@@ -59,7 +59,7 @@ def _activation(a: Tensor, theta: str, tau: float | Tensor) -> Tensor:
     return torch.softmax(a, -1) * tau
 
 
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
+def joined(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
 
 
@@ -117,9 +117,9 @@ class _NormGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layout: _Layout, *tensors: Tensor) -> tuple[Tensor, ...]:
         keys, values = tensors[: len(layout.banks)], tensors[len(layout.banks) :]
-        joined = [_joined(values[banks]) for _, banks in layout.outputs]
-        outputs = tuple(x.new_empty(len(x), v.shape[1]) for v in joined)
-        s = F.linear(x, _joined(keys))
+        side_by_side = [joined(values[banks]) for _, banks in layout.outputs]
+        outputs = tuple(x.new_empty(len(x), v.shape[1]) for v in side_by_side)
+        s = F.linear(x, joined(keys))
         scales = x.new_empty(len(x), len(layout.norms))
         several = chunks(len(x), s.element_size() * layout.width, x.is_cuda)
         work = torch.empty_like(s[several[0]])
@@ -128,7 +128,7 @@ class _NormGelu(torch.autograd.Function):
             for tau, scale, (part,) in layout.under_one_norm(scales[rows], part_s):
                 part.mul_(scale.copy_(_scale(_norm(part), tau, s.dtype)))
             torch.ops.aten.gelu.out(part_s, out=g)
-            for out, v, (columns, _) in zip(outputs, joined, layout.outputs, strict=True):
+            for out, v, (columns, _) in zip(outputs, side_by_side, layout.outputs, strict=True):
                 torch.mm(g[:, columns], v, out=out[rows])
         ctx.layout = layout
         ctx.save_for_backward(x, s, scales, *tensors)
@@ -140,8 +140,8 @@ class _NormGelu(torch.autograd.Function):
         layout: _Layout = ctx.layout
         x, s, scales, *tensors = ctx.saved_tensors
         count = len(layout.banks)
-        keys = _joined(tensors[:count])
-        values = [_joined(tensors[count:][banks]).T for _, banks in layout.outputs]
+        keys = joined(tensors[:count])
+        values = [joined(tensors[count:][banks]).T for _, banks in layout.outputs]
         d_keys = _Sums(layout.banks, ctx.needs_input_grad[2 : 2 + count])
         d_values = _Sums(layout.banks, ctx.needs_input_grad[2 + count :])
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None

@@ -34,6 +34,7 @@ from growkit.ops.dispatch import KEY, interpreted
 from growkit.ops.pattention import compiled
 from growkit.ops.pattention import triton_kernels as kernels
 from growkit.ops.pattention import triton_launch as launch
+from growkit.ops.pattention.compiled import joined
 from growkit.ops.pattention.reference import Tokens
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -88,7 +89,7 @@ def _together(x: Tensor, projections: list[Tokens]) -> list[Tensor]:
     flat = x.reshape(-1, x.shape[-1])
     with torch.autocast(x.device.type, enabled=False):
         out, _ = _op(
-            flat, _joined(keys), [_joined(each) for each in values], taus, fixed, sizes, norms_of, projections[0].theta,
+            flat, joined(keys), [joined(each) for each in values], taus, fixed, sizes, norms_of, projections[0].theta,
             _ranges(columns, wanted_keys), _ranges(columns, wanted_values),
         )  # fmt: skip
     parts = torch.split(out, [each[0].shape[1] for each in values], -1)
@@ -108,10 +109,6 @@ def _check(x: Tensor, tensors: list[Tensor]) -> None:
             problem = f"pattention's x is {x.dtype} and its tokens {tensor.dtype}"
             mend = "use autocast or one of float32, bfloat16 and float16 for both, " + OTHERS
             raise ConfigError("mixed-dtypes", problem, key=KEY, value="triton", mend=mend)
-
-
-def _joined(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def _ranges(sizes: list[int], wanted: list[bool]) -> list[int]:

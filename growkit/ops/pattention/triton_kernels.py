@@ -1,4 +1,4 @@
-"""Pattention's Triton kernels: products with everything elementwise fused into them (docs/kernels.md has the picture).
+"""Pattention's Triton kernels: products with everything elementwise fused into them (docs/kernels.md).
 
 Legend: C rows of a chunk, D input width, E output width, N columns (the parameter tokens of all banks of all
 projections, side by side), G norms, S tiles of columns. A tile lies under one norm: ``tiles`` (S, 3) int32 holds its
