@@ -40,6 +40,7 @@ from torch import Tensor  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from growkit import __version__  # noqa: E402
+from growkit.ops.native import find_compiler  # noqa: E402
 from growkit.ops.selective_scan import PATHS, native  # noqa: E402
 
 PEERS = {"mambapy": "mambapy==1.2.0", "transformers": "transformers>=5"}
@@ -92,7 +93,7 @@ def machine(folder: str) -> dict[str, Any]:
     versions = {"growkit": __version__, "torch": torch.__version__, "python": platform.python_version()}
     for name in PEERS:
         versions[name] = next(importlib.metadata.distributions(name=name, path=paths)).version
-    compiler = native.find_compiler()
+    compiler = find_compiler()
     assert compiler is not None, "this benchmark needs a C++ compiler"
     said = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
     cores = len(os.sched_getaffinity(0))

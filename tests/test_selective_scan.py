@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from growkit.errors import ConfigError
+from growkit.ops import native as building
 from growkit.ops.selective_scan import PATHS, native, selective_scan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -415,14 +416,13 @@ def test_a_damaged_library_is_built_again(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     built = []
-    monkeypatch.setattr(
-        native, "build", lambda compiler, path, real=native.build: (built.append(path), real(compiler, path))
-    )
+    real = building.build
+    monkeypatch.setattr(building, "build", lambda *given: (built.append(given[-1]), real(*given)))
     native.kernel.cache_clear()
     try:
-        compiler = native.find_compiler()
+        compiler = building.find_compiler()
         assert compiler is not None
-        place = native.folder() / f"selective_scan-{native._key(compiler)}.so"
+        place = building.place(compiler, native.SOURCE)
         place.parent.mkdir(parents=True)
         place.write_bytes(b"\x7fELF")
         with caplog.at_level(logging.WARNING):

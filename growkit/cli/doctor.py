@@ -23,6 +23,7 @@ from growkit import __version__
 from growkit.config.recipe import TrainerConfig
 from growkit.duration import quantity
 from growkit.ops.dispatch import resolve_backend
+from growkit.ops.native import find_compiler
 from growkit.ops.selective_scan import native
 from growkit.train import hardware
 
@@ -108,7 +109,7 @@ def _processor() -> Iterator[Finding]:
 def _scan_kernel() -> Finding:
     """Whether Mamba's scan has its kernel for the CPU, which is built here if it never was."""
     about, loop = "scan on the CPU", "a loop of torch calls; the kernel is several times faster"
-    compiler = native.find_compiler()
+    compiler = find_compiler()
     if compiler is None:
         mend = "to train Mamba here, install a C++ compiler (g++ or clang++), or name one in $CXX"
         return Finding(about, loop, NOTE, mend)

@@ -1,20 +1,8 @@
-"""The scan's kernel: built once for this machine by the system's C++ compiler, then loaded from a cache.
-
-The cache is ``growkit/kernels`` in $XDG_CACHE_HOME or ~/.cache. A library's name is a hash of its source, the compiler,
-its flags and the processor's features, so that none is ever taken for another. It is written beside and renamed:
-processes that build at once each write a whole one, and the last stays.
-"""
+"""The scan's kernel in C++, for the CPU."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -22,13 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from growkit.ops.native import loaded
 from growkit.ops.selective_scan.loop import CHUNK, Inputs
 
-log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("kernel.cpp")
-COMPILERS = ("c++", "g++", "clang++")
-# Nothing of -ffast-math: the polynomials need their roundings, and NaN must stay NaN.
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi", "-fPIC", "-shared", "-pthread")
 
 
 class _Rows(ctypes.Structure):
@@ -52,8 +37,8 @@ class Kernel:
     """The loaded library. Same functions as ``loop``, for tensors of the CPU; results do not depend on the threads."""
 
     def __init__(self, library: Path) -> None:
-        loaded = ctypes.CDLL(str(library))
-        self._forward, self._backward = loaded.growkit_scan_forward, loaded.growkit_scan_backward
+        found = ctypes.CDLL(str(library))
+        self._forward, self._backward = found.growkit_scan_forward, found.growkit_scan_backward
         for function in (self._forward, self._backward):
             function.argtypes, function.restype = [ctypes.POINTER(_Scan)], ctypes.c_int64
 
@@ -94,75 +79,8 @@ class Kernel:
 
 @cache
 def kernel() -> Kernel | None:
-    """The kernel, built if this machine has not built it yet; None, and a line in the log, where it cannot be."""
     loop = "the selective scan runs on the CPU as a loop of torch calls; the kernel is several times faster"
-    compiler = find_compiler()
-    if compiler is None:
-        log.warning("no C++ compiler (%s, or $CXX): %s", ", ".join(COMPILERS), loop)
-        return None
-    try:
-        return _load(compiler)
-    except subprocess.CalledProcessError as error:
-        log.warning("%s cannot build the kernel: %s. It said: %s", compiler, loop, error.stderr.strip()[-2000:])
-    except OSError as error:
-        log.warning("the kernel cannot be kept or loaded (%s): %s", error, loop)
-    return None
-
-
-def find_compiler() -> str | None:
-    """$CXX, or the first of ``COMPILERS`` that is there."""
-    named = os.environ.get("CXX")
-    found = (shutil.which(name) for name in ((named,) if named else COMPILERS))
-    return next((path for path in found if path), None)
-
-
-def folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "growkit" / "kernels"
-
-
-def _load(compiler: str) -> Kernel:
-    """Raises CalledProcessError if the compiler fails, OSError if the disk or the loader does."""
-    path = folder() / f"selective_scan-{_key(compiler)}.so"
-    if path.exists():
-        try:
-            return Kernel(path)
-        except (OSError, AttributeError) as error:
-            log.warning("%s is damaged (%s): built again", path, error)
-    build(compiler, path)
-    return Kernel(path)
-
-
-def build(compiler: str, path: Path) -> None:
-    """Compiles into ``path``; whoever looks there finds nothing or all of it."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    log.info("building %s with %s", path.name, compiler)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as beside:
-        made = Path(beside) / path.name
-        command = [compiler, *_flags(), str(SOURCE), "-o", str(made)]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-        made.replace(path)
-
-
-def _flags() -> tuple[str, ...]:
-    """For this very processor, whose features are part of the name in the cache."""
-    arm = platform.machine().lower() in ("arm64", "aarch64")
-    return (*FLAGS, "-mcpu=native" if arm else "-march=native")
-
-
-def _key(compiler: str) -> str:
-    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
-    parts = (SOURCE.read_text(encoding="utf-8"), compiler, version, *_flags(), platform.machine(), _features())
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-
-
-def _features() -> str:
-    """What the processor can do, as Linux lists it; elsewhere as torch does."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    listed = (line for line in lines if line.lower().startswith(("flags", "features")))
-    return next(listed, f"{platform.processor()} {torch.backends.cpu.get_cpu_capability()}")
+    return loaded(SOURCE, Kernel, loop)
 
 
 def _described(inputs: Inputs) -> tuple[_Scan, Inputs]:
