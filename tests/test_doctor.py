@@ -38,7 +38,7 @@ def test_a_healthy_machine(tmp_path: Path) -> None:
     assert code == 0 and all(finding["state"] != "problem" for finding in found.values())
     assert torch.__version__ in found["torch"]["found"] and "lightning 2" in found["libraries"]["found"]
     assert "selective_scan: auto takes compiled" in found["kernels"]["found"]
-    assert "kernel, built by" in found["scan on the CPU"]["found"] and str(tmp_path) in found["disk"]["found"]
+    assert "built by" in found["kernels for the CPU"]["found"] and str(tmp_path) in found["disk"]["found"]
     assert not (tmp_path / "runs").exists()
     code, out, _ = cli("doctor", "--folder", tmp_path)
     assert code == 0 and "what to do" in out and "matrix products" in out
@@ -56,7 +56,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
         "extra": lambda: set_(doctor, "_version", lambda name: None if name == "tensorboard" else version(name)),
         "driver": lambda: set_(shutil, "which", lambda name: "/usr/bin/nvidia-smi" if name == "nvidia-smi" else None),
         "compiler": lambda: set_(shutil, "which", lambda _: None),
-        "wrong compiler": lambda: set_(doctor.native, "kernel", lambda: None),
+        "wrong compiler": lambda: set_(doctor.scan, "kernel", lambda: None),
         "threads": lambda: set_(torch, "get_num_threads", lambda: 999),
         "key": lambda: monkeypatch.setenv("WANDB_MODE", "offline"),
         "memory": lambda: set_(doctor, "_available_memory", lambda: 10**8),
@@ -72,8 +72,8 @@ def broken(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
         ("library", "plotly", "problem", "pip install growkit"),
         ("extra", "tensorboard", "note", "growkit[tensorboard]"),
         ("driver", "GPU", "problem", "CUDA build"),
-        ("compiler", "scan on the CPU", "note", "install a C++ compiler (g++ or"),
-        ("wrong compiler", "scan on the CPU", "note", "$CXX"),
+        ("compiler", "kernels for the CPU", "note", "install a C++ compiler (g++ or"),
+        ("wrong compiler", "kernels for the CPU", "note", "$CXX"),
         ("threads", "processor", "note", "run.threads="),
         ("key", "Weights & Biases", "note", "wandb login"),
         ("memory", "memory", "note", "checkpoint_layers"),

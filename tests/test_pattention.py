@@ -14,7 +14,8 @@ from torch import Tensor
 from growkit.errors import ConfigError
 from growkit.models.config import THETAS
 from growkit.ops.dispatch import resolve_backend
-from growkit.ops.pattention import PATHS, Tokens, compiled, pattention, reference
+from growkit.ops.pattention import PATHS, Tokens, compiled, native, pattention, reference
+from growkit.ops.pattention.rows import Layout, TorchRows
 
 # 7 × 9 = 63 tokens, input width 17, output width 31: nothing divides a tile.
 LEADING, WIDTH, OUT = (7, 9), 17, 31
@@ -75,10 +76,21 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm())
 
 
+@pytest.fixture(params=["kernel", "torch calls"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How the compiled path goes through rows of scores in float32 and bfloat16."""
+    assert native.kernel() is not None, "these tests need a C++ compiler"
+    if request.param != "kernel":
+        monkeypatch.setattr(native, "kernel", lambda: None)
+    return str(request.param)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("banks", BANKS, ids=str)
 @pytest.mark.parametrize(("theta", "scope"), CASES)
-def test_compiled_path_is_the_reference(theta: str, scope: str, banks: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_compiled_path_is_the_reference(
+    theta: str, scope: str, banks: tuple[int, ...], dtype: torch.dtype, way: str
+) -> None:
     given = (*inputs(banks, dtype), taus(banks, scope), theta, scope)
     ours, theirs = (output_and_gradients(OPS[name], *given) for name in ("compiled", "reference"))
     assert len(ours) == 2 + 2 * len(banks)
@@ -189,7 +201,7 @@ def test_gradcheck(banks: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("theta", THETAS)
-def test_rows_below_the_floor_of_the_norm(theta: str, dtype: torch.dtype) -> None:
+def test_rows_below_the_floor_of_the_norm(theta: str, dtype: torch.dtype, way: str) -> None:
     """There the scale is a constant, and the gradient that of a constant, for any τ."""
     x, keys, values = inputs((12,), dtype)
     with torch.no_grad():
@@ -199,6 +211,77 @@ def test_rows_below_the_floor_of_the_norm(theta: str, dtype: torch.dtype) -> Non
         ours, theirs = (output_and_gradients(OPS[name], *given) for name in ("compiled", "reference"))
         for name, tensor in ours.items():
             assert relative(tensor, theirs[name]) <= TOLERANCE[dtype], (name, tau)
+
+
+# Of the kernel alone, beside float64: its polynomials and a handful of roundings in float32, then one of bfloat16's.
+KERNEL = {torch.float32: 5e-7, torch.bfloat16: 2**-8 + 3e-4}
+
+
+def kernel() -> native.Kernel:
+    found = native.kernel()
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("dtype", KERNEL, ids=str)
+def test_the_kernel_knows_gelu_and_its_slope_far_into_the_tails(dtype: torch.dtype) -> None:
+    """Relative to each single value of gelu, not only to the largest."""
+    s = torch.linspace(-9, 9, 20001).to(dtype)[None]
+    g, slope = torch.empty_like(s), torch.empty_like(s)
+    kernel().weights(layout(s.shape[1]), s, g, slope)
+    wide = s.double()
+    below = torch.special.erfc(-wide / math.sqrt(2)) / 2  # ndtr has no tail
+    off = (g - wide * below).abs() / (wide * below).abs().clamp_min(1e-30)
+    assert (off <= KERNEL[dtype] * (1 + wide.square() / 4)).all()  # the exponent, s²/2, is rounded too
+    bell = torch.exp(-wide.square() / 2) / math.sqrt(2 * math.pi)
+    assert float((slope - (below + wide * bell)).abs().max()) <= KERNEL[dtype]
+
+
+def layout(*widths: int) -> Layout:
+    found, start = Layout(), 0
+    for at, width in enumerate(widths):
+        found.norms.append((slice(start, start + width), 2.5 + at))
+        start += width
+    return found
+
+
+@pytest.mark.parametrize("dtype", KERNEL, ids=str)
+@pytest.mark.parametrize("widths", [(2,), (5, 3), (16,), (33, 1, 200), (64, 64, 64)], ids=str)
+def test_the_kernel_goes_through_rows_of_any_width(widths: tuple[int, ...], dtype: torch.dtype) -> None:
+    """NaN stays in its norm, what lies beyond the rows is left alone, and threads change no bit."""
+    rows, width = 301, sum(widths)
+    generator = torch.Generator().manual_seed(width)
+    scores, upstream = (3 * torch.randn(rows, width, generator=generator).to(dtype) for _ in range(2))
+    scores[4], scores[5, 0] = 0, math.nan
+    found: dict[int, tuple[Tensor, ...]] = {}
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            room = torch.full((4, rows, width + 7), 7.0, dtype=dtype)
+            s, g, slope, d = (each[:, :width] for each in room)
+            s.copy_(scores)
+            d.copy_(upstream)
+            scales = kernel().scales(s, len(widths))
+            kernel().forward(layout(*widths), s, scales, g)
+            first = g.clone()
+            kernel().weights(layout(*widths), s, g, slope)
+            assert torch.equal(g.nan_to_num(9), first.nan_to_num(9))
+            kernel().backward(layout(*widths), s, scales, slope, d)
+            assert (room[..., width:] == 7).all()
+            found[count] = tuple(each.clone() for each in (s, g, d))
+    finally:
+        torch.set_num_threads(threads)
+    wide, d = scores.double(), upstream.double()
+    g, scales = torch.empty_like(wide), wide.new_empty(rows, len(widths))
+    TorchRows().forward(layout(*widths), wide, scales, g)
+    TorchRows().backward(layout(*widths), wide, scales, None, d)
+    for one, three, right in zip(found[1], found[3], (wide, g, d), strict=True):
+        assert torch.equal(one.nan_to_num(9), three.nan_to_num(9))
+        assert torch.equal(one.isnan(), right.isnan())
+        regular = [row for row in range(rows) if row not in (4, 5)]  # at the floor a gradient is 1e6 times as large
+        assert relative(one[regular], right[regular]) <= 2 * KERNEL[dtype]
+        assert relative(one[4], right[4]) <= 2 * KERNEL[dtype] or not right[4].any()
 
 
 @pytest.mark.parametrize("path", PATHS)

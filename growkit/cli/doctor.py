@@ -24,7 +24,8 @@ from growkit.config.recipe import TrainerConfig
 from growkit.duration import quantity
 from growkit.ops.dispatch import resolve_backend
 from growkit.ops.native import find_compiler
-from growkit.ops.selective_scan import native
+from growkit.ops.pattention import native as pattention
+from growkit.ops.selective_scan import native as scan
 from growkit.train import hardware
 
 FINE, NOTE, PROBLEM = "ok", "note", "problem"
@@ -103,21 +104,20 @@ def _processor() -> Iterator[Finding]:
         yield Finding("matrix products", found)
     paths = (f"{op}: auto takes {resolve_backend(op, 'auto')}" for op in ("pattention", "selective_scan"))
     yield Finding("kernels", "; ".join(paths))
-    yield _scan_kernel()
+    yield _cpu_kernels()
 
 
-def _scan_kernel() -> Finding:
-    """Whether Mamba's scan has its kernel for the CPU, which is built here if it never was."""
-    about, loop = "scan on the CPU", "a loop of torch calls; the kernel is several times faster"
+def _cpu_kernels() -> Finding:
+    """Whether the kernels for the CPU are there, which are built here if they never were."""
+    about = "kernels for the CPU"
+    slower = "torch calls, several times slower for Mamba's scan and a little for Pattention"
     compiler = find_compiler()
     if compiler is None:
-        mend = "to train Mamba here, install a C++ compiler (g++ or clang++), or name one in $CXX"
-        return Finding(about, loop, NOTE, mend)
-    if native.kernel() is None:
-        return Finding(
-            about, loop, NOTE, f"{compiler} cannot build the kernel: the log above says why; name another in $CXX"
-        )
-    return Finding(about, f"a kernel, built by {compiler}")
+        return Finding(about, slower, NOTE, "install a C++ compiler (g++ or clang++), or name one in $CXX")
+    if None in (scan.kernel(), pattention.kernel()):
+        mend = f"{compiler} cannot build them: the log above says why; name another in $CXX"
+        return Finding(about, slower, NOTE, mend)
+    return Finding(about, f"built by {compiler}")
 
 
 def _name(dtype: torch.dtype) -> str:

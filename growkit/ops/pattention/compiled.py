@@ -18,7 +18,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from growkit.ops.chunks import chunks
-from growkit.ops.pattention.reference import NORM_FLOOR, Tokens
+from growkit.ops.pattention import native
+from growkit.ops.pattention.reference import Tokens
+from growkit.ops.pattention.rows import Layout, Rows, TorchRows, norm, scale_of
 
 
 def pattention(x_TD: Tensor, projections: Sequence[Tokens]) -> list[Tensor]:
@@ -29,7 +31,7 @@ def pattention(x_TD: Tensor, projections: Sequence[Tokens]) -> list[Tensor]:
     dtype = x_TD.dtype
     if torch.is_autocast_enabled(x_TD.device.type):
         dtype = torch.get_autocast_dtype(x_TD.device.type)
-    layout, keys, values = _Layout(), [], []
+    layout, keys, values = Layout(), [], []
     for tokens in projections:
         layout.add(tokens)
         keys += [k.to(dtype) for k in tokens.keys]
@@ -52,10 +54,10 @@ def _formula(x: Tensor, tokens: Tokens) -> Tensor:
 
 def _activation(a: Tensor, theta: str, tau: float | Tensor) -> Tensor:
     if theta == "l2_norm_gelu":
-        return F.gelu(a * _scale(_norm(a), tau, a.dtype))
+        return F.gelu(a * scale_of(norm(a), tau, a.dtype))
     if theta == "gelu_l2_norm":
         g = F.gelu(a)
-        return g * _scale(_norm(g), tau, g.dtype)
+        return g * scale_of(norm(g), tau, g.dtype)
     return torch.softmax(a, -1) * tau
 
 
@@ -63,81 +65,39 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
 
 
-def _norm(a: Tensor) -> Tensor:
-    """‖a‖₂ per row, accumulated and kept in float32 at least."""
-    dtype = torch.promote_types(a.dtype, torch.float32)
-    return torch.linalg.vector_norm(a, dim=-1, keepdim=True, dtype=dtype)
-
-
-def _scale(norm: Tensor, tau: float | Tensor, dtype: torch.dtype) -> Tensor:
-    """τ / norm, given back in the scores' dtype so that the product stays narrow; to the bit the same for a number and
-    a tensor τ."""
-    return (norm.clamp_min(NORM_FLOOR).reciprocal() * tau).to(dtype)
-
-
-class _Layout:
-    """Where things lie among the columns of the scores of all banks of all projections, side by side."""
-
-    def __init__(self) -> None:
-        self.banks: list[slice] = []  # columns of each bank
-        self.norms: list[tuple[slice, float | Tensor]] = []  # columns under one norm, and its τ
-        self.outputs: list[tuple[slice, slice]] = []  # columns of each projection, and which banks they are
-        self.width = 0
-
-    def add(self, tokens: Tokens) -> None:
-        start, first = self.width, len(self.banks)
-        for keys, _, tau in tokens.groups():
-            begin = self.width
-            for k in keys:
-                self.banks.append(slice(self.width, self.width + len(k)))
-                self.width += len(k)
-            self.norms.append((slice(begin, self.width), tau))
-        self.outputs.append((slice(start, self.width), slice(first, len(self.banks))))
-
-    def under_one_norm(
-        self, scales: Tensor, *tensors: Tensor
-    ) -> list[tuple[float | Tensor, Tensor, tuple[Tensor, ...]]]:
-        """(τ, views of the scales (T, norms), views of the tensors) for each norm; norms of one size and one τ are one
-        view (T, norms, size)."""
-        if len({(columns.stop - columns.start, tau) for columns, tau in self.norms}) == 1:
-            views = tuple(t.view(len(t), len(self.norms), -1) for t in tensors)
-            return [(self.norms[0][1], scales.unsqueeze(-1), views)]
-        return [
-            (tau, scales[:, at : at + 1], tuple(t[:, columns] for t in tensors))
-            for at, (columns, tau) in enumerate(self.norms)
-        ]
+def _rows_of(x: Tensor) -> Rows:
+    """How the rows of x's scores are gone through: by the kernel where there is one."""
+    plain = type(x) is Tensor and x.device.type == "cpu" and x.dtype in native.DTYPES  # a fake one has no memory
+    return (native.kernel() if plain else None) or TorchRows()
 
 
 class _NormGelu(torch.autograd.Function):
-    """gelu(s) V, s = τ a / ‖a‖₂ per norm, a = x Kᵀ. Differentiated by hand: da = τ/‖a‖ · (ds − s (s·ds)/τ²).
-
-    Rows whose norm is at the floor are scaled by a constant, so their projection term is dropped.
-    """
+    """gelu(s) V, s = τ a / ‖a‖₂ per norm, a = x Kᵀ; differentiated by hand, see ``rows``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: _Layout, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, layout: Layout, *tensors: Tensor) -> tuple[Tensor, ...]:
         keys, values = tensors[: len(layout.banks)], tensors[len(layout.banks) :]
         side_by_side = [joined(values[banks]) for _, banks in layout.outputs]
         outputs = tuple(x.new_empty(len(x), v.shape[1]) for v in side_by_side)
-        s = F.linear(x, joined(keys))
-        scales = x.new_empty(len(x), len(layout.norms))
+        together, through = joined(keys).T, _rows_of(x)
+        s = x.new_empty(len(x), layout.width)
+        scales = through.scales(s, len(layout.norms))
         several = chunks(len(x), s.element_size() * layout.width, x.is_cuda)
         work = torch.empty_like(s[several[0]])
         for rows in several:
-            part_s, g = s[rows], work[: rows.stop - rows.start]
-            for tau, scale, (part,) in layout.under_one_norm(scales[rows], part_s):
-                part.mul_(scale.copy_(_scale(_norm(part), tau, s.dtype)))
-            torch.ops.aten.gelu.out(part_s, out=g)
+            part_s, g = torch.mm(x[rows], together, out=s[rows]), work[: rows.stop - rows.start]
+            through.forward(layout, part_s, scales[rows], g)
             for out, v, (columns, _) in zip(outputs, side_by_side, layout.outputs, strict=True):
                 torch.mm(g[:, columns], v, out=out[rows])
-        ctx.layout = layout
+        ctx.layout, ctx.through = layout, through
         ctx.save_for_backward(x, s, scales, *tensors)
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        layout: _Layout = ctx.layout
+        layout: Layout = ctx.layout
+        through: Rows = ctx.through
         x, s, scales, *tensors = ctx.saved_tensors
         count = len(layout.banks)
         keys = joined(tensors[:count])
@@ -147,28 +107,19 @@ class _NormGelu(torch.autograd.Function):
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         several = chunks(len(x), s.element_size() * layout.width, x.is_cuda)
         work = torch.empty_like(s[several[0]])
+        slope = through.room(work)
         for rows in several:
             part_s, ds = s[rows], work[: rows.stop - rows.start]
-            torch.ops.aten.gelu.out(part_s, out=ds)
+            through.weights(layout, part_s, ds, slope)
             for grad, (_, banks) in zip(grads, layout.outputs, strict=True):
                 d_values.add(ds, grad[rows], banks)
             for grad, v, (columns, _) in zip(grads, values, layout.outputs, strict=True):
                 torch.mm(grad[rows], v, out=ds[:, columns])
-            torch.ops.aten.gelu_backward.grad_input(ds, part_s, grad_input=ds)
-            for tau, scale, (part, d_part) in layout.under_one_norm(scales[rows], part_s, ds):
-                _through_norm(part, d_part, scale, tau)
+            through.backward(layout, part_s, scales[rows], slope, ds)
             d_keys.add(ds, x[rows], slice(0, count))
             if dx is not None:
                 torch.mm(ds, keys, out=dx[rows])
         return dx, None, *d_keys.each(x.dtype), *d_values.each(x.dtype)
-
-
-def _through_norm(s: Tensor, ds: Tensor, scale: Tensor, tau: float | Tensor) -> None:
-    """ds becomes da."""
-    wide = torch.promote_types(s.dtype, torch.float32)
-    along = torch.linalg.vecdot(s, ds).to(wide).unsqueeze(-1) / tau**2  # a product of matrices: summed in float32
-    along = along.masked_fill(scale >= _scale(along.new_zeros(1), tau, scale.dtype), 0).to(s.dtype)
-    ds.addcmul_(s, along, value=-1).mul_(scale)
 
 
 class _Sums:
@@ -197,10 +148,12 @@ class _Sums:
                 self.found[span] = total.to(torch.float32).add_(torch.mm(left, rows))
 
     def each(self, dtype: torch.dtype) -> list[Tensor | None]:
-        return [self._of(bank, dtype) if want else None for bank, want in zip(self.banks, self.wanted, strict=True)]
+        for span in list(self.found):  # the wide one goes when the narrow one is there
+            self.found[span] = self.found.pop(span).to(dtype)
+        return [self._of(bank) if want else None for bank, want in zip(self.banks, self.wanted, strict=True)]
 
-    def _of(self, bank: slice, dtype: torch.dtype) -> Tensor:
+    def _of(self, bank: slice) -> Tensor:
         ((start, total),) = [
             (start, total) for (start, stop), total in self.found.items() if start <= bank.start and bank.stop <= stop
         ]
-        return total[bank.start - start : bank.stop - start].to(dtype)
+        return total[bank.start - start : bank.stop - start]
