@@ -99,6 +99,7 @@ class LayerPass:
         self.norm = NormBlock(at, config.norm, embed)
         self.out, self.keeps_input = self.x, self.norm.holds_input
         self.branches = [_mixer(at, spec.mixer, embed, lends), *_feed_forward(at, spec, embed, lends)]
+        self.unsaved = 2 * self.x + max(map(self._alone, self.branches))  # with what the branches write
 
     def forward(self, ledger: Ledger) -> None:
         for branch in self.branches:
@@ -116,6 +117,13 @@ class LayerPass:
             ledger.give(self.x * len(self.branches))
         elif self.parallel:  # both norms hold the layer's input, and nothing the sum between them
             ledger.give(self.x)
+
+    def _alone(self, branch: Block) -> float:
+        """Most bytes of a branch's forward pass."""
+        ledger = Ledger()
+        self.norm.forward(ledger)
+        branch.forward(ledger)
+        return ledger.peak
 
     def backward(self, ledger: Ledger) -> None:
         for branch in reversed(self.branches):
@@ -318,13 +326,14 @@ def layer_traces(spec: LayerSpec, config: ModelConfig, at: Pass) -> Traces:
     layer.backward(back)
     if not at.checkpoint_layers:
         return Traces(ledger.close(), back.close())
-    # Only the input stays. Backward runs the layer once more; its output is not kept.
+    # Only the input stays, and what a branch saves goes when the next one begins. Backward runs the layer once more;
+    # its output is not kept.
     again = Ledger()
     again.replay(ledger.close())
     again.give(layer.out if layer.keeps_input else 0.0)
     again.replay(back.close())
     again.give(0.0 if layer.keeps_input else layer.out)
-    return Traces(Trace(ledger.peak, layer.out), again.close())
+    return Traces(Trace(min(ledger.peak, layer.unsaved), layer.out), again.close())
 
 
 def loss_peak(config: ModelConfig, at: Pass) -> float:
