@@ -26,8 +26,8 @@ from growkit.growth import gradients, verify
 from growkit.models.decoder import build, init_params
 from growkit.models.presets import PRESETS
 from growkit.models.spec import param_specs
-from growkit.ops.selective_scan import loop, native
-from growkit.planner import mamba, memory
+from growkit.ops.selective_scan import native
+from growkit.planner import memory
 from growkit.planner.activations import Pass
 from growkit.planner.memory import stage_memories
 from growkit.planner.passes import layer_traces
@@ -131,7 +131,8 @@ def train_twice(recipe: Recipe, stage: Stage, *, bf16: bool) -> None:
     """Two optimizer steps as Lightning has them: a step's gradients go when the next one's loss is there."""
     trainer = recipe.trainer
     params = init_params(stage.model, torch.Generator().manual_seed(0))
-    model = build(stage.model, params, copy=False, checkpoint_layers=trainer.checkpoint_layers).train()
+    how = {"backend": trainer.backend, "checkpoint_layers": trainer.checkpoint_layers}
+    model = build(stage.model, params, copy=False, **how).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     tokens = torch.zeros(stage.micro_batch_size, stage.context_length, dtype=torch.int64)
     for _ in range(2):
@@ -397,7 +398,6 @@ def test_a_run_that_grows(preset: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_constants_kept_here_to_spare_an_import_of_torch() -> None:
     assert memory.VALIDATION_ROWS == validate.ROWS
-    assert mamba.CHUNK == loop.CHUNK
     assert memory.HELD_BYTES == gradients.HELD_BYTES
     assert memory.GRADIENT_TOKENS == verify.GRADIENT_TOKENS
     assert all(memory.unscored(length) == validate.unscored(length) for length in (1, 7, 16, 100, 4096))

@@ -16,6 +16,7 @@ from growkit.models.config import (
     Pattention,
 )
 from growkit.models.config import projections as projections_of
+from growkit.ops import tiling
 from growkit.planner import experts, mamba
 from growkit.planner.activations import (
     BFLOAT,
@@ -112,7 +113,7 @@ class LayerPass:
                 ledger.give(self.narrow)
             ledger.passing(self.x if self.at.bf16 else 0.0, self.x)
             ledger.take(self.x)
-            ledger.give(self.narrow)
+        ledger.give(self.narrow * len(self.branches))  # what they wrote, which variables hold to the end
         if not self.norm.holds_input:
             ledger.give(self.x * len(self.branches))
         elif self.parallel:  # both norms hold the layer's input, and nothing the sum between them
@@ -388,5 +389,7 @@ def _scored_mlp(spec: LayerSpec, config: ModelConfig, at: Pass) -> float:
 
 
 def _scored(spec: Pattention, at: Pass) -> float:
-    """Scores of the tokens under one norm, three times over, as their Θ is taken."""
+    """Scores of the tokens under one norm, three times over, as their Θ is taken; of a chunk once, by the kernels."""
+    if at.triton and spec.theta != "softmax":
+        return min(at.tokens, tiling.chunk_rows(spec.tokens)) * spec.tokens * at.element
     return 3 * at.narrow(max(spec.banks) if spec.scope == "bank" else spec.tokens)

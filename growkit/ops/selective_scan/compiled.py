@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from growkit.ops import tiling
+from growkit.ops.chunks import CHUNK
 from growkit.ops.selective_scan import loop, native
-from growkit.ops.selective_scan.loop import CHUNK, KEPT, Inputs
+from growkit.ops.selective_scan.loop import Inputs
 from growkit.ops.selective_scan.reference import document_starts
 
 
@@ -80,7 +82,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, channels = x.shape
     states = A.shape[1]
-    chunk = KEPT if path == "triton" else CHUNK
+    chunk = tiling.KEPT if path == "triton" else CHUNK
     kept = (batch, (length + chunk - 1) // chunk, states, channels) if keep else (0,)
     return x.new_empty(x.shape), A.new_empty(batch, channels, states), A.new_empty(kept)
 

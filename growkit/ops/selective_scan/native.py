@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from growkit.ops.selective_scan.loop import CHUNK, Inputs
+from growkit.ops.chunks import CHUNK
+from growkit.ops.selective_scan.loop import Inputs
 
 log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("kernel.cpp")
