@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -185,7 +186,120 @@ def scan() -> Figure:
     return figure
 
 
-PICTURES = {"bank": bank, "identity-layer": layer, "schedule": schedule, "scan": scan}
+def said(axes: Axes, x: float, top: float, lines: Sequence[tuple[str, str]]) -> None:
+    """Lines of text and their colors, from ``top`` down."""
+    for line, (text, color) in enumerate(lines):
+        axes.text(x, top - 0.3 * line, text, color=color, fontsize=9.5)
+
+
+def scan_on_a_gpu() -> Figure:
+    """How Triton's kernels go through one sequence: programs, a block of 64 tokens going back, spans."""
+    figure, axes = canvas(9.2, 5.6)
+    left, top, width, height, gap = 0.9, 5.0, 1.1, 0.5, 0.18
+    for column in range(3):
+        x = left + column * width
+        axes.text(x + width / 2, top + 0.14, "32 channels", ha="center", fontsize=9.5)
+        for block in range(4):
+            y = top - (block + 1) * height - (gap if block >= 2 else 0)
+            chosen = column == 1 and block >= 2
+            axes.add_patch(Rectangle((x, y), width, height, facecolor=OLD if chosen else ZERO, alpha=0.25))
+            axes.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=OLD, linewidth=1.2))
+            axes.plot(x + width / 2, y + height, "o", color=NEW, markersize=6)
+            axes.text(x + 0.07, y + 0.1, "64 tokens", fontsize=8.5, color=SOFT)
+    for span in range(2):
+        y = top - height - span * (2 * height + gap)
+        axes.text(left - 0.15, y, f"span {span + 1}", rotation=90, ha="right", va="center", fontsize=9.5)
+    right = left + 3 * width + 0.45
+    said(
+        axes,
+        right,
+        top - 0.05,
+        (
+            ("a program: one sequence, 32 channels, one span", OLD),
+            ("its state, 16 × 32 numbers, stays in registers", OLD),
+            ("kept by forward: the state before each 64 tokens", NEW),
+        ),
+    )
+    chunk, strip = 0.36, top - 1.75
+    axes.text(right, strip + 0.72, "backward, one block of 64 tokens in chunks of 2:", fontsize=9.5)
+    axes.plot(right, strip + 0.15, "o", color=NEW, markersize=6)
+    for at in range(10):
+        x = right + at * chunk
+        if at == 7:
+            axes.text(x + chunk / 2, strip + 0.15, "…", ha="center", va="center")
+            continue
+        face = OLD if at == 5 else ZERO
+        axes.add_patch(Rectangle((x, strip), chunk, 0.3, facecolor=face, alpha=0.25))
+        axes.add_patch(Rectangle((x, strip), chunk, 0.3, fill=False, edgecolor=OLD, linewidth=1.2))
+        if at:
+            axes.plot(x, strip + 0.15, "o", color=GROUND, markeredgecolor=NEW, markersize=5)
+    end = right + 10 * chunk
+    arrow(axes, (right, strip + 0.45), (end, strip + 0.45))
+    arrow(axes, (end, strip - 0.15), (right, strip - 0.15), NEW)
+    said(
+        axes,
+        right,
+        strip - 0.45,
+        (
+            ("first: states before each chunk, made again, put aside", INK),
+            ("then, from the last chunk on: its states made again", NEW),
+            ("in registers, and the gradients back through them", NEW),
+        ),
+    )
+    axes.text(0.55, 1.86, "Where programs are few, spans run at once, in three launches:", fontsize=9.5)
+    boxes = (
+        "1  each span from a state of zero,\nand the sum of its Δ",
+        "2  one span after the other:\nh ← exp(A ΣΔ) h + what it made",
+        "3  each span again,\nfrom its right state",
+    )
+    for at, text in enumerate(boxes):
+        x = 0.6 + at * 2.85
+        box(axes, x, 0.92, 2.42, 0.62, text, OLD if at != 1 else NEW)
+        if at:
+            arrow(axes, (x - 0.38, 1.23), (x - 0.06, 1.23))
+    axes.text(0.55, 0.3, "Sums over channels, sequences and spans are written as parts and added in one order.")
+    return figure
+
+
+def pattention_on_a_gpu() -> Figure:
+    """Forward of one chunk of rows, with both ways to the norm of a row of scores."""
+    figure, axes = canvas(9.2, 4.9)
+    axes.text(0.3, 4.5, "x, in chunks of rows", fontsize=9.5)
+    for chunk in range(4):
+        y = 3.75 - chunk * 0.75
+        face = OLD if chunk == 1 else ZERO
+        axes.add_patch(Rectangle((0.5, y), 0.75, 0.6, facecolor=face, alpha=0.25))
+        axes.add_patch(Rectangle((0.5, y), 0.75, 0.6, fill=False, edgecolor=OLD, linewidth=1.2))
+    first, second, third = 2.15, 4.65, 6.95
+    ways = (
+        (3.1, "(i) the norm from the scores", OLD, "first product a = x Kᵀ\nepilogue: Σ a² of each row",
+         "a", "second product\nprologue: GELU(τ a / ‖a‖)\nthen times V"),
+        (0.85, "(ii) the norm from the Gram matrix, before the scores", NEW,
+         "first product a = x Kᵀ\nepilogue: GELU(τ a / ‖a‖)", "GELU(…)", "second product,\na plain one: times V"),
+    )  # fmt: skip
+    for y, title, color, one, between, two in ways:
+        axes.text(first - 0.05, y + 1.15, title, color=color, fontsize=10, fontweight="bold")
+        box(axes, first, y, 1.95, 0.8, one, color)
+        axes.add_patch(Rectangle((second, y + 0.1), 1.35, 0.6, facecolor=color, alpha=0.18))
+        axes.text(second + 0.675, y + 0.4, between, ha="center", va="center", fontsize=10)
+        box(axes, third, y, 1.85, 0.8, two, color)
+        arrow(axes, (first + 2.0, y + 0.4), (second - 0.04, y + 0.4), color)
+        arrow(axes, (second + 1.37, y + 0.4), (third - 0.06, y + 0.4), color)
+        arrow(axes, (1.3, 3.3), (first - 0.08, y + 0.4), color)
+    axes.text(second + 0.675, 2.93, "rows of the chunk × n, work space", ha="center", fontsize=9, color=SOFT)
+    axes.text(first - 0.05, 1.78, "‖a‖² = xᵀ (KᵀK) x; KᵀK as the sum of two matrices in 16 bits", fontsize=9, color=NEW)
+    axes.text(0.3, 0.25, "Backward makes a again; x, K, V and one sum of squares for each row are all that is kept.")
+    return figure
+
+
+PICTURES = {
+    "bank": bank,
+    "identity-layer": layer,
+    "schedule": schedule,
+    "scan": scan,
+    "scan-gpu": scan_on_a_gpu,
+    "pattention-gpu": pattention_on_a_gpu,
+}
 
 
 def draw(folder: Path) -> None:

@@ -1,8 +1,10 @@
-"""How many rows Pattention's compiled path takes at a time. Plain numbers: plans are made without torch."""
+"""How much of their work the compiled paths take at a time. Plain numbers: plans are made without torch."""
 
 from __future__ import annotations
 
-# Bytes of a buffer (rows, tokens). On a CPU two of them stay in cache; a GPU is only busy with more.
+CHUNK = 32  # tokens of the scan: the states kept are 1/32 of all, those made again at a time as well
+
+# Bytes of Pattention's buffer (rows, tokens). On a CPU two of them stay in cache; a GPU is only busy with more.
 CPU_BYTES, GPU_BYTES = 2**21, 2**27
 FEWEST = 512  # rows: each chunk's products of weights' gradients read and write all of them
 

@@ -20,9 +20,9 @@ from typing import Any, TypeVar, cast
 import torch
 
 from growkit.errors import ConfigError
+from growkit.ops.tiling import PROVEN
 
 BACKENDS = ("auto", "triton", "compiled", "reference")
-PROVEN = False  # whether the kernels have been compared with the reference on a GPU; so far only interpreted
 OLDEST = (8, 0)  # compute capability of the GPUs of NVIDIA that Triton is made for
 KEY = "trainer.backend"
 Path = TypeVar("Path", bound=Callable[..., Any])

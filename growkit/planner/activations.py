@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from growkit.models.config import DenseMLP, Norm, Pattention, Projection
+from growkit.ops import tiling
 from growkit.ops.chunks import chunk_rows
 from growkit.planner.ledger import Ledger
 
@@ -29,6 +30,7 @@ class Pass:
 
     ``cuda``: a GPU, which draws narrower dropout masks and takes softmax in float32 under autocast.
     ``adds_gradients``: to those of earlier micro-batches, in place, so that a new one lives only until it is added.
+    ``triton``: with Triton's kernels, on so many ``processors`` of a GPU, which the scan's spans fill.
     """
 
     rows: int
@@ -39,6 +41,8 @@ class Pass:
     z_loss: bool = False
     cuda: bool = False
     adds_gradients: bool = False
+    triton: bool = False
+    processors: int = 1
 
     @property
     def tokens(self) -> int:
@@ -217,6 +221,73 @@ class FusedTokens:
         self.input.backward(ledger)
 
 
+class KernelTokens:
+    """ops/pattention/triton.py: the tokens of all projections of one x that have one Θ, joined before the op."""
+
+    def __init__(
+        self,
+        at: Pass,
+        specs: Sequence[Pattention],
+        inp: int,
+        outs: Sequence[int],
+        *,
+        is_wide: bool,
+        lends_gradient: bool,
+    ) -> None:
+        self.input = Input(at, inp, is_wide=is_wide)
+        self.outs = [at.narrow(out) for out in outs]
+        self.out_gradients = [] if lends_gradient else self.outs
+        width = sum(spec.tokens for spec in specs)
+        norms = [size for spec in specs for size in (spec.banks if spec.scope == "bank" else (spec.tokens,))]
+        self.squares = at.wide(len(norms))
+        self.rows = min(at.tokens, tiling.chunk_rows(width))
+        self.columns = tiling.COLUMNS["narrow" if at.bf16 else "ieee"]
+        self.buffer = self.rows * tiling.padded(width) * at.element
+        self.partials = self._partials(self.rows, norms)
+        self.sums = self.rows * len(norms) * FLOAT
+        ahead = at.bf16 and specs[0].theta == "l2_norm_gelu" and tiling.norms_ahead(at.tokens, inp, width, len(norms))
+        self.gram = self._gram(at, inp, len(norms)) if ahead else 0.0
+        self.every = [
+            *(Weights(at, out * spec.tokens) for spec, out in zip(specs, outs, strict=True)),
+            Weights(at, inp * width),
+        ]
+        several = [len(spec.banks) > 1 for spec in specs] + [sum(len(spec.banks) for spec in specs) > 1]
+        entries = [out * spec.tokens for spec, out in zip(specs, outs, strict=True)] + [inp * width]
+        self.joined = sum(at.element * size for size, joins in zip(entries, several, strict=True) if joins)
+        self.kept = 0.0 if at.bf16 else self.joined  # in the place of the casts that they are made of
+
+    def _partials(self, rows: int, sizes: Sequence[int]) -> float:
+        """A number of each row for each tile of scores."""
+        return rows * sum(-(-size // self.columns) for size in sizes) * FLOAT
+
+    def _gram(self, at: Pass, depth: int, norms: int) -> float:
+        """Two matrices for each norm, one after the other and as one; the last in float32; partial sums of a chunk."""
+        rows = min(at.tokens, tiling.chunk_rows(2 * norms * depth))
+        matrices = 2 * 2 * norms * depth**2 * at.element + depth**2 * FLOAT
+        return matrices + self._partials(rows, [depth] * 2 * norms)
+
+    def forward(self, ledger: Ledger) -> None:
+        self.input.forward(ledger)
+        for weights in self.every:
+            weights.forward(ledger)
+        ledger.take(self.joined, *self.outs, self.squares)
+        ledger.passing(self.gram)
+        ledger.passing(self.buffer, self.partials)
+        ledger.give(self.joined - self.kept)
+
+    def backward(self, ledger: Ledger) -> None:
+        sums = [weights.gradient for weights in self.every]
+        casts = [weights.cast for weights in self.every]
+        ledger.take(self.squares, self.input.size, *sums)  # zeros, the gradient of the norms
+        ledger.take(3 * self.buffer, self.partials, self.sums)
+        ledger.take(*casts)
+        ledger.give(3 * self.buffer, self.partials, self.sums, *(sums if any(casts) else ()))
+        ledger.give(self.squares, self.squares, self.kept, *self.out_gradients)
+        for weights in self.every:
+            weights.backward(ledger)
+        self.input.backward(ledger)
+
+
 class PlainTokens:
     """ops/pattention/compiled.py, ``_formula``, of one projection: for the Θ without a backward pass of their own."""
 
@@ -275,10 +346,15 @@ def projections(
     tokens = [(spec, out) for spec, out in zip(specs, outs, strict=True) if isinstance(spec, Pattention)]
     how = {"is_wide": is_wide, "lends_gradient": lends_gradient}
     blocks: list[Block] = []
-    if tokens and all(spec.theta == "l2_norm_gelu" for spec, _ in tokens):
-        blocks.append(FusedTokens(at, [spec for spec, _ in tokens], inp, [out for _, out in tokens], **how))
-    else:
-        blocks += [PlainTokens(at, spec, inp, out, **how) for spec, out in tokens]
+    thetas = list(dict.fromkeys(spec.theta for spec, _ in tokens))
+    for theta in thetas:
+        these, widths = zip(*((spec, out) for spec, out in tokens if spec.theta == theta), strict=True)
+        if at.triton and theta != "softmax":
+            blocks.append(KernelTokens(at, these, inp, widths, **how))
+        elif thetas == ["l2_norm_gelu"]:
+            blocks.append(FusedTokens(at, these, inp, widths, **how))
+        else:
+            blocks += [PlainTokens(at, spec, inp, out, **how) for spec, out in zip(these, widths, strict=True)]
     dense = [out for spec, out in zip(specs, outs, strict=True) if not isinstance(spec, Pattention)]
     return blocks + [LinearBlock(at, inp, out, **how) for out in dense]
 

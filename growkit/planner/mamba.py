@@ -5,13 +5,16 @@ Legend: N tokens of a micro-batch, E inner, S states, R dt_rank, W taps; e: byte
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from growkit.models.config import Mamba
+from growkit.ops import tiling
+from growkit.ops.chunks import CHUNK
 from growkit.planner.activations import FLOAT, Pass, projections
 from growkit.planner.ledger import Ledger
 
-CHUNK = 32  # tokens between two states that the scan keeps: ops/selective_scan/loop.py, CHUNK
 # What the loop, which runs where the kernel does not, holds at once in either pass, the chunk before included: tensors
 # of (chunk, rows, E, S), and beside them of (chunk, rows, E), with casts of these under autocast. As measured.
 LOOP_FORWARD, LOOP_BACKWARD = 5, 6
@@ -19,7 +22,7 @@ LOOP_NARROW, LOOP_CASTS = 13, 4
 
 
 class MambaBlock:
-    """``MambaMixer`` with the compiled scan. Reads float32."""
+    """``MambaMixer`` with the compiled scan, or Triton's. Reads float32."""
 
     def __init__(self, at: Pass, spec: Mamba, embed: int, *, lends_gradient: bool) -> None:
         inner, parts = spec.inner, spec.dt_rank + 2 * spec.state
@@ -35,8 +38,12 @@ class MambaBlock:
         self.biased = self.e if spec.conv_bias else 0.0
         self.A = inner * spec.state * FLOAT
         self.last = at.rows * self.A
-        self.kept = -(-at.context // CHUNK) * self.last
-        self.loops = [_loop(at, spec, count) for count in (LOOP_FORWARD, LOOP_BACKWARD)]
+        self.kept = -(-at.context // (tiling.KEPT if at.triton else CHUNK)) * self.last
+        self.before_y, self.beside_y = 0.0, 0.0
+        if at.triton:
+            self.beside_y, self.beside_dx = kernel_forward(at, spec), kernel_backward(at, spec)
+        else:
+            self.before_y, self.beside_dx = (_loop(at, spec, count) for count in (LOOP_FORWARD, LOOP_BACKWARD))
         self.norms = list(_norms(at, spec))
 
     def forward(self, ledger: Ledger) -> None:
@@ -54,8 +61,9 @@ class MambaBlock:
             norm.forward(ledger)
         self.dt_proj.forward(ledger)
         ledger.take(self.A, self.A)  # exp(A_log), −exp(A_log)
-        ledger.passing(self.loops[0])
+        ledger.passing(self.before_y)
         ledger.take(e, self.last, self.kept)
+        ledger.passing(self.beside_y)
         self.out_proj.forward(ledger)
         ledger.give(self.last)
 
@@ -65,7 +73,7 @@ class MambaBlock:
         ledger.give(e)  # y
         ledger.take(self.last, self.kept)  # zeros: gradients of h_T and of the states kept
         ledger.take(e, e, self.A, states, e)  # of x, Δ, A, B and C, z
-        ledger.passing(self.loops[1])
+        ledger.passing(self.beside_dx)
         ledger.give(e, self.last, self.kept, self.kept, e)  # y's gradient; what the scan saved, and Δ
         ledger.passing(self.A, self.A)
         ledger.give(self.A, self.A, self.A)
@@ -106,6 +114,45 @@ def _loop(at: Pass, spec: Mamba, count: int) -> float:
     return at.rows * min(CHUNK, at.context) * spec.inner * per_channel * FLOAT if at.cuda else 0.0
 
 
+def kernel_forward(at: Pass, spec: Mamba) -> float:
+    """Work space of ops/selective_scan/triton.py beside what ``forward`` returns: A, B and C as kernels read them, what
+    is handed on between spans, the last state as it comes out of them."""
+    over = _spans(at, spec, "forward")
+    return _read(at, spec) + 2 * over.states + over.sums + at.rows * spec.inner * spec.state * FLOAT
+
+
+def kernel_backward(at: Pass, spec: Mamba) -> float:
+    """The same of ``backward``, with parts of dB and dC for each block of channels, of dA, dD and the bias's gradient
+    for each span, and the states of a block of tokens."""
+    over, programs = _spans(at, spec, "backward"), tiling.scan_programs("backward", spec.state, spec.inner, at.rows)
+    of_tokens = 2 * programs * at.context * spec.state * FLOAT
+    scratch = programs * over.spans * math.prod(tiling.scan_scratch(spec.state)) * FLOAT
+    handed_on = 2 * over.states + over.sums if over.spans > 1 else at.rows * spec.inner * spec.state * FLOAT
+    gradients = at.rows * over.spans * spec.inner * (spec.state + 2) * FLOAT
+    rounded = at.wide(spec.state) if at.bf16 else 0.0  # a sum over blocks, before it is
+    return _read(at, spec) + handed_on + of_tokens + gradients + scratch + rounded
+
+
+class _Spans(NamedTuple):
+    """Bytes of a state, and of a number, for each channel of each span; nothing where there is one only."""
+
+    spans: int
+    states: float
+    sums: float
+
+
+def _spans(at: Pass, spec: Mamba, name: str) -> _Spans:
+    most = tiling.most_spans(name, spec.state, spec.inner, at.rows, at.processors)
+    _, count = tiling.scan_spans(at.context, most)
+    sums = at.rows * count * spec.inner * FLOAT if count > 1 else 0.0
+    return _Spans(count, sums * spec.state, sums)
+
+
+def _read(at: Pass, spec: Mamba) -> float:
+    """A, turned; B and C in float32, where they are parts of wider rows or were narrow."""
+    return spec.inner * spec.state * FLOAT + 2 * at.wide(spec.state)
+
+
 class _InnerNorm:
     """``_normed``. Its output, its input and their gradients are booked by nobody else."""
 
@@ -137,5 +184,6 @@ def scored(at: Pass, spec: Mamba) -> float:
     e = at.narrow(spec.inner)
     state = spec.inner * spec.state * FLOAT
     taps = at.rows * (spec.conv - 1) * spec.inner * at.element
-    scan = at.narrow(spec.dt_rank + 2 * spec.state) + (2 + at.rows) * state + _loop(at, spec, LOOP_FORWARD)
+    work = kernel_forward(at, spec) if at.triton else _loop(at, spec, LOOP_FORWARD)
+    scan = at.narrow(spec.dt_rank + 2 * spec.state) + (2 + at.rows) * state + work
     return 5 * e + max(2 * taps, scan)

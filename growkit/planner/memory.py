@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from growkit.config.recipe import Recipe
 from growkit.models.spec import ParamSpec, param_specs
+from growkit.ops.tiling import PROVEN
 from growkit.planner.activations import FLOAT, Pass
 from growkit.planner.passes import evaluation_peak, layer_traces, loss_peak, scored_layers, trace
 from growkit.schedule.stage import GrowthSchedule, Stage
@@ -19,6 +20,9 @@ from growkit.schedule.stage import GrowthSchedule, Stage
 MOMENTS = 2 * FLOAT  # bytes of AdamW's two moments of one entry
 ELEMENTWISE = ("gain", "bias", "conv", "a_log", "skip")  # roles of parameters that no product reads
 FLOAT64 = 8
+# Multiprocessors of a GPU, for the work space of the scan's spans: an H200's. Others have up to twice as many, and need
+# up to 80 MB more where few sequences of few channels are gone through.
+PROCESSORS = 132
 VALIDATION_ROWS = 32  # windows of a validation's forward pass: eval/validate.py, ROWS
 GRADIENT_TOKENS = 32  # of the probe, for the gradients of a certificate: growth/verify.py
 HELD_BYTES = 64 << 20  # signs that a certificate holds in memory: growth/gradients.py, HELD_BYTES
@@ -117,13 +121,19 @@ def _stage(
         if spec.role in ELEMENTWISE or spec.component == "stream":
             elementwise[spec.layer] += spec.numel
 
+    micro_batch = Pass(
+        rows=stage.micro_batch_size,
+        context=stage.context_length,
+        bf16=bf16,
+        cuda=cuda,
+        triton=takes_kernels(recipe, cuda=cuda),
+        processors=PROCESSORS if cuda else 1,
+    )
+
     def passes(adds_gradients: bool) -> tuple[float, float]:
         """Most bytes beside weights and moments: on the way to the loss (gradients apart), and back."""
-        at = Pass(
-            rows=stage.micro_batch_size,
-            context=stage.context_length,
-            bf16=bf16,
-            cuda=cuda,
+        at = dataclasses.replace(
+            micro_batch,
             checkpoint_layers=trainer.checkpoint_layers,
             chunk_tokens=trainer.loss_chunk_tokens,
             z_loss=recipe.optim.z_loss > 0,
@@ -148,7 +158,7 @@ def _stage(
     scored = stage.context_length - unscored(stage.context_length)
     windows = max(1, recipe.monitor.validation_tokens // scored)
     rows = min(VALIDATION_ROWS, windows)
-    at = Pass(rows=rows, context=stage.context_length, bf16=bf16, cuda=cuda)
+    at = dataclasses.replace(micro_batch, rows=rows)
     validation = base + gradients / sharded + evaluation_peak(stage.model, at, several=windows >= 2 * rows)
     copies = weights + moments  # of the state, on the CPU, when the stage is over
     trial = 0.0
@@ -173,6 +183,11 @@ def _stage(
         host=host,
         on_cpu=not cuda,
     )
+
+
+def takes_kernels(recipe: Recipe, *, cuda: bool) -> bool:
+    """Whether the ops run as Triton's kernels: ops/dispatch.py."""
+    return recipe.trainer.backend == "triton" or (recipe.trainer.backend == "auto" and cuda and PROVEN)
 
 
 def unscored(context_length: int) -> int:

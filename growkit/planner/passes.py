@@ -16,6 +16,7 @@ from growkit.models.config import (
     Pattention,
 )
 from growkit.models.config import projections as projections_of
+from growkit.ops import tiling
 from growkit.planner import experts, mamba
 from growkit.planner.activations import (
     BFLOAT,
@@ -99,6 +100,7 @@ class LayerPass:
         self.norm = NormBlock(at, config.norm, embed)
         self.out, self.keeps_input = self.x, self.norm.holds_input
         self.branches = [_mixer(at, spec.mixer, embed, lends), *_feed_forward(at, spec, embed, lends)]
+        self.unsaved = 2 * self.x + max(map(self._alone, self.branches))  # with what the branches write
 
     def forward(self, ledger: Ledger) -> None:
         for branch in self.branches:
@@ -111,11 +113,18 @@ class LayerPass:
                 ledger.give(self.narrow)
             ledger.passing(self.x if self.at.bf16 else 0.0, self.x)
             ledger.take(self.x)
-            ledger.give(self.narrow)
+        ledger.give(self.narrow * len(self.branches))  # what they wrote, which variables hold to the end
         if not self.norm.holds_input:
             ledger.give(self.x * len(self.branches))
         elif self.parallel:  # both norms hold the layer's input, and nothing the sum between them
             ledger.give(self.x)
+
+    def _alone(self, branch: Block) -> float:
+        """Most bytes of a branch's forward pass."""
+        ledger = Ledger()
+        self.norm.forward(ledger)
+        branch.forward(ledger)
+        return ledger.peak
 
     def backward(self, ledger: Ledger) -> None:
         for branch in reversed(self.branches):
@@ -318,13 +327,14 @@ def layer_traces(spec: LayerSpec, config: ModelConfig, at: Pass) -> Traces:
     layer.backward(back)
     if not at.checkpoint_layers:
         return Traces(ledger.close(), back.close())
-    # Only the input stays. Backward runs the layer once more; its output is not kept.
+    # Only the input stays, and what a branch saves goes when the next one begins. Backward runs the layer once more;
+    # its output is not kept.
     again = Ledger()
     again.replay(ledger.close())
     again.give(layer.out if layer.keeps_input else 0.0)
     again.replay(back.close())
     again.give(0.0 if layer.keeps_input else layer.out)
-    return Traces(Trace(ledger.peak, layer.out), again.close())
+    return Traces(Trace(min(ledger.peak, layer.unsaved), layer.out), again.close())
 
 
 def loss_peak(config: ModelConfig, at: Pass) -> float:
@@ -379,5 +389,7 @@ def _scored_mlp(spec: LayerSpec, config: ModelConfig, at: Pass) -> float:
 
 
 def _scored(spec: Pattention, at: Pass) -> float:
-    """Scores of the tokens under one norm, three times over, as their Θ is taken."""
+    """Scores of the tokens under one norm, three times over, as their Θ is taken; of a chunk once, by the kernels."""
+    if at.triton and spec.theta != "softmax":
+        return min(at.tokens, tiling.chunk_rows(spec.tokens)) * spec.tokens * at.element
     return 3 * at.narrow(max(spec.banks) if spec.scope == "bank" else spec.tokens)

@@ -18,9 +18,11 @@ from growkit.planner.ledger import Ledger
 
 
 class LayerBlock(Protocol):
-    """``out``: bytes of what it makes. ``keeps_input``: until its backward pass, which then gives it."""
+    """``out``: bytes of what it makes. ``keeps_input``: until its backward pass, which then gives it. ``unsaved``: the
+    most of a forward pass of which nothing is kept, which is that of a layer that will be computed again."""
 
     out: float
+    unsaved: float
     keeps_input: bool
 
     def forward(self, ledger: Ledger) -> None: ...
@@ -49,6 +51,8 @@ class BlocksPass:
         self.x, self.out, self.keeps_input = at.wide(embed), at.wide(stream.blocks * embed), True
         self.picks, self.adds = stream.order == "paper", stream.order == "round_robin"
         self.layer, self.view = layer, _View(layer)
+        z = 0.0 if self.picks else self.x
+        self.unsaved = z + max(layer.unsaved, self.x * (2 if self.adds else 1) + self.out)
 
     def forward(self, ledger: Ledger) -> None:
         self._compute(ledger)
@@ -88,6 +92,7 @@ class RoutedPass(BlocksPass):
         self.norm = NormBlock(at, config.norm, config.embed_dim)
         self.of_P, self.of_g = at.wide(K + K * K), at.wide(2 * K + K * K)  # routes, P; routes, g, N
         self.square = at.wide(K * K)
+        self.unsaved += self.of_P + self.of_g + self.square
 
     def forward(self, ledger: Ledger) -> None:
         self._route(ledger)
@@ -140,6 +145,7 @@ class StridedPass:
     def __init__(self, at: Pass, layer: LayerBlock, embed: int) -> None:
         self.out, self.keeps_input = at.wide(embed), True
         self.part, self.layer = layer.out, _View(layer)
+        self.unsaved = max(layer.unsaved, 2 * self.part + 3 * self.out)
 
     def forward(self, ledger: Ledger) -> None:
         x, part = self.out, self.part
@@ -153,16 +159,19 @@ class StridedPass:
 
     def backward(self, ledger: Ledger) -> None:
         x, part = self.out, self.part
+        ledger.take(part)  # of the change
         ledger.take(x, x)
-        ledger.give(x)
-        ledger.take(part)
-        ledger.give(x)  # the output's gradient
+        ledger.give(x, x)  # a₁'s, the output's
+        ledger.take(part, part)
+        ledger.give(part, part)  # b's; what the layer changed
         ledger.take(part, part, part)
-        ledger.give(part, part, part)  # what the layer changed
-        ledger.take(part)
+        ledger.give(part, part)  # times −1; that of (a₁ + a₂)
+        ledger.take(part, part)
+        ledger.give(part, part, part)  # a₂'s; added to the other gradient of what the layer reads; the change's
         self.layer.backward(ledger)
+        ledger.give(part)  # added to that one
         ledger.take(x)  # zeros, but for the tokens that the layer reads
-        ledger.give(x, part, x)  # added to a₁ x's; x
+        ledger.give(part, x, x)  # added to a₁ x's; x
 
 
 def around(layer: LayerBlock, spec: LayerSpec, config: ModelConfig, at: Pass) -> LayerBlock:

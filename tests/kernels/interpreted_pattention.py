@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from growkit.errors import ConfigError
+from growkit.ops import tiling
 from growkit.ops.pattention import PATHS, Tokens, compiled, triton
-from growkit.ops.pattention import triton_launch as launch
 from tests.kernels.learning import assert_learns_as_the_reference
 from tests.support import model_config
 from tests.test_pattention import OUT, SCOPES, WIDTH, inputs, output_and_gradients, relative, single, taus
@@ -38,8 +38,8 @@ OURS, REFERENCE = single(triton.pattention), single(PATHS["reference"])
 @pytest.fixture(autouse=True)
 def _poisoned(poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """63 tokens go in chunks of 32."""
-    monkeypatch.setattr(launch, "CHUNK_MULTIPLE", 32)
-    monkeypatch.setattr(launch, "WORK_ELEMENTS", 0)
+    monkeypatch.setattr(tiling, "CHUNK_MULTIPLE", 32)
+    monkeypatch.setattr(tiling, "WORK_ELEMENTS", 0)
 
 
 def check(given: Any, dtype: torch.dtype, tolerance: float | None = None) -> None:
@@ -152,7 +152,7 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 def test_both_ways_to_the_norm(
     dtype: torch.dtype, scope: str, ratio: int, ways: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton, "GRAM_RATIO", ratio)
+    monkeypatch.setattr(tiling, "GRAM_RATIO", ratio)
     check((*gram_inputs(dtype), taus((130, 64), scope), "l2_norm_gelu", scope), dtype)
     assert ways == [ratio == 1]
 
@@ -161,7 +161,7 @@ def test_which_way_is_taken(ways: list[bool]) -> None:
     """The Gram matrix where there are four times as many tokens and parameter tokens as dimensions, in sixteen bits,
     where the norm is of the scores."""
     x, keys, values = gram_inputs()
-    assert triton.GRAM_RATIO == 4
+    assert tiling.GRAM_RATIO == 4
     for rows, n, taken in ((64, 64, True), (63, 64, False), (64, 63, False)):
         OURS(x[:rows], [keys[0][:n]], [values[0][:n]], [2.0], "l2_norm_gelu", "bank")
         assert ways.pop() == taken
@@ -188,7 +188,7 @@ def test_error_of_the_gram_matrix_is_bounded(common: float) -> None:
 @pytest.mark.parametrize("ratio", [1, 10**6])
 @pytest.mark.parametrize("theta", THETAS)
 def test_a_nan_stays_in_its_row_and_passes_through(theta: str, ratio: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton, "GRAM_RATIO", ratio)
+    monkeypatch.setattr(tiling, "GRAM_RATIO", ratio)
     x, keys, values = gram_inputs()
     with torch.no_grad():
         x[5, 3] = torch.nan
@@ -242,7 +242,7 @@ def test_the_op_is_what_torch_expects() -> None:
     x, (keys,), (values,) = inputs((12,), torch.float32, (5,))
     torch.library.opcheck(torch.ops.growkit.pattention, raw(x, keys, values))
     with torch.autocast("cpu", torch.bfloat16):
-        out, squares = torch.ops.growkit.pattention(*raw(x.bfloat16(), keys, values))
+        (out,), squares = torch.ops.growkit.pattention(*raw(x.bfloat16(), keys, values))
     assert out.dtype == torch.bfloat16 and squares.dtype == torch.float32
 
 
@@ -292,9 +292,9 @@ def test_what_is_kept_does_not_grow_with_n(theta: str) -> None:
 def test_chunks_bound_the_work_space(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     for width in (1, 768, 4096, 16384, 65536):
-        rows = launch.chunk_rows(width)
-        assert rows % 128 == 0 and rows * width <= launch.WORK_ELEMENTS, width
-    assert launch.chunk_rows(2**30) == 128
+        rows = tiling.chunk_rows(width)
+        assert rows % 128 == 0 and rows * width <= tiling.WORK_ELEMENTS, width
+    assert tiling.chunk_rows(2**30) == 128
 
 
 def test_memory_in_any_order_and_no_tokens_at_all() -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from growkit.errors import ConfigError
-from growkit.ops.selective_scan import PATHS, compiled, loop, native, selective_scan, triton
+from growkit.ops import tiling
+from growkit.ops.selective_scan import PATHS, compiled, native, selective_scan, triton
 from tests.kernels.learning import assert_learns_as_the_reference
 from tests.support import model_config
 from tests.test_selective_scan import OPTIONS, Tensors, assert_same, call, documents, inputs, relative, results
@@ -36,8 +37,7 @@ KEPT = 8  # tokens between kept states here: with 64, what has several of them w
 
 @pytest.fixture(autouse=True)
 def _poisoned(poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (compiled, triton):
-        monkeypatch.setattr(module, "KEPT", KEPT)
+    monkeypatch.setattr(tiling, "KEPT", KEPT)
 
 
 @pytest.fixture
@@ -134,8 +134,8 @@ def test_what_is_not_finite_goes_on_and_stays_in_its_document(spans: Any) -> Non
 
 
 def test_with_as_many_kept_states_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (compiled, triton):
-        monkeypatch.setattr(module, "KEPT", loop.KEPT)
+    monkeypatch.undo()
+    assert tiling.KEPT == 64
     check(inputs(1, 70, 3, 4, torch.float32))
 
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from growkit.errors import ConfigError
+from growkit.ops import tiling
 from growkit.ops.dispatch import KEY, interpreted
 from growkit.ops.pattention import compiled
 from growkit.ops.pattention import triton_kernels as kernels
@@ -38,7 +39,6 @@ from growkit.ops.pattention.compiled import joined
 from growkit.ops.pattention.reference import Tokens
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-GRAM_RATIO = 4  # of n, and of T, to D, from which on (ii) is taken
 INTERPRETED = interpreted()  # fixed, as it is for the kernels, when they are loaded
 OTHERS = "or take auto, compiled or reference"
 
@@ -88,12 +88,11 @@ def _together(x: Tensor, projections: list[Tokens]) -> list[Tensor]:
         taus = torch.stack([torch.as_tensor(tau, dtype=torch.float32, device=x.device) for tau in moving])
     flat = x.reshape(-1, x.shape[-1])
     with torch.autocast(x.device.type, enabled=False):
-        out, _ = _op(
+        outputs, _ = _op(
             flat, joined(keys), [joined(each) for each in values], taus, fixed, sizes, norms_of, projections[0].theta,
             _ranges(columns, wanted_keys), _ranges(columns, wanted_values),
         )  # fmt: skip
-    parts = torch.split(out, [each[0].shape[1] for each in values], -1)
-    return [part.view(*x.shape[:-1], part.shape[1]) for part in parts]
+    return [out.view(*x.shape[:-1], out.shape[1]) for out in outputs]
 
 
 def _check(x: Tensor, tensors: list[Tensor]) -> None:
@@ -128,8 +127,8 @@ def _ranges(sizes: list[int], wanted: list[bool]) -> list[int]:
 def _op(
     x: Tensor, keys: Tensor, values: list[Tensor], moving: Tensor | None, taus: list[float], sizes: list[int],
     norms_of: list[int], theta: str, wanted_keys: list[int], wanted_values: list[int],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """x (T, D), keys (N, D), values of each projection (n, E) → all outputs side by side (T, ΣE), and ‖·‖² (T, G).
+) -> tuple[list[Tensor], Tensor]:  # fmt: skip
+    """x (T, D), keys (N, D), values of each projection (n, E) → the output of each (T, E), and ‖·‖² (T, G).
 
     ``sizes`` (G) and ``norms_of``: see ``triton_launch.plan``. τ is ``moving`` (G) if given, else ``taus`` (G).
     ``wanted_*``: ranges of columns whose gradients will be asked for.
@@ -137,9 +136,8 @@ def _op(
     x, keys, values = _by_rows(x), _by_rows(keys), [_by_rows(v) for v in values]
     plan = _plan(x, sizes, norms_of)
     tau = _taus(tuple(taus), x.device) if moving is None else moving
-    out = x.new_empty(len(x), sum(v.shape[1] for v in values))
+    outs = [x.new_empty(len(x), v.shape[1]) for v in values]
     squares = x.new_empty(len(x), plan.norms, dtype=torch.float32)
-    outs = torch.split(out, [v.shape[1] for v in values], -1)
     with _device_of(x):
         ahead = theta == "l2_norm_gelu" and _norms_ahead(x, plan)
         if ahead:
@@ -147,10 +145,10 @@ def _op(
         writes, prologue = kernels.SCORES, kernels.SCALE_AND_GELU
         if theta == "gelu_l2_norm":
             writes, prologue = kernels.RAISED, kernels.PLAIN_SCALE
+        most = min(len(x), tiling.chunk_rows(plan.width))
+        whole = launch.buffer(x, most, plan.width), x.new_empty(most, plan.slots, dtype=torch.float32)
         for rows in _chunks(len(x), plan.width):
-            count = rows.stop - rows.start
-            written = launch.buffer(x, count, plan.width)
-            partials = x.new_empty(count, plan.slots, dtype=torch.float32)
+            written, partials = (each[: rows.stop - rows.start] for each in whole)
             writes = kernels.FINISHED if ahead else writes
             launch.first_product(plan, x[rows], keys, tau, squares[rows], written, partials, writes.value)
             if not ahead:
@@ -160,28 +158,28 @@ def _op(
                     torch.mm(written[:, plan.columns[at]], v, out=outs[at][rows])
                 else:
                     launch.second_product(plan, at, written, v, tau, squares[rows], outs[at][rows], prologue.value)
-    return out, squares
+    return outs, squares
 
 
 @torch.library.custom_op("growkit::pattention_backward", mutates_args=())
 def _backward_op(
-    grad: Tensor, x: Tensor, keys: Tensor, values: list[Tensor], squares: Tensor, moving: Tensor | None,
+    grads: list[Tensor], x: Tensor, keys: Tensor, values: list[Tensor], squares: Tensor, moving: Tensor | None,
     taus: list[float], sizes: list[int], norms_of: list[int], theta: str, wanted_x: bool, wanted_keys: list[int],
     wanted_values: list[int],
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of x (empty if not wanted), keys and values. Rows of banks that are not wanted are 0."""
-    grad, x, keys, values = _by_rows(grad), _by_rows(x), _by_rows(keys), [_by_rows(v) for v in values]
+    x, keys = _by_rows(x), _by_rows(keys)
+    grads, values = [_by_rows(grad) for grad in grads], [_by_rows(v) for v in values]
     plan = _plan(x, sizes, norms_of)
     tau = _taus(tuple(taus), x.device) if moving is None else moving
-    grads = torch.split(grad, [v.shape[1] for v in values], -1)
     dx = torch.empty_like(x) if wanted_x else x.new_empty(0)
     d_keys, *d_values = (torch.zeros_like(each, dtype=torch.float32) for each in (keys, *values))
     with _device_of(x):
+        most = min(len(x), tiling.chunk_rows(plan.width))
+        three = [launch.buffer(x, most, plan.width) for _ in range(3)]
+        two = [x.new_empty(most, size, dtype=torch.float32) for size in (plan.slots, plan.norms)]
         for rows in _chunks(len(x), plan.width):
-            count = rows.stop - rows.start
-            three = [launch.buffer(x, count, plan.width) for _ in range(3)]
-            two = [x.new_empty(count, size, dtype=torch.float32) for size in (plan.slots, plan.norms)]
-            found = launch.Rows(*three, *two)
+            found = launch.Rows(*(each[: rows.stop - rows.start] for each in (*three, *two)))
             writes = kernels.SCORES.value
             launch.first_product(plan, x[rows], keys, tau, squares[rows], found.scores, found.partials, writes)
             for at, v in enumerate(values):
@@ -206,8 +204,8 @@ def _plan(x: Tensor, sizes: list[int], norms_of: list[int], repeat: int = 1) -> 
 
 def _norms_ahead(x: Tensor, plan: launch.Plan) -> bool:
     """Whether way (ii) is taken."""
-    tokens, depth = x.shape
-    return plan.kind == "narrow" and plan.width >= GRAM_RATIO * depth * plan.norms and tokens >= GRAM_RATIO * depth
+    rows, depth = x.shape
+    return plan.kind == "narrow" and tiling.norms_ahead(rows, depth, plan.width, plan.norms)
 
 
 def _gram_squares(x: Tensor, keys: Tensor, sizes: list[int], norms_of: list[int], squares: Tensor) -> None:
@@ -241,7 +239,7 @@ def _by_rows(tensor: Tensor) -> Tensor:
 
 
 def _chunks(rows: int, width: int) -> Iterator[slice]:
-    step = launch.chunk_rows(width)
+    step = tiling.chunk_rows(width)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
@@ -259,28 +257,28 @@ def _device_of(x: Tensor) -> AbstractContextManager[Any]:
 
 
 @_op.register_fake
-def _(x: Tensor, keys: Tensor, values: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, keys: Tensor, values: list[Tensor], *rest: Any) -> tuple[list[Tensor], Tensor]:
     sizes = rest[2]
-    out = x.new_empty(x.shape[0], sum(v.shape[1] for v in values))
-    return out, x.new_empty(x.shape[0], len(sizes), dtype=torch.float32)
+    outs = [x.new_empty(x.shape[0], v.shape[1]) for v in values]
+    return outs, x.new_empty(x.shape[0], len(sizes), dtype=torch.float32)
 
 
 @_backward_op.register_fake
-def _(grad: Tensor, x: Tensor, keys: Tensor, values: list[Tensor], *rest: Any) -> list[Tensor]:
+def _(grads: list[Tensor], x: Tensor, keys: Tensor, values: list[Tensor], *rest: Any) -> list[Tensor]:
     wanted_x = rest[6]
     made = [each.new_empty(each.shape) for each in (keys, *values)]
     return [x.new_empty(x.shape) if wanted_x else x.new_empty(0), *made]
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor]) -> None:
     x, keys, values, moving, *ctx.rest = inputs
     ctx.save_for_backward(x, keys, output[1], moving, *values)
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, grads: list[Tensor], _: Tensor) -> tuple[Any, ...]:
     x, keys, squares, moving, *values = ctx.saved_tensors
     *how, wanted_keys, wanted_values = ctx.rest
-    given = (grad, x, keys, values, squares, moving, *how, ctx.needs_input_grad[0], wanted_keys, wanted_values)
+    given = (grads, x, keys, values, squares, moving, *how, ctx.needs_input_grad[0], wanted_keys, wanted_values)
     dx, d_keys, *d_values = _backward_op(*given)
     return dx if ctx.needs_input_grad[0] else None, d_keys, d_values, *[None] * 7
 
@@ -288,7 +286,7 @@ def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
 _op.register_autograd(_differentiate, setup_context=_keep)
 
 
-def _under_autocast(x: Tensor, keys: Tensor, values: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
+def _under_autocast(x: Tensor, keys: Tensor, values: list[Tensor], *rest: Any) -> tuple[list[Tensor], Tensor]:
     dtype = torch.get_autocast_dtype(x.device.type)
     with torch.autocast(x.device.type, enabled=False):
         return _op(x.to(dtype), keys.to(dtype), [v.to(dtype) for v in values], *rest)
@@ -306,7 +304,7 @@ def _flops(x: Any, keys: Any, values: Any, *_: Any, **__: Any) -> int:
 
 
 @register_flop_formula(torch.ops.growkit.pattention_backward)
-def _backward_flops(grad: Any, x: Any, keys: Any, values: Any, *rest: Any, **_: Any) -> int:
+def _backward_flops(grads: Any, x: Any, keys: Any, values: Any, *rest: Any, **_: Any) -> int:
     """Of what is asked for; the scores that are made again are not counted, as checkpointed layers are not."""
     wanted_x, wanted_keys, wanted_values = rest[-3:]
     total, start = 0, 0

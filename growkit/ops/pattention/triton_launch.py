@@ -13,13 +13,11 @@ import torch
 import triton
 from torch import Tensor
 
+from growkit.ops import tiling
 from growkit.ops.pattention import triton_kernels as kernels
 from growkit.ops.pattention.reference import NORM_FLOOR
 from growkit.ops.variants import Variant
 
-WORK_ELEMENTS = 2**25  # of one buffer (C, N) at the most; forward has one of them, backward three
-CHUNK_MULTIPLE = 128
-ALIGN = 16  # elements: rows of buffers begin at multiples of it, which wide loads and stores need
 GROUP = 8  # row blocks that go together, see triton_kernels._swizzled
 SUM_ROWS, SETTLE_ROWS = 128, 32
 THETAS = {"l2_norm_gelu": kernels.L2_NORM_GELU.value, "gelu_l2_norm": kernels.GELU_L2_NORM.value}
@@ -39,9 +37,9 @@ class Blocks(NamedTuple):
 # By what is multiplied, and how. Sixteen bits go through matrix instructions: with eight warps 128 × 128 takes 64
 # registers of a thread for the accumulator; 128 × 256 spills. Float32 as float32 is bound by arithmetic.
 BLOCKS = {
-    "narrow": Blocks(128, 128, 64, 8, 3),
-    "ieee": Blocks(64, 64, 16, 4, 2),
-    "tf32": Blocks(64, 64, 32, 4, 2),
+    "narrow": Blocks(128, tiling.COLUMNS["narrow"], 64, 8, 3),
+    "ieee": Blocks(64, tiling.COLUMNS["ieee"], 16, 4, 2),
+    "tf32": Blocks(64, tiling.COLUMNS["tf32"], 32, 4, 2),
 }
 
 
@@ -49,7 +47,7 @@ class Plan(NamedTuple):
     """Where things lie among the N columns of a call, and how its kernels are made."""
 
     kind: str  # of BLOCKS
-    aligned: bool  # every norm's columns begin and end at a multiple of ALIGN
+    aligned: bool  # every norm's columns begin and end at a multiple of tiling.ALIGN
     tiles: Tensor  # (S, 3), see triton_kernels
     norms: int  # G
     columns: tuple[slice, ...]  # of each projection
@@ -86,7 +84,7 @@ def plan(sizes: tuple[int, ...], norms_of: tuple[int, ...], kind: str, device: t
         columns.append(slice(first, start))
         slots_of.append(slice(first_slot, len(table)))
     tiles = torch.tensor(table, dtype=torch.int32, device=device)
-    aligned = all(size % ALIGN == 0 for size in sizes)
+    aligned = all(size % tiling.ALIGN == 0 for size in sizes)
     return Plan(kind, aligned, tiles, norm, tuple(columns), tuple(slots_of))
 
 
@@ -97,12 +95,8 @@ def kind(x: Tensor) -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def chunk_rows(width: int) -> int:
-    return max(CHUNK_MULTIPLE, WORK_ELEMENTS // width // CHUNK_MULTIPLE * CHUNK_MULTIPLE)
-
-
 def buffer(like: Tensor, rows: int, width: int) -> Tensor:
-    return like.new_empty(rows, -(-width // ALIGN) * ALIGN)[:, :width]
+    return like.new_empty(rows, tiling.padded(width))[:, :width]
 
 
 def variant(name: str, kind: str, **flags: Any) -> Variant:

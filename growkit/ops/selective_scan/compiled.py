@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from growkit.ops import tiling
+from growkit.ops.chunks import CHUNK
 from growkit.ops.selective_scan import loop, native
-from growkit.ops.selective_scan.loop import CHUNK, KEPT, Inputs
+from growkit.ops.selective_scan.loop import Inputs
 from growkit.ops.selective_scan.reference import document_starts
 
 
@@ -64,23 +66,10 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    dt_bias: Tensor | None,
-    z: Tensor | None,
-    h0: Tensor | None,
-    starts: Tensor | None,
-    keep: bool,
-    path: str = "compiled",
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, length, channels = x.shape
-    states = A.shape[1]
-    chunk = KEPT if path == "triton" else CHUNK
+def _(x: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    (batch, length, channels), states = x.shape, A.shape[1]
+    keep, *path = rest[7:]  # none where it is the default
+    chunk = tiling.KEPT if path == ["triton"] else CHUNK
     kept = (batch, (length + chunk - 1) // chunk, states, channels) if keep else (0,)
     return x.new_empty(x.shape), A.new_empty(batch, channels, states), A.new_empty(kept)
 
@@ -109,27 +98,9 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    dt_bias: Tensor | None,
-    z: Tensor | None,
-    h0: Tensor | None,
-    starts: Tensor | None,
-    kept: Tensor,
-    dy: Tensor,
-    d_last: Tensor,
-    path: str = "compiled",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    given = [tensor.new_empty(tensor.shape) for tensor in (x, dt, A, B, C, D)]
-    maybe = [A.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape) for tensor in (dt_bias, z, h0)]
-    dx, d_dt, dA, dB, dC, dD = given
-    d_bias, dz, dh0 = maybe
-    return dx, d_dt, dA, dB, dC, dD, d_bias, dz, dh0
+def _(x: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    tensors = (x, dt, A, *rest[:6])  # to which gradients flow
+    return tuple(A.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape) for tensor in tensors)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

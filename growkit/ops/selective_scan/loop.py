@@ -13,10 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK = 32  # tokens: the states kept are 1/32 of all, those made again at a time as well
-
-
-KEPT = 64  # tokens, likewise, of Triton's kernels, which make states again in two steps
+from growkit.ops.chunks import CHUNK
 
 
 class Inputs(NamedTuple):

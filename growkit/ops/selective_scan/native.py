@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from growkit.ops.chunks import CHUNK
 from growkit.ops.native import loaded
-from growkit.ops.selective_scan.loop import CHUNK, Inputs
+from growkit.ops.selective_scan.loop import Inputs
 
 SOURCE = Path(__file__).with_name("kernel.cpp")
 

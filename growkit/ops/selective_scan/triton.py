@@ -17,31 +17,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from growkit.errors import ConfigError
-from growkit.ops import flops
+from growkit.ops import flops, tiling
 from growkit.ops.dispatch import KEY, interpreted
 from growkit.ops.selective_scan import compiled, triton_kernels
-from growkit.ops.selective_scan.loop import KEPT, Inputs
+from growkit.ops.selective_scan.loop import Inputs
 from growkit.ops.variants import Variant
-
-MOST_STATES = 256  # of a channel: beyond, a tile of states does not fit the registers
-# Channels of a program, tokens of an unrolled chunk and warps, for up to so many states: the largest that spill no
-# registers on the GPUs that tests compile for. Backward has the states of a chunk in registers. With more than 16
-# states, a sum over them crosses warps.
-FORWARD = {16: (32, 4, 1), 32: (32, 2, 2), 64: (32, 2, 4), 128: (32, 1, 8), 256: (32, 2, 8)}
-BACKWARD = {
-    4: (32, 1, 1),
-    8: (32, 1, 2),
-    16: (32, 2, 1),
-    32: (32, 1, 2),
-    64: (32, 1, 8),
-    128: (16, 1, 8),
-    256: (8, 1, 8),
-}
-MOST_SPANS = 64
-# Warps that a scheduler of a multiprocessor should have before L is left whole: a second pass over the tokens costs
-# about half of the first, and below one warp for each scheduler more than half of the machine waits.
-WARPS_WANTED = {"forward": 1, "backward": 2}
-SCHEDULERS = 4  # of a multiprocessor
 
 
 def selective_scan(
@@ -69,8 +49,8 @@ def selective_scan(
 
 
 def _check(x: Tensor, A: Tensor) -> None:
-    if A.shape[1] > MOST_STATES:
-        mend = f"take at most {MOST_STATES}, or {KEY}=compiled"
+    if A.shape[1] > tiling.MOST_STATES:
+        mend = f"take at most {tiling.MOST_STATES}, or {KEY}=compiled"
         problem = "is more states than Triton's kernels have registers for"
         raise ConfigError("scan-misfit", problem, key="selective_scan.A", value=A.shape[1], mend=mend)
     if x.device.type == "cpu" and not _INTERPRETED:
@@ -108,7 +88,8 @@ def forward(inputs: Inputs, keep: bool, spans: int | None = None) -> tuple[Tenso
         first = _carried(x, A, sums, ends, first, _resets(starts, span, spans), back=False)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     last = torch.empty(batch, states, channels, dtype=A.dtype, device=x.device)
-    kept = torch.empty((batch, -(-length // KEPT), states, channels) if keep else (0,), dtype=A.dtype, device=x.device)
+    shape = (batch, -(-length // tiling.KEPT), states, channels) if keep else (0,)
+    kept = torch.empty(shape, dtype=A.dtype, device=x.device)
     tensors = (x, dt, z, B, C, A, D, bias, first, starts, y, last, kept if keep else None)
     _launch("forward", x, states, batch * spans, *tensors, *_rows(x, dt, z), length, channels, span)
     return y, last.transpose(1, 2).contiguous(), kept
@@ -122,8 +103,7 @@ def backward(
     dy = _rows_dense(dy_BLD)
     (batch, length, channels), states = x.shape, A.shape[0]
     span, spans = _spans(x, states, "backward", spans)
-    BD, U, _ = _tile("backward", states)
-    blocks = -(-channels // BD)
+    blocks = tiling.scan_programs("backward", states, channels, 1)
 
     def wide(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=A.dtype, device=x.device)
@@ -140,7 +120,7 @@ def backward(
     dA, dD = wide(batch, spans, states, channels), wide(batch, spans, channels)
     d_bias = None if bias is None else torch.empty_like(dD)
     dh0 = None if h0 is None else wide(batch, states, channels)
-    scratch = wide(blocks * batch * spans, KEPT // U, _power(states), BD)
+    scratch = wide(blocks * batch * spans, *tiling.scan_scratch(states))
     tensors = (x, dt, z, B, C, A, D, bias, starts, kept, after, dy, scratch, dx, d_dt, dz, dB, dC, dA, dD, d_bias, dh0)
     _launch("backward", x, states, batch * spans, *tensors, *_rows(x, dt, z, dy), length, channels, span, batch)
     return (
@@ -159,8 +139,8 @@ def backward(
 def variant(name: str, states: int, dtype: torch.dtype, absent: frozenset[str] = frozenset()) -> Variant:
     """The way in which the kernel ``name`` runs for so many states. ``absent``: which optional tensors are."""
     kernel = _kernel(name)
-    BD, U, warps = _tile(name, states)
-    sizes = {"N": states, "BN": _power(states), "BD": BD, "U": U, "K": KEPT, "BACK": name == "carry_back"}
+    BD, U, warps = tiling.scan_tile(name, states)
+    sizes = {"N": states, "BN": tiling.power(states), "BD": BD, "U": U, "K": tiling.KEPT, "BACK": name == "carry_back"}
     constants: dict[str, Any] = {size: value for size, value in sizes.items() if size in kernel.arg_names}
     constants |= dict.fromkeys(absent)
     types = {argument: _type(argument, dtype) for argument in kernel.arg_names if argument not in constants}
@@ -222,14 +202,11 @@ def _carried(
 
 
 def _spans(x: Tensor, states: int, name: str, most: int | None) -> tuple[int, int]:
-    """Tokens of a span, whole numbers of those between kept states, and how many spans there are."""
+    """As ``tiling.scan_spans``."""
     batch, length, channels = x.shape
     if most is None:
-        BD, _, warps = _tile(name, states)
-        programs = -(-channels // BD) * batch * warps
-        most = max(1, min(MOST_SPANS, WARPS_WANTED[name] * SCHEDULERS * _processors(x.device) // programs))
-    span = -(-length // (most * KEPT)) * KEPT
-    return span, -(-length // span)
+        most = tiling.most_spans(name, states, channels, batch, _processors(x.device))
+    return tiling.scan_spans(length, most)
 
 
 @cache
@@ -243,16 +220,6 @@ def _resets(starts: Tensor | None, span: int, spans: int) -> Tensor | None:
         return None
     padded = torch.nn.functional.pad(starts, (0, span * spans - starts.shape[1]))
     return padded.view(starts.shape[0], spans, span).amax(2)
-
-
-def _tile(name: str, states: int) -> tuple[int, int, int]:
-    """BD, U and warps."""
-    table = BACKWARD if name == "backward" else FORWARD
-    return next(tile for most, tile in table.items() if states <= most)
-
-
-def _power(states: int) -> int:
-    return 1 << (states - 1).bit_length()
 
 
 def _dense(inputs: Inputs) -> Inputs:
