@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help quickstart test kernels compat lint docs soak bench clean
+.PHONY: help quickstart test kernels compat gpu lint docs soak bench clean
 
 help:
 	@echo "make quickstart   train and grow a small model on real text (three to four minutes on two cores)"
 	@echo "make test         the test suite"
 	@echo "make kernels      every check of the Triton kernels: in the interpreter, and compiled for each GPU (no GPU needed)"
 	@echo "make compat       the kernels' tests with the oldest torch and triton that growkit allows, in an environment of their own"
+	@echo "make gpu          on a machine with a GPU: are its kernels right, how fast are they (GPU='--only checks' for a part)"
 	@echo "make lint         ruff and mypy"
 	@echo "make docs         the documentation as a site, in site/"
 	@echo "make soak         kill training 100 times, resume, compare bitwise"
@@ -46,6 +47,9 @@ kernels: .venv/.installed
 
 compat: .venv-compat/.installed
 	.venv-compat/bin/python -m pytest -m "not kernels" tests/kernels tests/test_pattention.py tests/test_selective_scan.py
+
+gpu: .venv/.installed
+	$(BIN)/python scripts/bench_gpu.py $(GPU)
 
 lint: .venv/.installed
 	$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check . && $(BIN)/python -m mypy
