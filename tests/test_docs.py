@@ -80,6 +80,79 @@ def test_what_is_said_of_continual_learning_was_measured() -> None:
     assert continual_learning.table(measured["bits_per_byte"]) in page
 
 
+def test_every_benchmark_is_on_its_page() -> None:
+    """Every script that measures, and every file that one has written."""
+    page = (DOCS / "benchmarks.md").read_text(encoding="utf-8")
+    results = {path.name for path in (DOCS / "results").glob("*.json")}
+    assert results == set(re.findall(r"\(results/(\w+\.json)\)", page))
+    writing = {path.name for path in SCRIPTS.glob("*.py") if "results" in path.read_text(encoding="utf-8")}
+    measuring = {path.name for path in SCRIPTS.glob("bench_*.py")} | writing
+    others = {"screenshot_report.py", "gpu_figures.py"}  # a picture of a report; a part of bench_gpu.py
+    assert measuring - others == set(re.findall(r"^\| `(\w+\.py)`", page, re.MULTILINE))
+
+
+def test_what_the_page_of_benchmarks_says_was_measured() -> None:
+    page = (DOCS / "benchmarks.md").read_text(encoding="utf-8")
+    rows = {line.split("`")[1].removesuffix(".py"): line for line in page.splitlines() if line.startswith("| `")}
+
+    def said(name: str, *figures: str) -> None:
+        for figure in figures:
+            assert figure in rows[name], f"{name}: {figure} was measured"
+
+    def result(name: str) -> Any:
+        return json.loads((DOCS / "results" / f"{name}.json").read_text())
+
+    overhead = [model["ratio"]["median"] for model in result("bench_overhead")["models"]]
+    said("bench_overhead", f"{min(overhead):.2f} to {max(overhead):.2f}")
+    data = [cores["ratio_of_seconds"] for cores in result("bench_data")["preparation"]["cores"]]
+    said("bench_data", f"{data[0]:.2f} of the library's rate on one core, {data[1]:.2f} on two")
+    largest = result("bench_growth")["models"][-1]
+    said("bench_growth", f"{largest['peak_anonymous_bytes'] / 1e9:.2f} GB", f"{largest['seconds']['all']:.0f} s")
+    said("bench_growth", f"{largest['share_of_copy_speed']:.2f} of copy speed")
+    said(
+        "bench_logger",
+        " and ".join(str(m["arms"]["wandb"]["step_time_ratio"])[:5] for m in result("bench_logger")["models"]),
+    )
+    blocks_cost = [result("bench_altup")["arms"][f"recycled, K = {k}"]["eager"]["ratio"]["median"] for k in (2, 4)]
+    said("bench_altup", f"K = 2: {blocks_cost[0]:.2f}", f"K = 4: {blocks_cost[1]:.2f}")
+    faster = {peer: of["times"] for peer, of in result("bench_scan")["peers on 1"]["faster"].items()}
+    said("bench_scan", f"{faster['mambapy']} and {round(faster['transformers'], -1):,.0f} times")
+    said("bench_scan", f"{faster['mambapy, by the loop']} times mambapy's")
+    best: dict[str, float] = {}
+    for run in result("quickstart")["results"]:
+        arm = run["arm"].partition(",")[0]
+        best[arm] = min(best.get(arm, 9.0), run["bits_per_byte"])
+    said("quickstart_study", *(f"{best[arm]:.3f}" for arm in ("grown", "middle", "middle-1024")))
+    said("bench_nanogpt", *(f"{arm['mean']:.3f}" for arm in result("bench_nanogpt")["final_bits_per_byte"].values()))
+    grown = {(row["model"], row["growth"]): row for row in result("operator_examples")["rows"]}
+    padded, alone = grown["transformer", "width (pad)"], grown["transformer", "not grown"]
+    said(
+        "operator_examples",
+        f"{padded['after']['mean']:.3f}",
+        *(f"{row['later']['mean']:.3f}" for row in (padded, alone)),
+    )
+    decided = [row["bits_per_byte"] for row in result("decisions")["rows"]]
+    said("decisions", f"{min(decided):.3f} to {max(decided):.3f}")
+    forgotten = {arm: of["code"]["mean"] for arm, of in result("continual_learning")["bits_per_byte"].items()}
+    said("continual_learning", f"{forgotten['code alone']:.2f} to {forgotten['no growth, everything trains']:.2f}")
+    said("continual_learning", f"{forgotten['new banks, everything old frozen']:.2f}")
+    one = next(row for row in result("altup_study")["rows"] if row["arm"] == "one block throughout")
+    said("altup_study", f"−{abs(one['recipe_minus_this']):.3f} ± {one['interval']:.3f}")
+    apart = [row["distance"] for row in result("stream_distances")["rows"]]
+    said("stream_distances", f"{len(apart)} ways", f"{min(apart):.2f} to {max(apart):.2f}")
+    tasks = {row["recipe"]: row["scores"] for row in result("synthetic_tasks")["rows"] + result("mamba_tasks")["rows"]}
+    right = {(name, at["context_length"]): at["sequence_accuracy"] for name, of in tasks.items() for at in of}
+    said("synthetic_tasks", f"{100 * right['induction', 64]:.0f} % at 64")
+    said("mamba_tasks", f"{100 * right['mamba-selective-copying', 4096]:.0f} % of")
+    assert right["induction", 32] == right["mamba-induction", 2**20] == 1
+    soak = result("soak")
+    assert soak["identical"]
+    said("soak", f"{soak['kills']} kills in {soak['runs']} runs", f"at most {soak['steps_recomputed']['max']} steps")
+    said("check_compilations", f"| {result('compilations')['graphs']} for eight")
+    missed = not result("bench_growth")["reached"]["share_of_copy_speed"]
+    assert ("missed" in rows["bench_growth"]) == missed and page.count("missed") == 1
+
+
 @pytest.mark.parametrize("block", fragments(), ids=str)
 def test_a_fragment_is_a_recipe(block: Block) -> None:
     schedule = schedule_of(block)

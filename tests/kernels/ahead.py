@@ -17,11 +17,13 @@ import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from growkit.ops.selective_scan import triton as scan
 from growkit.ops.variants import Variant
 
 NVIDIA = ("sm_80", "sm_90", "sm_100")
@@ -108,6 +110,18 @@ def build(variant: Variant, target: str) -> Built:
     assert registers and spills, f"ptxas said nothing of registers: {log.getvalue()}"
     assembly, spilled = _disassembled(compiled.asm["cubin"]), sum(map(int, spills))
     return Built(variant, target, int(registers[1]), spilled, compiled.metadata.shared, assembly)
+
+
+def of_a_state(name: str, states: int, dtype: torch.dtype, target: str, absent: tuple[str, ...] = ()) -> float | None:
+    """Instructions of the scan's ``forward`` or ``backward`` for each state of each token, on a GPU of NVIDIA; None if
+    the loops over tokens are not recognised, as with states that lie in several warps."""
+    variant = scan.variant(name, states, dtype, frozenset(absent))
+    built = build(variant, target)
+    of_thread = variant.constants["BN"] * variant.constants["BD"] // (32 * variant.num_warps)
+    loops = [loop for loop in built.loops() if loop.count("MUFU.EX2") >= variant.constants["U"] * of_thread]
+    if len(loops) != (1 if name == "forward" else 2):
+        return None
+    return sum(len(loop.lines) for loop in loops) / (variant.constants["U"] * of_thread)
 
 
 def _disassembled(cubin: bytes) -> str:

@@ -8,7 +8,7 @@ import torch
 
 from growkit.ops.selective_scan import triton
 from growkit.ops.variants import Variant
-from tests.kernels.ahead import MOST_SHARED, TARGETS, build
+from tests.kernels.ahead import MOST_SHARED, TARGETS, build, of_a_state
 
 # Instructions of the innermost loop for each state of each token at N = 16, bfloat16, with all but documents, sm_90:
 # those of today and a tenth at most, so that it is seen if a compiler or a change makes it worse.
@@ -47,12 +47,8 @@ def test_nothing_spills(variant: Variant, target: str) -> None:
 
 @pytest.mark.parametrize(("name", "most"), [("forward", MOST_FORWARD), ("backward", MOST_BACKWARD)])
 def test_instructions_of_a_state(name: str, most: float) -> None:
-    variant = triton.variant(name, 16, torch.bfloat16, frozenset({"starts"}))
-    built = build(variant, "sm_90")
-    of_thread = 16 * variant.constants["BD"] // (32 * variant.num_warps)
-    loops = [loop for loop in built.loops() if loop.count("MUFU.EX2") >= variant.constants["U"] * of_thread]
-    assert len(loops) == (1 if name == "forward" else 2), "the loops over tokens were not recognised"
-    found = sum(len(loop.lines) for loop in loops) / (variant.constants["U"] * of_thread)
+    found = of_a_state(name, 16, torch.bfloat16, "sm_90", ("starts",))
+    assert found is not None, "the loops over tokens were not recognised"
     assert most / 2 < found <= most
 
 
