@@ -164,7 +164,7 @@ MAMBA: dict[str, dict[str, Any]] = {
 # name: what differs from 4 rows of 128 tokens in one micro-batch; keys of the model unless they name a section
 BOTH: dict[str, dict[str, Any]] = {
     "plain": {},
-    "checkpointed layers": {"trainer": {"checkpoint_layers": True}},
+    "checkpointed layers": {"trainer": {"checkpoint_layers": True}, "shape": (8, 128, 1)},
     "loss in chunks": {"vocab_size": 2048, "trainer": {"loss_chunk_tokens": 100}},
     "large vocabulary": {"vocab_size": 2048},
     "z-loss, untied head": {"vocab_size": 2048, "tied_head": False, "optim": {"z_loss": 1e-4}},

@@ -177,9 +177,11 @@ class FusedTokens:
         alike = len(set(norms)) == 1 and len({tau for spec in specs for tau in spec.taus}) == 1
         alike = alike and (len(norms) == 1 or not moving)
         together = sum(norms) if alike else max(norms)  # columns that are normed at once
-        self.normed = share * at.narrow(together)
-        self.norm_copy = share * at.wide(together) if at.bf16 else 0.0
-        self.scales = at.narrow(len(norms))
+        # The kernel for CPUs makes gelu's slope with its value, and needs no copies for the norms.
+        self.slope = 0.0 if at.cuda else self.work
+        self.normed = share * at.narrow(together) if at.cuda else 0.0
+        self.norm_copy = share * at.wide(together) if at.cuda and at.bf16 else 0.0
+        self.scales = at.narrow(len(norms)) if at.cuda else at.wide(len(norms))
         self.keys = Weights(at, inp * sum(spec.tokens for spec in specs))
         self.values = [Weights(at, out * spec.tokens) for spec, out in zip(specs, outs, strict=True)]
         element = at.element
@@ -193,14 +195,12 @@ class FusedTokens:
         for weights in (self.keys, *self.values):
             weights.forward(ledger)
         self.input.forward(ledger)
-        ledger.take(*self.joined_values, *self.outs, self.joined_keys, self.scores)
-        ledger.give(self.joined_keys)
-        ledger.take(self.scales, self.work)
+        ledger.take(*self.joined_values, *self.outs, self.joined_keys, self.scores, self.scales, self.work)
         ledger.passing(self.norm_copy)
-        ledger.give(self.work, *self.joined_values)
+        ledger.give(self.work, *self.joined_values, self.joined_keys)
 
     def backward(self, ledger: Ledger) -> None:
-        ledger.take(self.joined_keys, *self.joined_values, self.input.size, self.work)
+        ledger.take(self.joined_keys, *self.joined_values, self.input.size, self.work, self.slope)
         for values in self.values:
             values.product(ledger)
         ledger.passing(self.normed)
@@ -212,7 +212,7 @@ class FusedTokens:
             ledger.give(2 * weights.cast)
         if self.several:
             ledger.passing(self.normed)
-        ledger.give(self.work)
+        ledger.give(self.work, self.slope)
         ledger.take(*(weights.cast for weights in summed))
         ledger.give(*(weights.gradient for weights in summed))
         ledger.give(self.joined_keys, *self.joined_values, self.scores, self.scales, *self.out_gradients)
