@@ -34,6 +34,7 @@ import torch  # noqa: E402
 
 from growkit import __version__  # noqa: E402
 from growkit.errors import ConfigError, GrowkitError  # noqa: E402
+from growkit.ops import tiling  # noqa: E402
 from growkit.ops.dispatch import triton_lacks  # noqa: E402
 from scripts import gpu_figures as figures  # noqa: E402
 
@@ -297,16 +298,12 @@ def pattention(
 def pattention_row(
     watch: Any, inputs: Any, made: Any, product: Any, sizes: Sizes, shape: tuple[int, int, int], theta: str, rounds: int
 ) -> dict[str, Any]:
-    from growkit.ops.pattention import triton_launch as launch
-
     runs = {arm: inputs.both(forward) for arm, forward in made.items()}
     took, without = watch.in_turns(runs | {"product": product}, rounds)
     peaks = {arm: watch.peak(runs[arm]) for arm in runs if arm in took}
     useful = figures.pattention_flops(*shape)
     rate = [useful / mine / (2 * sizes.product**3 / other) for mine, other in zip(took["triton"], took["product"])]
-    counted = figures.pattention_bytes(
-        *shape, launch.chunk_rows(shape[2]), -(-shape[2] // launch.BLOCKS["narrow"].cols)
-    )
+    counted = figures.pattention_bytes(*shape, tiling.chunk_rows(shape[2]), -(-shape[2] // tiling.COLUMNS["narrow"]))
     ours, formulas = peaks["triton"], peaks.get("formula, compiled")
 
     def times(arm: str) -> float | None:

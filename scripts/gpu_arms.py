@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from growkit.ops import tiling
 from growkit.ops.dispatch import interpreted
 from growkit.ops.pattention import PATHS as PATTENTION
 from growkit.ops.pattention import Tokens
@@ -297,12 +298,12 @@ def norm_arms(inputs: PattentionInputs) -> dict[str, Run]:
 
     def by(ratio: int) -> Run:
         def run() -> object:
-            before, pattention_triton.GRAM_RATIO = pattention_triton.GRAM_RATIO, ratio
+            before, tiling.GRAM_RATIO = tiling.GRAM_RATIO, ratio
             try:
                 with torch.no_grad():
                     return inputs.own(pattention_triton.pattention, "l2_norm_gelu")
             finally:
-                pattention_triton.GRAM_RATIO = before
+                tiling.GRAM_RATIO = before
 
         return run
 

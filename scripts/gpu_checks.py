@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from growkit.ops import tiling
 from growkit.ops.pattention import PATHS as PATTENTION
 from growkit.ops.pattention import Tokens
 from growkit.ops.pattention import triton as pattention_triton
@@ -185,16 +186,16 @@ def poisoned(wanted: bool) -> Iterator[None]:
 @contextmanager
 def forced(case: Case) -> Iterator[None]:
     """How many spans, or which way to the norm."""
-    chosen, ratio = scan_triton._spans, pattention_triton.GRAM_RATIO
+    chosen, ratio = scan_triton._spans, tiling.GRAM_RATIO
     if isinstance(case, ScanCase) and case.spans is not None:
         most = case.spans
         scan_triton._spans = lambda x, states, name, _: chosen(x, states, name, most)
     elif isinstance(case, PattentionCase) and case.gram is not None:
-        pattention_triton.GRAM_RATIO = 0 if case.gram else 10**9
+        tiling.GRAM_RATIO = 0 if case.gram else 10**9
     try:
         yield
     finally:
-        scan_triton._spans, pattention_triton.GRAM_RATIO = chosen, ratio
+        scan_triton._spans, tiling.GRAM_RATIO = chosen, ratio
 
 
 def _allowed(case: Case, device: torch.device) -> dict[torch.dtype, float]:

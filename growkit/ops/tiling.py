@@ -11,11 +11,12 @@ MOST_STATES = 256  # of a channel: beyond, a tile of states does not fit the reg
 # registers on the GPUs that tests compile for. Backward has the states of a chunk in registers. With more than 16
 # states, a sum over them crosses warps.
 FORWARD = {16: (32, 4, 1), 32: (32, 2, 2), 64: (32, 2, 4), 128: (32, 1, 8), 256: (32, 2, 8)}
+ENDS = FORWARD | {16: (32, 2, 1)}
 BACKWARD = {
     4: (32, 1, 1),
     8: (32, 1, 2),
     16: (32, 2, 1),
-    32: (32, 1, 2),
+    32: (32, 1, 8),
     64: (32, 1, 8),
     128: (16, 1, 8),
     256: (8, 1, 8),
@@ -36,7 +37,7 @@ GRAM_RATIO = 4  # of parameter tokens, and of tokens, to the width, from which o
 
 def scan_tile(name: str, states: int) -> tuple[int, int, int]:
     """Channels of a program of the kernel ``name``, tokens of a chunk, warps."""
-    table = BACKWARD if name == "backward" else FORWARD
+    table = {"backward": BACKWARD, "ends": ENDS}.get(name, FORWARD)
     return next(tile for most, tile in table.items() if states <= most)
 
 
