@@ -171,7 +171,7 @@ class FusedTokens:
         self.scores = at.narrow(width)
         rows = chunk_rows(at.tokens, at.element * width, at.cuda)
         share = rows / at.tokens  # what is not kept is there for these rows only
-        self.work, self.several = share * self.scores, rows < at.tokens
+        self.work, self.several, self.many = share * self.scores, rows < at.tokens, 2 * rows < at.tokens
         norms = [size for spec in specs for size in (spec.banks if spec.scope == "bank" else (spec.tokens,))]
         moving = any(spec.tau_from is not None for spec in specs)  # a τ that moves is each projection's own
         alike = len(set(norms)) == 1 and len({tau for spec in specs for tau in spec.taus}) == 1
@@ -206,8 +206,8 @@ class FusedTokens:
         ledger.passing(self.normed)
         self.keys.product(ledger)
         every = (*self.values, self.keys)
-        summed = [weights for weights in every if self.several and weights.cast]
-        for weights in summed:  # in float32 from the second chunk on
+        summed = [weights for weights in every if self.many and weights.cast]
+        for weights in summed:  # in float32 where there are more than two chunks
             ledger.take(weights.gradient, weights.cast)
             ledger.give(2 * weights.cast)
         if self.several:

@@ -102,10 +102,10 @@ class _NormGelu(torch.autograd.Function):
         count = len(layout.banks)
         keys = joined(tensors[:count])
         values = [joined(tensors[count:][banks]).T for _, banks in layout.outputs]
-        d_keys = _Sums(layout.banks, ctx.needs_input_grad[2 : 2 + count])
-        d_values = _Sums(layout.banks, ctx.needs_input_grad[2 + count :])
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         several = chunks(len(x), s.element_size() * layout.width, x.is_cuda)
+        d_keys = _Sums(layout.banks, ctx.needs_input_grad[2 : 2 + count], len(several))
+        d_values = _Sums(layout.banks, ctx.needs_input_grad[2 + count :], len(several))
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         work = torch.empty_like(s[several[0]])
         slope = through.room(work)
         for rows in several:
@@ -123,11 +123,11 @@ class _NormGelu(torch.autograd.Function):
 
 
 class _Sums:
-    """Gradients of banks, each a sum over chunks of rows; None for a bank that stands still. Of narrow numbers it is
-    summed in float32 as soon as there are two."""
+    """Gradients of banks, each a sum over chunks of rows; None for a bank that stands still. More than two narrow
+    numbers are summed in float32; two are anyway, and rounded once."""
 
-    def __init__(self, banks: list[slice], wanted: Sequence[bool]) -> None:
-        self.banks, self.wanted = banks, wanted
+    def __init__(self, banks: list[slice], wanted: Sequence[bool], chunks: int) -> None:
+        self.banks, self.wanted, self.chunks = banks, wanted, chunks
         self.found: dict[tuple[int, int], Tensor] = {}  # by the columns that one product has
 
     def add(self, columns_of: Tensor, rows: Tensor, which: slice) -> None:
@@ -144,6 +144,8 @@ class _Sums:
             total = self.found[span]
             if total.dtype in (torch.float32, torch.float64) and total.dtype == rows.dtype:
                 total.addmm_(left, rows)
+            elif self.chunks == 2:
+                total.add_(torch.mm(left, rows))
             else:
                 self.found[span] = total.to(torch.float32).add_(torch.mm(left, rows))
 
