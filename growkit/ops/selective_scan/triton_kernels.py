@@ -1,8 +1,8 @@
 """The scan's kernels in Triton. Launched by ``triton``, which has the meaning of every argument's shape.
 
-A program has one sequence, ``BD`` channels and a span of tokens. Its states are a tile (BN, BD) in registers, channels
-along the lanes of a warp, so that a sum over states stays in a thread. It goes through its tokens one by one: no
-parallel scan along L, which costs three times the instructions.
+A program has one sequence, ``BD`` channels and a span of tokens. Its states are a tile (BN, BD) in registers; forward,
+channels are along the lanes of a warp, so that a sum over states stays in a thread. It goes through its tokens one by
+one: no parallel scan along L, which costs three times the instructions.
 
 Legend: L tokens, N states, BN the power of two from N on, U tokens of an unrolled chunk, K tokens between kept states.
 Decays are powers of two: A comes multiplied by log₂e, which saves a product for every state of every token.
