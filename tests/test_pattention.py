@@ -213,6 +213,14 @@ def test_rows_below_the_floor_of_the_norm(theta: str, dtype: torch.dtype, way: s
             assert relative(tensor, theirs[name]) <= TOLERANCE[dtype], (name, tau)
 
 
+@pytest.mark.parametrize("theta", THETAS)
+def test_no_tokens_at_all(theta: str, way: str) -> None:
+    x, keys, values = inputs((12, 12), torch.float32, leading=(2, 0))
+    found = output_and_gradients(OPS["compiled"], x, keys, values, [2.0, 2.0], theta, "bank")
+    assert found["output"].shape == (2, 0, OUT) and found["x"].shape == x.shape
+    assert all(not found[f"{name}.{at}"].any() for name in ("keys", "values") for at in range(2))
+
+
 # Of the kernel alone, beside float64: its polynomials and a handful of roundings in float32, then one of bfloat16's.
 KERNEL = {torch.float32: 5e-7, torch.bfloat16: 2**-8 + 3e-4}
 

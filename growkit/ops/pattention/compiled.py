@@ -39,7 +39,7 @@ def pattention(x_TD: Tensor, projections: Sequence[Tokens]) -> list[Tensor]:
     flat = x_TD.to(dtype).reshape(-1, x_TD.shape[-1])
     with torch.autocast(x_TD.device.type, enabled=False):
         outputs = _NormGelu.apply(flat, layout, *keys, *values)  # type: ignore[no-untyped-call]
-    return [out.view(*x_TD.shape[:-1], -1) for out in outputs]
+    return [out.view(*x_TD.shape[:-1], out.shape[-1]) for out in outputs]
 
 
 def _formula(x: Tensor, tokens: Tokens) -> Tensor:

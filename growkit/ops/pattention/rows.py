@@ -40,7 +40,7 @@ class Layout:
         """(τ, views of the scales (T, norms), views of the tensors) for each norm; norms of one size and one τ are one
         view (T, norms, size)."""
         if len({(columns.stop - columns.start, tau) for columns, tau in self.norms}) == 1:
-            views = tuple(t.view(len(t), len(self.norms), -1) for t in tensors)
+            views = tuple(t.view(len(t), len(self.norms), t.shape[1] // len(self.norms)) for t in tensors)
             return [(self.norms[0][1], scales.unsqueeze(-1), views)]
         return [
             (tau, scales[:, at : at + 1], tuple(t[:, columns] for t in tensors))
