@@ -245,6 +245,20 @@ def test_the_kernel_knows_gelu_and_its_slope_far_into_the_tails(dtype: torch.dty
     assert float((slope - (below + wide * bell)).abs().max()) <= KERNEL[dtype]
 
 
+def test_on_several_threads_torch_calls_are_faster_and_taken() -> None:
+    """What a float64 or a tensor elsewhere takes, too."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert isinstance(compiled._rows_of(torch.ones(2, 2)), TorchRows)
+        torch.set_num_threads(1)
+        assert isinstance(compiled._rows_of(torch.ones(2, 2)), native.Kernel)
+        for other in (torch.ones(2, 2).double(), torch.ones(2, 2, device="meta")):
+            assert isinstance(compiled._rows_of(other), TorchRows)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def layout(*widths: int) -> Layout:
     found, start = Layout(), 0
     for at, width in enumerate(widths):
