@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -245,18 +247,21 @@ def test_the_kernel_knows_gelu_and_its_slope_far_into_the_tails(dtype: torch.dty
     assert float((slope - (below + wide * bell)).abs().max()) <= KERNEL[dtype]
 
 
-def test_on_several_threads_torch_calls_are_faster_and_taken() -> None:
-    """What a float64 or a tensor elsewhere takes, too."""
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        assert isinstance(compiled._rows_of(torch.ones(2, 2)), TorchRows)
-        torch.set_num_threads(1)
-        assert isinstance(compiled._rows_of(torch.ones(2, 2)), native.Kernel)
-        for other in (torch.ones(2, 2).double(), torch.ones(2, 2, device="meta")):
-            assert isinstance(compiled._rows_of(other), TorchRows)
-    finally:
-        torch.set_num_threads(threads)
+def test_what_the_kernel_is_not_for_takes_torch_calls() -> None:
+    assert isinstance(compiled._rows_of(torch.ones(2, 2)), native.Kernel)
+    for other in (torch.ones(2, 2).double(), torch.ones(2, 2, device="meta")):
+        assert isinstance(compiled._rows_of(other), TorchRows)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_kernel_runs_on_the_threads_of_torch() -> None:
+    """A second OpenMP would have threads of its own, which wait for torch's: those spin between calls."""
+    kernel()
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
+    library = next(Path(path) for path in mapped if Path(path).name.startswith("pattention-"))
+    ours = {path for path in mapped if "libgomp" in path and "/torch/lib/" in path}
+    assert b"GOMP_parallel" in library.read_bytes()
+    assert len(ours) == 1 and not {path for path in mapped if "libgomp.so" in path} - ours
 
 
 def layout(*widths: int) -> Layout:

@@ -110,7 +110,7 @@ def _processor() -> Iterator[Finding]:
 def _cpu_kernels() -> Finding:
     """Whether the kernels for the CPU are there, which are built here if they never were."""
     about = "kernels for the CPU"
-    slower = "torch calls, several times slower for Mamba's scan and, on one thread, a little for Pattention"
+    slower = "torch calls, several times slower for Mamba's scan and a little for Pattention"
     compiler = find_compiler()
     if compiler is None:
         return Finding(about, slower, NOTE, "install a C++ compiler (g++ or clang++), or name one in $CXX")

@@ -153,7 +153,8 @@ inline uint16_t narrowed(float value) {  // to the nearest, ties to even
   return uint16_t(value != value ? 0x7fc0 : rounded);
 }
 
-// Runs body(make(), task) for every task, on as many threads as there are tasks for; false where memory or threads lack.
+// Runs body(make(), task) for every task, on as many threads as there are tasks for; false where memory lacks. With
+// OpenMP they are torch's (native.py links the library that torch has loaded).
 template <class Make, class Body> bool each_task(int64_t tasks, int64_t threads, Make make, Body body) {
   std::atomic<int64_t> next{0};
   std::atomic<bool> fine{true};
@@ -165,14 +166,24 @@ template <class Make, class Body> bool each_task(int64_t tasks, int64_t threads,
       fine = false;
     }
   };
+  const int count = int(std::min(threads, tasks));
+  if (count <= 1) {
+    run();
+    return fine;
+  }
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(count)
+  run();
+#else
   std::vector<std::thread> others;
-  others.reserve(size_t(std::max<int64_t>(threads, 1)));
+  others.reserve(size_t(count));
   try {
-    for (int64_t i = 1; i < std::min(threads, tasks); ++i) others.emplace_back(run);
+    for (int i = 1; i < count; ++i) others.emplace_back(run);
   } catch (const std::system_error&) {  // no more threads to be had: those that run do all of it
   }
   run();
   for (auto& thread : others) thread.join();
+#endif
   return fine;
 }
 

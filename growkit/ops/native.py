@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -75,21 +76,37 @@ def build(compiler: str, source: Path, path: Path) -> None:
     log.info("building %s with %s", path.name, compiler)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as beside:
         made = Path(beside) / path.name
-        command = [compiler, *_flags(), str(source), "-o", str(made)]
+        version = _version(compiler)
+        command = [compiler, *_flags(version), str(source), *map(str, _openmp(version)), "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True, text=True)
         made.replace(path)
 
 
-def _flags() -> tuple[str, ...]:
+def _flags(version: str) -> tuple[str, ...]:
     """For this very processor, whose features are part of the name in the cache."""
     arm = platform.machine().lower() in ("arm64", "aarch64")
-    return (*FLAGS, f"-I{SHARED.parent}", "-mcpu=native" if arm else "-march=native")
+    openmp = ("-fopenmp", "-Wl,--as-needed") if _openmp(version) else ()
+    return (*FLAGS, *openmp, f"-I{SHARED.parent}", "-mcpu=native" if arm else "-march=native")
+
+
+def _openmp(version: str) -> list[Path]:
+    """torch's own OpenMP, where it is GCC's and so is the compiler. It is linked by name: a second one would bring
+    threads of its own, which wait for torch's, as those spin between calls."""
+    if sys.platform != "linux" or "Free Software Foundation" not in version:
+        return []
+    return sorted(Path(torch.__file__).with_name("lib").glob("libgomp*.so*"))[:1]
+
+
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
 
 
 def _key(compiler: str, source: Path) -> str:
-    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
+    version = _version(compiler)
     texts = (text.read_text(encoding="utf-8") for text in (source, SHARED))
-    parts = (*texts, compiler, version, *FLAGS, platform.machine(), _features())
+    flags = (flag for flag in _flags(version) if not flag.startswith("-I"))  # the same wherever growkit lies
+    libraries = (path.name for path in _openmp(version))
+    parts = (*texts, compiler, version, *flags, *libraries, platform.machine(), _features())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 

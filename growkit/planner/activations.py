@@ -151,8 +151,8 @@ class LinearBlock:
         self.input.backward(ledger)
 
 
-class FusedTokens:
-    """ops/pattention/compiled.py, ``_NormGelu``: the tokens of all projections of one x as one product."""
+class Together:
+    """The tokens of all projections of one x as one product."""
 
     def __init__(
         self,
@@ -167,12 +167,22 @@ class FusedTokens:
         self.input = Input(at, inp, is_wide=is_wide)
         self.outs = [at.narrow(out) for out in outs]
         self.out_gradients = [] if lends_gradient else self.outs
-        width = sum(spec.tokens for spec in specs)
+        self.width = sum(spec.tokens for spec in specs)
+        self.norms = [size for spec in specs for size in (spec.banks if spec.scope == "bank" else (spec.tokens,))]
+        self.keys = Weights(at, inp * self.width)
+        self.values = [Weights(at, out * spec.tokens) for spec, out in zip(specs, outs, strict=True)]
+
+
+class FusedTokens(Together):
+    """ops/pattention/compiled.py, ``_NormGelu``."""
+
+    def __init__(self, at: Pass, specs: Sequence[Pattention], inp: int, outs: Sequence[int], **how: bool) -> None:
+        super().__init__(at, specs, inp, outs, **how)
+        width, norms = self.width, self.norms
         self.scores = at.narrow(width)
         rows = chunk_rows(at.tokens, at.element * width, at.cuda)
         share = rows / at.tokens  # what is not kept is there for these rows only
         self.work, self.several, self.many = share * self.scores, rows < at.tokens, 2 * rows < at.tokens
-        norms = [size for spec in specs for size in (spec.banks if spec.scope == "bank" else (spec.tokens,))]
         moving = any(spec.tau_from is not None for spec in specs)  # a τ that moves is each projection's own
         alike = len(set(norms)) == 1 and len({tau for spec in specs for tau in spec.taus}) == 1
         alike = alike and (len(norms) == 1 or not moving)
@@ -182,11 +192,9 @@ class FusedTokens:
         self.normed = share * at.narrow(together) if at.cuda else 0.0
         self.norm_copy = share * at.wide(together) if at.cuda and at.bf16 else 0.0
         self.scales = at.narrow(len(norms)) if at.cuda else at.wide(len(norms))
-        self.keys = Weights(at, inp * sum(spec.tokens for spec in specs))
-        self.values = [Weights(at, out * spec.tokens) for spec, out in zip(specs, outs, strict=True)]
         element = at.element
         several = sum(len(spec.banks) for spec in specs) > 1
-        self.joined_keys = element * inp * sum(spec.tokens for spec in specs) if several else 0.0
+        self.joined_keys = element * inp * width if several else 0.0
         self.joined_values = [
             element * out * spec.tokens if len(spec.banks) > 1 else 0.0 for spec, out in zip(specs, outs, strict=True)
         ]
@@ -221,24 +229,12 @@ class FusedTokens:
         self.input.backward(ledger)
 
 
-class KernelTokens:
-    """ops/pattention/triton.py: the tokens of all projections of one x that have one Θ, joined before the op."""
+class KernelTokens(Together):
+    """ops/pattention/triton.py: of projections that have one Θ, joined before the op."""
 
-    def __init__(
-        self,
-        at: Pass,
-        specs: Sequence[Pattention],
-        inp: int,
-        outs: Sequence[int],
-        *,
-        is_wide: bool,
-        lends_gradient: bool,
-    ) -> None:
-        self.input = Input(at, inp, is_wide=is_wide)
-        self.outs = [at.narrow(out) for out in outs]
-        self.out_gradients = [] if lends_gradient else self.outs
-        width = sum(spec.tokens for spec in specs)
-        norms = [size for spec in specs for size in (spec.banks if spec.scope == "bank" else (spec.tokens,))]
+    def __init__(self, at: Pass, specs: Sequence[Pattention], inp: int, outs: Sequence[int], **how: bool) -> None:
+        super().__init__(at, specs, inp, outs, **how)
+        width, norms = self.width, self.norms
         self.squares = at.wide(len(norms))
         self.rows = min(at.tokens, tiling.chunk_rows(width))
         self.columns = tiling.COLUMNS["narrow" if at.bf16 else "ieee"]
@@ -247,10 +243,7 @@ class KernelTokens:
         self.sums = self.rows * len(norms) * FLOAT
         ahead = at.bf16 and specs[0].theta == "l2_norm_gelu" and tiling.norms_ahead(at.tokens, inp, width, len(norms))
         self.gram = self._gram(at, inp, len(norms)) if ahead else 0.0
-        self.every = [
-            *(Weights(at, out * spec.tokens) for spec, out in zip(specs, outs, strict=True)),
-            Weights(at, inp * width),
-        ]
+        self.every = [*self.values, self.keys]
         several = [len(spec.banks) > 1 for spec in specs] + [sum(len(spec.banks) for spec in specs) > 1]
         entries = [out * spec.tokens for spec, out in zip(specs, outs, strict=True)] + [inp * width]
         self.joined = sum(at.element * size for size, joins in zip(entries, several, strict=True) if joins)
