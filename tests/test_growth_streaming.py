@@ -86,9 +86,11 @@ def test_gradients_are_the_whole_models(
     data = probe(state.config)
     tokens, targets = data[:, :-1], data[:, 1:]
     upper = [name for name in kept if name.startswith("layers.1.attention") or name == "final_norm.weight"]
-    for of in (list(kept), upper):
+    streams: list[torch.Tensor] = []
+    Pair(state, state).logits(tokens, torch.float32, streams.append)
+    for of, passed in ((list(kept), []), (upper, streams)):
         expected, seen = whole_gradients(state, tokens, targets, of), set()
-        for step, name, gradient in probe_gradients(state, tokens, targets, of):
+        for step, name, gradient in probe_gradients(state, tokens, targets, of, streams=passed):
             whole = expected[step][name]
             assert float((gradient - whole).norm()) <= GRADIENT_TOLERANCE * float(whole.norm()), (step, name)
             seen.add((step, name))

@@ -291,6 +291,9 @@ class StoredTensors(TensorTable):
         """Where the tensor lies."""
         return self._files[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._where  # without reading it
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
 
@@ -307,6 +310,9 @@ class Ordered(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
@@ -321,6 +327,9 @@ class _StoredMoments(Mapping[str, Moments]):
     def __getitem__(self, name: str) -> Moments:
         step = self._steps[name]
         return Moments(self._flat[f"exp_avg/{name}"], self._flat[f"exp_avg_sq/{name}"], step)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._steps
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._steps)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -40,25 +40,31 @@ def probe_gradients(
     targets: Tensor,
     of: Collection[str],
     *,
+    streams: Sequence[Tensor] = (),
     enough: Callable[[int], bool] = lambda steps: False,
 ) -> Iterator[tuple[int, str, Tensor]]:
     """(step, parameter, gradient) of the parameters ``of``, of the loss on PROBE_STEPS steps in float32, or until there
     are ``enough``, a sign step of PROBE_SIZE on each of them between; within a step from the head down, as far as there
     are any. ``tokens``, ``targets`` (B, T). A ramp rises from step to step, as it does in training: under a mask at 0
-    nothing has a gradient.
+    nothing has a gradient. ``streams``: the residual stream before each layer and after the last, if a float32 pass
+    over ``tokens`` has been; the first step takes them from there.
 
     Raises ConfigError when there is no room for the signs of a large model in the folder of temporary files.
     """
     params = _Stepped(state, of)
     for step in range(PROBE_STEPS):
         config = dataclasses.replace(state.config, ramp=max(state.config.ramp, step / PROBE_STEPS))
-        for name, gradient in _backward(config, params, tokens, targets, of):
+        passed = list(streams) if step == 0 else []
+        for name, gradient in _backward(config, params, tokens, targets, of, passed):
             yield step, name, gradient
-            if step < PROBE_STEPS - 1:
+            if step == 0:
+                params.add(name, gradient)
+        if enough(step + 1) or step == PROBE_STEPS - 1:
+            return
+        if step:  # seldom: a pass more, where others are spared the signs
+            for name, gradient in _backward(config, params, tokens, targets, of, []):
                 params.add(name, gradient)
         params.steps += 1
-        if enough(params.steps):
-            return
 
 
 class _Stepped(Mapping[str, Tensor]):
@@ -117,7 +123,12 @@ def _bytes(count: int) -> Tensor:
 
 
 def _backward(
-    config: ModelConfig, params: _Stepped, tokens: Tensor, targets: Tensor, of: Collection[str]
+    config: ModelConfig,
+    params: _Stepped,
+    tokens: Tensor,
+    targets: Tensor,
+    of: Collection[str],
+    streams: list[Tensor],
 ) -> Iterator[tuple[str, Tensor]]:
     # Autograd records nothing on the way up, but is on: ops choose their path by it, and it is to be training's.
     positions = torch.arange(tokens.shape[1], device=tokens.device)
@@ -125,12 +136,12 @@ def _backward(
     parts = x = x if mask is None else mask(x)
     ends = fill(empty_ends(config), params, "stream.", x.dtype).requires_grad_(False) if config.stream else None
     x = x if ends is None else ends.entered(x)
-    streams = []
-    for spec in config.layers:
+    for spec in config.layers if not streams else ():
         streams.append(x)
         layer = fill(empty_layer(spec, config), params, f"layers.{spec.id}.", x.dtype).requires_grad_(False)
         x, _ = layer(x, rope_table(spec.mixer, positions, x.dtype))
         del layer  # before the next one is there
+    x = streams.pop() if len(streams) > len(config.layers) else x
     norm = fill(empty_norm(config), params, "final_norm.", x.dtype)
     last = _wanted(norm, "final_norm.", of)
     if ends is not None and "stream.leave" in of:

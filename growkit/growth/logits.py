@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -39,12 +39,16 @@ class Pair:
         self._alike: dict[int, bool] = {}
 
     @torch.no_grad()
-    def logits(self, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """``stream_logits`` of both."""
+    def logits(
+        self, tokens: Tensor, dtype: torch.dtype, seen: Callable[[Tensor], None] = lambda stream: None
+    ) -> tuple[Tensor, Tensor]:
+        """``stream_logits`` of both. ``seen`` is given the new model's residual stream before each of its layers and
+        after the last."""
         with _autocast(tokens, dtype):
             old, new = (_Pass(state.config, state.params, tokens, dtype) for state in (self.before, self.after))
             left = list(self.before.config.layers)
             for spec in self.after.config.layers:
+                seen(new.x)
                 if spec in left:
                     while left[0] != spec:  # the layers before it, that the new model has not, or changed
                         old.through(left.pop(0))
@@ -54,6 +58,7 @@ class Pair:
                         new.x = old.x
                         continue
                 new.through(spec)
+            seen(new.x)
             for spec in left:
                 old.through(spec)
             return old.logits(), new.logits()

@@ -20,7 +20,7 @@ from growkit.growth.ties import Ties
 # 1e-4 is about 1000 float32 roundings of 6e-8; 5e-2 is some ten bf16 roundings of 4e-3.
 TRAINING_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 READ_NEW = 4  # one token in so many of the probe is a new one, where the vocabulary grew
-GRADIENT_TOKENS = 32  # of the probe, for the gradients: whether there are any does not take all of it
+GRADIENT_TOKENS = 16  # of the probe, for the gradients: whether there are any does not take all of it
 LIVE_BY = 2  # the step by which what one operator adds has a gradient
 # Gradients of equal rows differ by the order in which a matrix product adds, some 1e-8 to 1e-6 of them; those of rows
 # that a little noise tells apart, by 1e-4 or more.
@@ -81,9 +81,15 @@ def certify(
     exact = all(claim.kind == "exact" for claim in claims)
     pair = Pair(before, after)
     wide_before, wide_after = pair.logits(tokens, torch.float64) if wide is None else wide
-    run_before, run_after = pair.logits(tokens, dtype)
-    read = with_new_tokens(probe, *sizes)
-    norms, alive, locked, tied = _new_gradients(after, read, new)
+    rows = with_new_tokens(probe, *sizes)[: max(1, GRADIENT_TOKENS // tokens.shape[1]), : GRADIENT_TOKENS + 1]
+    streams: list[Tensor] = []  # of the tokens that gradients are taken of
+
+    def keep(stream: Tensor) -> None:
+        streams.append(stream[..., : rows.shape[0], : rows.shape[1] - 1, :].clone())
+
+    same = dtype == torch.float32 and sizes[0] == sizes[1]
+    run_before, run_after = pair.logits(tokens, dtype, keep) if same else pair.logits(tokens, dtype)
+    norms, alive, locked, tied = _new_gradients(after, rows, new, streams)
     certificate = Certificate(
         exact=exact,
         reason="; ".join(dict.fromkeys(claim.reason for claim in claims)),
@@ -145,21 +151,21 @@ def _not_preserved(reason: str, measured: float, tolerance: float, where: str) -
 
 
 def _new_gradients(
-    state: TrainState, probe: Tensor, new: Mapping[str, Tensor]
+    state: TrainState, rows: Tensor, new: Mapping[str, Tensor], streams: Sequence[Tensor]
 ) -> tuple[tuple[float, ...], set[str], int, tuple[tuple[int, int], ...]]:
-    """Of the ``new`` entries: the norm of their gradients on each step of the probe, the parameters in which any of
-    them has one, and the locked rows and tied blocks on the last step."""
+    """Of the ``new`` entries: the norm of their gradients on each step of ``rows``, the parameters in which any of
+    them has one, and the locked rows and tied blocks on the last step. ``streams``: as ``probe_gradients``."""
     if not new:
         return (), set(), 0, ()
     norms: list[dict[str, Tensor]] = [{} for _ in range(PROBE_STEPS)]
     locked, ties = [0] * PROBE_STEPS, [Ties(state, new) for _ in range(PROBE_STEPS)]
     alive: set[str] = set()
-    rows = probe[: max(1, GRADIENT_TOKENS // (probe.shape[1] - 1)), : GRADIENT_TOKENS + 1]
 
     def all_live(steps: int) -> bool:
         return steps >= LIVE_BY and len(alive) == len(new)
 
-    for step, name, gradient in probe_gradients(state, rows[:, :-1], rows[:, 1:], new.keys(), enough=all_live):
+    taken = probe_gradients(state, rows[:, :-1], rows[:, 1:], new.keys(), streams=streams, enough=all_live)
+    for step, name, gradient in taken:
         at = new[name]
         entries = gradient if _everywhere(at) else gradient[at]
         norms[step][name] = entries.norm()
@@ -168,9 +174,9 @@ def _new_gradients(
         if step >= LIVE_BY - 1:
             locked[step] += _locked(state.params[name], gradient, at)
             ties[step].look(name, state.params[name], gradient)
-    taken = [torch.stack([of[name] for name in new]).norm() for of in norms if of]
-    last = len(taken) - 1
-    return tuple(map(float, taken)), alive, locked[last], tuple(sorted(ties[last].pairs))
+    totals = [torch.stack([of[name] for name in new]).norm() for of in norms if of]
+    last = len(totals) - 1
+    return tuple(map(float, totals)), alive, locked[last], tuple(sorted(ties[last].pairs))
 
 
 def _everywhere(new: Tensor) -> bool:
