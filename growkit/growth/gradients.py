@@ -7,6 +7,9 @@ Legend: B batch, T tokens, D embed, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import io
+import itertools
+import math
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -47,59 +50,70 @@ def probe_gradients(
     are ``enough``, a sign step of PROBE_SIZE on each of them between; within a step from the head down, as far as there
     are any. ``tokens``, ``targets`` (B, T). A ramp rises from step to step, as it does in training: under a mask at 0
     nothing has a gradient. ``streams``: the residual stream before each layer and after the last, if a float32 pass
-    over ``tokens`` has been; the first step takes them from there.
+    over ``tokens`` has been; steps take from there what they leave as it was.
 
     Raises ConfigError when there is no room for the signs of a large model in the folder of temporary files.
     """
-    params = _Stepped(state, of)
+    params, unmoved = _Stepped(state, of), _unmoved(state.config, of)
     for step in range(PROBE_STEPS):
         config = dataclasses.replace(state.config, ramp=max(state.config.ramp, step / PROBE_STEPS))
-        passed = list(streams) if step == 0 else []
-        for name, gradient in _backward(config, params, tokens, targets, of, passed):
+        known = streams if step == 0 else streams[:unmoved] if config.ramp == state.config.ramp else ()
+        for name, gradient in _backward(config, params, tokens, targets, of, known):
             yield step, name, gradient
             if step == 0:
                 params.add(name, gradient)
         if enough(step + 1) or step == PROBE_STEPS - 1:
             return
         if step:  # seldom: a pass more, where others are spared the signs
-            for name, gradient in _backward(config, params, tokens, targets, of, []):
+            for name, gradient in _backward(config, params, tokens, targets, of, known):
                 params.add(name, gradient)
         params.steps += 1
 
 
+def _unmoved(config: ModelConfig, of: Collection[str]) -> int:
+    """How many of the streams stay as they are when the parameters ``of`` move."""
+    if not _FIRST.isdisjoint(of):
+        return 0
+    moved = {name.split(".")[1] for name in of if name.startswith("layers.")}
+    places = (place for place, spec in enumerate(config.layers) if str(spec.id) in moved)
+    return next(places, len(config.layers)) + 1
+
+
+def any_nonzero(tensor: Tensor) -> bool:
+    """``tensor.any()``, ten times as fast for floats."""
+    return any(bool(end != 0) for end in tensor.aminmax())  # NaN is nonzero
+
+
 class _Stepped(Mapping[str, Tensor]):
-    """Parameters (float32) after the sign steps so far. Of earlier gradients only the sum of the signs is kept, a byte
-    each; for a large model in a file without a name, whose pages the kernel takes back when it needs them."""
+    """Parameters (float32) after the sign steps so far. Of earlier gradients only the sum of the signs is kept."""
 
     def __init__(self, state: TrainState, of: Collection[str]) -> None:
-        self._params, self._specs, self.steps = state.params, param_specs(state.config), 0
-        self._start: dict[str, int] = {}
-        count = 0
-        for name in of:
-            self._start[name] = count
-            count += self._specs[name].numel
-        self._signs = _bytes(count)
+        specs = param_specs(state.config)
+        self._params, self.steps = state.params, 0
+        self._signs = _Signs({name: specs[name].shape for name in of})
 
     def __getitem__(self, name: str) -> Tensor:
         value = self._params[name].detach().float()
-        return self._moved(value, self._of(name)) if name in self._start else value
+        return self._moved(value, self._signs.read(name)) if self._moves(name) else value
 
     def rows(self, name: str, index: Tensor) -> Tensor:
         """The rows ``index`` of a matrix, without the others."""
         value = self._params[name].detach()[index].float()
-        return self._moved(value, self._of(name)[index]) if name in self._start else value
+        return self._moved(value, self._signs.read(name)[index]) if self._moves(name) else value
+
+    def _moves(self, name: str) -> bool:
+        return self.steps > 0 and name in self._signs
 
     def _moved(self, value: Tensor, signs: Tensor) -> Tensor:
         # Not value.sub(signs, alpha=PROBE_SIZE): the same bits, but of two dtypes, which takes twice as long.
-        return signs.float().mul_(-PROBE_SIZE).add_(value) if self.steps else value
+        return signs.float().mul_(-PROBE_SIZE).add_(value)
 
     def add(self, name: str, gradient: Tensor) -> None:
         """Remembers a gradient of this step, for the parameters after it."""
-        self._of(name).add_(gradient.sign().to(torch.int8))
-
-    def _of(self, name: str) -> Tensor:
-        spec = self._specs[name]
-        return self._signs.narrow(0, self._start[name], spec.numel).view(spec.shape)
+        if not any_nonzero(gradient):  # what feeds a zero matrix has none on the first step
+            return
+        signs = gradient.sign().to(torch.int8)
+        self._signs.write(name, signs.add_(self._signs.read(name)) if name in self._signs else signs)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._params)
@@ -108,16 +122,49 @@ class _Stepped(Mapping[str, Tensor]):
         return len(self._params)
 
 
-def _bytes(count: int) -> Tensor:
-    """``count`` zeros (int8), beyond HELD_BYTES in a mapped file that is gone when they are."""
-    if count <= HELD_BYTES:
-        return torch.zeros(count, dtype=torch.int8)
+class _Signs:
+    """A byte for every entry of tensors of ``shapes``: in memory, or in a file without a name if there are more than
+    HELD_BYTES. It is read and written, not mapped: to touch a mapped page for the first time takes ten times as
+    long."""
+
+    def __init__(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        self._shapes, self._held = shapes, dict[str, Tensor]()
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        self._start = dict(zip(shapes, itertools.accumulate(sizes, initial=0)))
+        self._file = _unnamed_file(sum(sizes)) if sum(sizes) > HELD_BYTES else None
+        self._written: set[str] = set()
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there is anything of it."""
+        return name in self._written
+
+    def write(self, name: str, signs: Tensor) -> None:
+        self._written.add(name)
+        if self._file is None:
+            self._held[name] = signs
+            return
+        self._file.seek(self._start[name])
+        self._file.write(signs.contiguous().view(-1).numpy().data)
+
+    def read(self, name: str) -> Tensor:
+        if self._file is None:
+            return self._held[name]
+        signs = torch.empty(tuple(self._shapes[name]), dtype=torch.int8)
+        self._file.seek(self._start[name])
+        self._file.readinto(signs.view(-1).numpy().data)
+        return signs
+
+
+def _unnamed_file(size: int) -> io.BufferedRandom:
+    """With room for ``size`` bytes; gone when it is closed, as it is with its last user."""
     try:
-        with tempfile.NamedTemporaryFile(prefix="growkit-signs-") as file:
-            os.posix_fallocate(file.fileno(), 0, count)  # a mapped file that finds no room later kills the process
-            return torch.from_file(file.name, shared=True, size=count, dtype=torch.int8)
+        file = tempfile.TemporaryFile(prefix="growkit-signs-")
+        assert isinstance(file, io.BufferedRandom)
+        if hasattr(os, "posix_fallocate"):  # said now, where it can be, rather than when most of the work is done
+            os.posix_fallocate(file.fileno(), 0, size)
+        return file
     except OSError as error:
-        mend = f"free {count / 1e9:.1f} GB there, or name another folder in TMPDIR"
+        mend = f"free {size / 1e9:.1f} GB there, or name another folder in TMPDIR"
         problem = f"cannot hold what the certificate remembers between its steps ({error})"
         raise ConfigError("no-room", problem, key="TMPDIR", value=tempfile.gettempdir(), mend=mend) from error
 
@@ -128,7 +175,7 @@ def _backward(
     tokens: Tensor,
     targets: Tensor,
     of: Collection[str],
-    streams: list[Tensor],
+    known: Sequence[Tensor],
 ) -> Iterator[tuple[str, Tensor]]:
     # Autograd records nothing on the way up, but is on: ops choose their path by it, and it is to be training's.
     positions = torch.arange(tokens.shape[1], device=tokens.device)
@@ -136,12 +183,13 @@ def _backward(
     parts = x = x if mask is None else mask(x)
     ends = fill(empty_ends(config), params, "stream.", x.dtype).requires_grad_(False) if config.stream else None
     x = x if ends is None else ends.entered(x)
-    for spec in config.layers if not streams else ():
+    streams = [stream.detach() for stream in known]  # those that ask for gradients here are no one else's
+    x = streams.pop() if streams else x
+    for spec in config.layers[len(streams) :]:
         streams.append(x)
         layer = fill(empty_layer(spec, config), params, f"layers.{spec.id}.", x.dtype).requires_grad_(False)
         x, _ = layer(x, rope_table(spec.mixer, positions, x.dtype))
         del layer  # before the next one is there
-    x = streams.pop() if len(streams) > len(config.layers) else x
     norm = fill(empty_norm(config), params, "final_norm.", x.dtype)
     last = _wanted(norm, "final_norm.", of)
     if ends is not None and "stream.leave" in of:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from growkit.errors import PreservationError
-from growkit.growth.gradients import PROBE_STEPS, probe_gradients
+from growkit.growth.gradients import PROBE_STEPS, any_nonzero, probe_gradients
 from growkit.growth.logits import Pair, stream_logits
 from growkit.growth.operator import Exactness
 from growkit.growth.state import TrainState
@@ -20,13 +20,14 @@ from growkit.growth.ties import Ties
 # 1e-4 is about 1000 float32 roundings of 6e-8; 5e-2 is some ten bf16 roundings of 4e-3.
 TRAINING_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 READ_NEW = 4  # one token in so many of the probe is a new one, where the vocabulary grew
-GRADIENT_TOKENS = 16  # of the probe, for the gradients: whether there are any does not take all of it
+GRADIENT_TOKENS = 32  # of the probe, for the gradients: whether there are any does not take all of it
 LIVE_BY = 2  # the step by which what one operator adds has a gradient
 # Gradients of equal rows differ by the order in which a matrix product adds, some 1e-8 to 1e-6 of them; those of rows
 # that a little noise tells apart, by 1e-4 or more.
 SAME_GRADIENT = 1e-5
 DIGEST = 0x1E3779B97F4A7C15  # odd, without a pattern
 COLUMNS = 64  # of a transposed matrix, squared and summed at a time: they stay in the cache
+PASSED = 1 << 18  # entries that are gone through at a time
 COMPARED = 16  # entries of a row that are compared before whole rows are
 
 
@@ -167,9 +168,8 @@ def _new_gradients(
     taken = probe_gradients(state, rows[:, :-1], rows[:, 1:], new.keys(), streams=streams, enough=all_live)
     for step, name, gradient in taken:
         at = new[name]
-        entries = gradient if _everywhere(at) else gradient[at]
-        norms[step][name] = entries.norm()
-        if norms[step][name] > 0 or entries.any():  # a norm may underflow
+        norms[step][name] = _norm_at(gradient, at)
+        if norms[step][name] > 0 or any_nonzero(torch.where(at, gradient, 0)):  # a norm may underflow
             alive.add(name)
         if step >= LIVE_BY - 1:
             locked[step] += _locked(state.params[name], gradient, at)
@@ -177,6 +177,15 @@ def _new_gradients(
     totals = [torch.stack([of[name] for name in new]).norm() for of in norms if of]
     last = len(totals) - 1
     return tuple(map(float, totals)), alive, locked[last], tuple(sorted(ties[last].pairs))
+
+
+def _norm_at(gradient: Tensor, at: Tensor) -> Tensor:
+    """‖gradient[at]‖, ``at`` (bool). Indices of so many entries would take four times the gradient's memory."""
+    if _everywhere(at):
+        return gradient.norm()
+    rows = max(1, PASSED // gradient[0].numel())
+    pairs = zip(torch.split(gradient, rows), torch.split(at, rows), strict=True)
+    return torch.stack([torch.where(new, part, 0).norm() for part, new in pairs]).norm()
 
 
 def _everywhere(new: Tensor) -> bool:

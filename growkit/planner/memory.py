@@ -24,7 +24,7 @@ FLOAT64 = 8
 # up to 80 MB more where few sequences of few channels are gone through.
 PROCESSORS = 132
 VALIDATION_ROWS = 32  # windows of a validation's forward pass: eval/validate.py, ROWS
-GRADIENT_TOKENS = 16  # of the probe, for the gradients of a certificate: growth/verify.py
+GRADIENT_TOKENS = 32  # of the probe, for the gradients of a certificate: growth/verify.py
 HELD_BYTES = 64 << 20  # signs that a certificate holds in memory: growth/gradients.py, HELD_BYTES
 
 
