@@ -268,8 +268,26 @@ def empty_ends(config: ModelConfig) -> Ends:
         return Ends(config.stream)
 
 
-def fill(module: M, params: Mapping[str, Tensor], prefix: str, dtype: torch.dtype) -> M:
-    """``module`` with its parameters from ``params``, where their names start with ``prefix``, in ``dtype``."""
-    state = {name: params[prefix + name].to(dtype) for name, _ in module.named_parameters()}
+def fill(module: M, params: Mapping[str, Tensor], prefix: str, dtype: torch.dtype, room: Room | None = None) -> M:
+    """``module`` with its parameters from ``params``, where their names start with ``prefix``, in ``dtype``; converted
+    in ``room``, if there is one."""
+    room = Room() if room is None else room
+    state = {name: room.converted(name, params[prefix + name], dtype) for name, _ in module.named_parameters()}
     module.load_state_dict(state, strict=True, assign=True)
     return module
+
+
+class Room:
+    """Where the weights of one layer at a time are converted, over those of the layer before it that was like it. From
+    the heap, given back and asked for again between the blocks of other threads, they come to take twice the memory."""
+
+    def __init__(self) -> None:
+        self._places: dict[tuple[str, torch.Size, torch.dtype], Tensor] = {}
+
+    def converted(self, name: str, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        if stored.dtype == dtype:
+            return stored
+        key = name, stored.shape, dtype
+        if key not in self._places:
+            self._places[key] = torch.empty_like(stored, dtype=dtype)
+        return self._places[key].copy_(stored)

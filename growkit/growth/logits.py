@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from growkit.growth.gradients import empty_ends, empty_layer, empty_norm, fill
+from growkit.growth.gradients import Room, empty_ends, empty_layer, empty_norm, fill
 from growkit.growth.state import TrainState
 from growkit.models.config import LayerSpec, ModelConfig
 from growkit.models.layers import rope_table
@@ -23,7 +23,7 @@ def stream_logits(config: ModelConfig, params: Mapping[str, Tensor], tokens: Ten
     """Logits (rows, context, vocab) of ``tokens`` (rows, context), computed in ``dtype`` (bf16: float32 weights under
     autocast)."""
     with _autocast(tokens, dtype):
-        pass_ = _Pass(config, params, tokens, dtype)
+        pass_ = _Pass(config, params, tokens, dtype, Room())
         for spec in config.layers:
             pass_.through(spec)
         return pass_.logits()
@@ -45,7 +45,8 @@ class Pair:
         """``stream_logits`` of both. ``seen`` is given the new model's residual stream before each of its layers and
         after the last."""
         with _autocast(tokens, dtype):
-            old, new = (_Pass(state.config, state.params, tokens, dtype) for state in (self.before, self.after))
+            room, states = Room(), (self.before, self.after)
+            old, new = (_Pass(state.config, state.params, tokens, dtype, room) for state in states)
             left = list(self.before.config.layers)
             for spec in self.after.config.layers:
                 seen(new.x)
@@ -79,10 +80,12 @@ def _autocast(tokens: Tensor, dtype: torch.dtype) -> torch.autocast:
 
 
 class _Pass:
-    """A forward pass; ``x`` (rows, context, embed): the residual stream so far."""
+    """A forward pass; ``x`` (rows, context, embed): the residual stream so far. ``room``: for one layer's weights."""
 
-    def __init__(self, config: ModelConfig, params: Mapping[str, Tensor], tokens: Tensor, dtype: torch.dtype) -> None:
-        self.config, self.params = config, params
+    def __init__(
+        self, config: ModelConfig, params: Mapping[str, Tensor], tokens: Tensor, dtype: torch.dtype, room: Room
+    ) -> None:
+        self.config, self.params, self.room = config, params, room
         self.work = torch.float32 if dtype == torch.bfloat16 else dtype
         x = F.embedding(tokens, params["embedding.weight"]).to(self.work)
         mask = stream_mask(config, parts=config.parts)
@@ -92,7 +95,7 @@ class _Pass:
         self.positions = torch.arange(tokens.shape[1], device=x.device)
 
     def through(self, spec: LayerSpec) -> None:
-        layer = fill(empty_layer(spec, self.config), self.params, f"layers.{spec.id}.", self.work)
+        layer = fill(empty_layer(spec, self.config), self.params, f"layers.{spec.id}.", self.work, self.room)
         self.x, _ = layer(self.x, rope_table(spec.mixer, self.positions, self.x.dtype))
 
     def logits(self) -> Tensor:
