@@ -291,3 +291,6 @@ class Room:
         if key not in self._places:
             self._places[key] = torch.empty_like(stored, dtype=dtype)
         return self._places[key].copy_(stored)
+
+    def clear(self) -> None:
+        self._places.clear()

@@ -99,6 +99,7 @@ class _Pass:
         self.x, _ = layer(self.x, rope_table(spec.mixer, self.positions, self.x.dtype))
 
     def logits(self) -> Tensor:
+        self.room.clear()  # the layers are behind
         config, x = self.config, self.x if self.ends is None else self.ends.left(self.x)
         h = fill(empty_norm(config), self.params, "final_norm.", self.work)(x)
         head = self.params["embedding.weight" if config.tied_head else "head.weight"]

@@ -205,9 +205,10 @@ def _growth(
     recipe: Recipe, stage: Stage, old: Mapping[str, ParamSpec], with_moments: frozenset[str]
 ) -> tuple[float, float]:
     """(the states before and after, those and the certificate's work) in bytes of CPU memory. A parameter that keeps
-    its axes keeps its tensors. The certificate holds one layer at a time: in float64 beside both residual streams, and
-    in float32 with its gradients, over fewer tokens; then also logits before and after, in two precisions, the stream
-    at every layer and the signs of earlier gradients, a byte for each entry (growth/gradients.py)."""
+    its axes keeps its tensors. The certificate holds one layer of each kind in float64 beside both residual streams,
+    and one at a time in float32 with its gradients, over fewer tokens; then also logits before and after, in two
+    precisions, the stream at every layer and the signs of earlier gradients, a byte for each entry
+    (growth/gradients.py)."""
     specs = param_specs(stage.model)
     before = sum(spec.numel * (FLOAT + (MOMENTS if name in with_moments else 0)) for name, spec in old.items())
     made = {name: spec.numel for name, spec in specs.items() if name not in old or old[name].axes != spec.axes}
@@ -232,7 +233,9 @@ def _growth(
         passes = layer_traces(layer, model, at)
         weights = (sizes[layer.id] - kept[layer.id]) * FLOAT
         work = max(work, weights + passes.forward.change + passes.backward.peak)
-    wide = max(sizes[layer.id] for layer in model.layers) * FLOAT64 + 2 * scored_layers(model, read)
+    named = (one for one in (*old.items(), *specs.items()) if one[1].layer is not None)
+    places = {(name.split(".", 2)[2], spec.shape): spec.numel for name, spec in named}  # growth/gradients.py, Room
+    wide = sum(places.values()) * FLOAT64 + 2 * scored_layers(model, read)
     passing = max(spec.numel for spec in specs.values()) * FLOAT  # one tensor's copy while it is looked at
     wide += read.tokens * blocks * model.embed_dim * FLOAT64  # the other model's stream, gone through beside
     return before + new, before + new + passing + max(3 * logits + signs + streams + work, wide)
