@@ -80,10 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts (default: all)")
     parser.add_argument("--rounds", type=int, default=7, help="of all arms of a table (default: 7)")
     parser.add_argument("--repeats", type=int, default=20, help="of every check, for the same bits (default: 20)")
-    tools = {"nargs": "*", "choices": SANITIZERS, "metavar": "TOOL"}
-    parser.add_argument(
-        "--sanitize", **tools, help="a few checks under compute-sanitizer, too (default: all its tools)"
-    )
+    sanitize = "a few checks under compute-sanitizer, too (default: all its tools)"
+    parser.add_argument("--sanitize", nargs="*", choices=SANITIZERS, metavar="TOOL", help=sanitize)
     parser.add_argument("--smoke", action="store_true", help="tiny, in Triton's interpreter, without a GPU")
     parser.add_argument("--output", type=Path, help="default: docs/results/bench_gpu.json; nothing with --smoke")
     parser.add_argument("--few", action="store_true", help=argparse.SUPPRESS)  # what runs under the sanitizer

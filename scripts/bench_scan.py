@@ -92,7 +92,7 @@ def machine(folder: str) -> dict[str, Any]:
     paths = [folder, *sys.path]
     versions = {"growkit": __version__, "torch": torch.__version__, "python": platform.python_version()}
     for name in PEERS:
-        versions[name] = next(importlib.metadata.distributions(name=name, path=paths)).version
+        versions[name] = next(iter(importlib.metadata.distributions(name=name, path=paths))).version
     compiler = find_compiler()
     assert compiler is not None, "this benchmark needs a C++ compiler"
     said = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
@@ -252,7 +252,7 @@ def step_microseconds() -> dict[str, float]:
     """One token with a state, as in decoding."""
     given = {name: tensor.detach() for name, tensor in leaves(tokens=1).items()}
     z, h = given.pop("z"), torch.zeros(1, CHANNELS, STATES)
-    found, kernel = {}, native.kernel
+    found, kernel = dict[str, float](), native.kernel
     for way in ("kernel", "loop", "reference"):
         native.kernel = kernel if way == "kernel" else lambda: None  # type: ignore[assignment]
         path, took = PATHS["reference" if way == "reference" else "compiled"], []

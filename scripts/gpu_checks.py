@@ -189,7 +189,7 @@ def forced(case: Case) -> Iterator[None]:
     chosen, ratio = scan_triton._spans, tiling.GRAM_RATIO
     if isinstance(case, ScanCase) and case.spans is not None:
         most = case.spans
-        scan_triton._spans = lambda x, states, name, _: chosen(x, states, name, most)
+        scan_triton._spans = lambda x, states, name, _: chosen(x, states, name, most)  # type: ignore[assignment]
     elif isinstance(case, PattentionCase) and case.gram is not None:
         tiling.GRAM_RATIO = 0 if case.gram else 10**9
     try:

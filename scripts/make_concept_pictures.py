@@ -305,7 +305,7 @@ PICTURES = {
 def draw(folder: Path) -> None:
     """Writes every picture into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    with plt.rc_context(STYLE):
+    with plt.rc_context(STYLE):  # type: ignore[arg-type]
         for name, picture in PICTURES.items():
             figure = picture()
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})

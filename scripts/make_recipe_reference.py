@@ -297,7 +297,7 @@ def _default(value: ast.expr | None) -> str:
             return "must be given"  # the preset, which chooses the class
         if isinstance(literal, bool) or literal is None:
             return f"`{str(literal).lower().replace('none', 'null')}`"
-        return f"`{literal!r}`" if isinstance(literal, str) and literal != literal.strip() else f"`{literal}`"
+        return f"`{literal!r}`" if isinstance(literal, str) and literal != literal.strip() else f"`{literal!s}`"
     factory = {"field(default_factory=dict)": "`{}`", "field(default_factory=list)": "`[]`"}
     return factory[ast.unparse(value)]
 
