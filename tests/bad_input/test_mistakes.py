@@ -149,7 +149,7 @@ CALLS: list[tuple[str, Callable[[], object], str, str, str]] = [
         "grow",
         "train on",
     ),
-    ("signs without room", lambda: gradients._bytes(2**62), "no-room", "TMPDIR", "free"),
+    ("signs without room", lambda: gradients._unnamed_file(2**62), "no-room", "TMPDIR", "free"),
     (
         "a Llama of tokens",
         lambda: FAMILIES.get("llama", key="").fields(model_config("tokenformer")),

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from growkit.errors import ConfigError
-from growkit.ops import dispatch
+from growkit.ops import dispatch, tiling
 from growkit.ops.dispatch import choose, resolve_backend
+from growkit.ops.selective_scan import triton as scan_triton
 
 
 @pytest.fixture(autouse=True)
@@ -109,3 +110,13 @@ def test_triton_is_loaded_only_when_chosen() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("apart", [2**25 - 1, 2**25])
+def test_tokens_further_apart_than_32_bits_reach_over_a_block_are_brought_together(apart: int) -> None:
+    room = torch.empty(apart + 4, dtype=torch.uint8)  # of which eight bytes are ever touched
+    rows = room.as_strided((1, 2, 4), (0, apart, 1))
+    rows.copy_(torch.arange(8).view(1, 2, 4))
+    dense = scan_triton._rows_dense(rows)
+    assert (dense.stride(1) == apart) == (apart * tiling.KEPT + 4 <= 2**31) == (apart < 2**25)
+    assert torch.equal(dense, rows)

@@ -244,7 +244,9 @@ def _dense(inputs: Inputs) -> Inputs:
 
 
 def _rows_dense(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+    """Its rows' numbers side by side, and tokens so near each other that 32 bits reach over a block of them."""
+    near = tensor.stride(1) * tiling.KEPT + tensor.shape[2] <= 2**31
+    return tensor if near and (tensor.stride(2) == 1 or tensor.shape[2] == 1) else tensor.contiguous()
 
 
 def _rows(*tensors: Tensor | None) -> tuple[int, ...]:

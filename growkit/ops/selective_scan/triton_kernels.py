@@ -233,12 +233,12 @@ def carry_kernel(
 
 
 @triton.jit
-def output_gradient(dy, z, at, live):
+def output_gradient(dy, dy_at, z, z_at, live):
     """Gradient of y before the gate, and what its own value is multiplied by to give the gradient of z."""
-    ds = tl.where(live, row(dy, at), 0.0)
+    ds = tl.where(live, row(dy, dy_at), 0.0)
     d_gate = ds
     if z is not None:  # no early return: what follows one is compiled all the same
-        z_row = row(z, at)
+        z_row = row(z, z_at)
         gate = sigmoid(z_row)
         d_gate = ds * gate * (1 + z_row * (1 - gate))
         ds = ds * z_row * gate
@@ -270,7 +270,7 @@ def back_ends_kernel(
             live = i + k < tokens
             t = tl.maximum(tokens - 1 - i - k, 0).to(tl.int64)
             delta = tl.where(live, softplus(row(dt + t * dt_t, at) + raw_bias), 0.0)
-            ds, _ = output_gradient(dy + t * dy_t, None if z is None else z + t * z_t, at, live)
+            ds, _ = output_gradient(dy + t * dy_t, at, None if z is None else z + t * z_t, at, live)
             dh = tl.exp2(delta[None, :] * A2) * (dh + vector(C + t * N, n, N)[:, None] * ds[None, :])
             if starts is not None:
                 dh = tl.where((tl.load(starts + t) != 0) & live, 0.0, dh)
@@ -288,7 +288,9 @@ def backward_kernel(
     N: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, U: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """Goes back through blocks of K tokens: states before each chunk of U are made again from the one that forward
-    kept, and put aside in ``scratch``; then, chunk by chunk from the last, its states are made again in registers."""
+    kept, and put aside in ``scratch``; then, chunk by chunk from the last, its states are made again in registers.
+    Within a block 32 bits count its tokens' numbers (``triton._rows_dense``): 64 take three instructions a state more.
+    """
     block, b, s, spans, begin, end = place(L, channels, span, BD)
     d, at, n = lanes(block, channels, N, BN, BD)
     A2 = decays(A, n, d, channels, N)
@@ -306,18 +308,18 @@ def backward_kernel(
         tokens = tl.minimum(K, end - t0).to(tl.int32)
         chunks = tl.cdiv(tokens, U)
         xs, dts, Bs, Cs = x + b * x_b + t0 * x_t, dt + b * dt_b + t0 * dt_t, B + (b * L + t0) * N, C + (b * L + t0) * N
-        dys = dy + b * dy_b + t0 * dy_t
+        dys, zs = dy + b * dy_b + t0 * dy_t, None if z is None else z + b * z_b + t0 * z_t
         new_row, new_vector = (b * L + t0) * channels, ((block * sequences + b) * L + t0) * N
         to, mask = state_at(b * tl.cdiv(L, K) + t0 // K, n, d, channels, N)
         h = tl.load(kept + to, mask=mask, other=0.0)
         for j in range(chunks - 1):
             tl.store(aside + j * (BN * BD), h)
             for k in tl.static_range(U):
-                t = tl.minimum(j * U + k, tokens - 1).to(tl.int64)
-                delta = softplus(row(dts + t * dt_t, at) + raw_bias)
+                t = tl.minimum(j * U + k, tokens - 1)
+                delta = softplus(row(dts, t * dt_t + at) + raw_bias)
                 if starts is not None:
                     h = tl.where(tl.load(starts + b * L + t0 + t) != 0, 0.0, h)
-                h = advanced(h, A2, delta, delta * row(xs + t * x_t, at), vector(Bs + t * N, n, N))
+                h = advanced(h, A2, delta, delta * row(xs, t * x_t + at), vector(Bs + t * N, n, N))
         tl.store(aside + (chunks - 1) * (BN * BD), h)
         tl.debug_barrier()
         for j_back in range(chunks):
@@ -325,30 +327,30 @@ def backward_kernel(
             h = tl.load(aside + j * (BN * BD))
             before = ()
             for k in tl.static_range(U):
-                t = tl.minimum(j * U + k, tokens - 1).to(tl.int64)
+                t = tl.minimum(j * U + k, tokens - 1)
                 live = j * U + k < tokens
-                delta = tl.where(live, softplus(row(dts + t * dt_t, at) + raw_bias), 0.0)
+                delta = tl.where(live, softplus(row(dts, t * dt_t + at) + raw_bias), 0.0)
                 before = before + (h,)  # what the token before left, if it is of another document too
                 if starts is not None:
                     h = tl.where((tl.load(starts + b * L + t0 + t) != 0) & live, 0.0, h)
-                h = advanced(h, A2, delta, delta * row(xs + t * x_t, at), vector(Bs + t * N, n, N))
+                h = advanced(h, A2, delta, delta * row(xs, t * x_t + at), vector(Bs + t * N, n, N))
             for k_back in tl.static_range(U):
                 i = j * U + (U - 1 - k_back)
-                t = tl.minimum(i, tokens - 1).to(tl.int64)
+                t = tl.minimum(i, tokens - 1)
                 live = i < tokens
+                out = t * channels + d
                 writes = d < tl.where(live, channels, 0)
                 writes_n = n < tl.where(live, N, 0)
-                raw = row(dts + t * dt_t, at) + raw_bias
+                raw = row(dts, t * dt_t + at) + raw_bias
                 delta = tl.where(live, softplus(raw), 0.0)
-                x_row, B_row, C_row = row(xs + t * x_t, at), vector(Bs + t * N, n, N), vector(Cs + t * N, n, N)
-                zs = None if z is None else z + b * z_b + (t0 + t) * z_t
-                ds, d_gate = output_gradient(dys + t * dy_t, zs, at, writes)
+                x_row, B_row, C_row = row(xs, t * x_t + at), vector(Bs + t * N, n, N), vector(Cs + t * N, n, N)
+                ds, d_gate = output_gradient(dys, t * dy_t + at, zs, t * z_t + at, writes)
                 if z is not None:
                     read = tl.sum(h * C_row[:, None], 0) + skip * x_row
-                    tl.store(dz + new_row + t * channels + d, (d_gate * read).to(dz.dtype.element_ty), mask=writes)
-                tl.store(dC + new_vector + t * N + n, tl.sum(h * ds[None, :], 1), mask=writes_n)
+                    tl.store(dz + new_row + out, (d_gate * read).to(dz.dtype.element_ty), mask=writes)
+                tl.store(dC + new_vector + (t * N + n), tl.sum(h * ds[None, :], 1), mask=writes_n)
                 dh += C_row[:, None] * ds[None, :]
-                tl.store(dB + new_vector + t * N + n, tl.sum(dh * (delta * x_row)[None, :], 1), mask=writes_n)
+                tl.store(dB + new_vector + (t * N + n), tl.sum(dh * (delta * x_row)[None, :], 1), mask=writes_n)
                 du = tl.sum(dh * B_row[:, None], 0)
                 h = before[U - 1 - k_back]
                 dh *= tl.exp2(delta[None, :] * A2)
@@ -362,8 +364,8 @@ def backward_kernel(
                 d_raw = tl.where(live, (tl.sum(of_power * A2, 0) * LN2 + du * x_row) * sigmoid(raw), 0.0)
                 sum_bias += d_raw
                 sum_D += ds * x_row
-                tl.store(d_dt + new_row + t * channels + d, d_raw.to(d_dt.dtype.element_ty), mask=writes)
-                tl.store(dx + new_row + t * channels + d, (du * delta + ds * skip).to(dx.dtype.element_ty), mask=writes)
+                tl.store(d_dt + new_row + out, d_raw.to(d_dt.dtype.element_ty), mask=writes)
+                tl.store(dx + new_row + out, (du * delta + ds * skip).to(dx.dtype.element_ty), mask=writes)
         tl.debug_barrier()
     to, mask = state_at(b * spans + s, n, d, channels, N)
     tl.store(dA + to, sum_A, mask=mask)
