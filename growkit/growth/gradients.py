@@ -81,7 +81,7 @@ def _unmoved(config: ModelConfig, of: Collection[str]) -> int:
 
 def any_nonzero(tensor: Tensor) -> bool:
     """``tensor.any()``, ten times as fast for floats."""
-    return any(bool(end != 0) for end in tensor.aminmax())  # NaN is nonzero
+    return tensor.numel() > 0 and any(bool(end != 0) for end in tensor.aminmax())  # NaN is nonzero
 
 
 class _Stepped(Mapping[str, Tensor]):
