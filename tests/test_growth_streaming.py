@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Collection
 from multiprocessing.connection import Connection
@@ -169,18 +170,23 @@ def test_moments_do_not_grow_their_value_again(monkeypatch: pytest.MonkeyPatch, 
         assert torch.equal(back.moments[name].exp_avg_sq, moments.exp_avg_sq)
 
 
-def test_a_checkpoint_of_format_1_is_read_and_its_damage_seen(tmp_path: Path) -> None:
+def as_format_1(folder: Path) -> None:
     """Its files have a sha256."""
-    state = trained_like(model_config("transformer"), dtype=torch.float32)
-    store.write(tmp_path / "old", state, store.Manifest(model=state.config, progress=bench_growth.Progress()))
-    manifest, moments = tmp_path / "old" / "manifest.json", tmp_path / "old" / "moments-00001.safetensors"
+    manifest = folder / "manifest.json"
     body = json.loads(manifest.read_bytes())["body"] | {"format": 1}
     del body["progress"]["data"], body["progress"]["decisions"]
     body["progress"]["cursor"] = 7
     for name, entry in body["files"].items():
         assert len(entry.pop("xxh3_128")) == 32
-        entry["sha256"] = hashlib.sha256((tmp_path / "old" / name).read_bytes()).hexdigest()
+        entry["sha256"] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
     manifest.write_bytes(manifests._seal(body))
+
+
+def test_a_checkpoint_of_format_1_is_read_and_its_damage_seen(tmp_path: Path) -> None:
+    state = trained_like(model_config("transformer"), dtype=torch.float32)
+    store.write(tmp_path / "old", state, store.Manifest(model=state.config, progress=bench_growth.Progress()))
+    moments = tmp_path / "old" / "moments-00001.safetensors"
+    as_format_1(tmp_path / "old")
     back = store.read(tmp_path / "old")
     assert back.manifest.progress.cursor == 7
     assert all(torch.equal(back.state.params[name], tensor) for name, tensor in state.params.items())
@@ -331,3 +337,64 @@ def test_damage_that_is_found_beside_a_growth_leaves_nothing(tmp_path: Path) -> 
     params.write_bytes(content)
     with pytest.raises(CheckpointError, match="params-00001"):
         growing.grow_checkpoint(tmp_path / "source", ["num_layers=4"], tmp_path / "grown", 0, 16)
+
+
+# Targets, and whether any file, or all of them, then are what they were.
+KEPT_BY = {
+    "depth": (["num_layers=4"], True, True),
+    "vocabulary": (["vocab_size=64"], True, False),
+    "depth and mlp": (["num_layers=4", "mlp_dim=96"], True, False),
+    "width": (["embed_dim=48", "methods.width=clone"], False, False),
+}
+
+
+@pytest.fixture
+def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert store.write_group.__kwdefaults__["shard_bytes"] == store.SHARD_BYTES
+    monkeypatch.setitem(store.write_group.__kwdefaults__, "shard_bytes", 1 << 13)
+
+
+def all_tensors(state: TrainState) -> dict[str, torch.Tensor]:
+    return {**state.params, **store.flat_moments(state.moments)}
+
+
+def links(source: Path, grown: Path) -> dict[str, bool]:
+    """Of each file of ``source``, whether it is one of ``grown`` as well."""
+    of = {path.stat().st_ino for path in grown.iterdir()}
+    return {path.name: path.stat().st_ino in of for path in source.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("growth", KEPT_BY)
+def test_files_that_stay_what_they_were_are_linked(
+    growth: str, tmp_path: Path, small_files: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets, some, whole = KEPT_BY[growth]
+    state = trained_like(model_config("transformer"), dtype=torch.float32)
+    source, grown, written = (tmp_path / name for name in ("source", "grown", "written"))
+    store.write(source, state, manifests.Manifest(state.config, Progress()))
+    growing.grow_checkpoint(source, targets, grown, 0, 16)
+    flat = all_tensors(store.read(grown).state)
+    for name, linked in links(source, grown).items():
+        same = all(
+            name in flat and torch.equal(flat[name], tensor) for name, tensor in load_file(source / name).items()
+        )
+        assert linked == same, name
+    assert (any(links(source, grown).values()), all(links(source, grown).values())) == (some, whole)
+    # A disk that has no links, or another one, gets the same checkpoint, written.
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EXDEV, "another disk")))
+    growing.grow_checkpoint(source, targets, written, 0, 16)
+    assert not any(links(source, written).values())
+    shutil.rmtree(source)  # what is linked stays
+    other = store.read(written)
+    assert other.manifest.adam_steps == store.read(grown).manifest.adam_steps
+    here, there = all_tensors(store.read(grown).state), all_tensors(other.state)
+    assert here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
+
+
+def test_what_has_no_hash_of_today_is_written_again(tmp_path: Path) -> None:
+    state = trained_like(model_config("transformer"), dtype=torch.float32)
+    store.write(tmp_path / "old", state, manifests.Manifest(state.config, Progress()))
+    as_format_1(tmp_path / "old")
+    growing.grow_checkpoint(tmp_path / "old", ["num_layers=4"], tmp_path / "grown", 0, 16)
+    assert not any(links(tmp_path / "old", tmp_path / "grown").values())
+    assert all("xxh3_128" in entry for entry in store.read(tmp_path / "grown").manifest.files.values())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +33,7 @@ from growkit.models.spec import param_specs
 
 SHARD_BYTES = 1 << 30  # of tensors in a file; files are hashed beside the writing of the next one
 WRITING = ".writing-"
+KINDS = ("exp_avg", "exp_avg_sq")  # moments of a parameter
 
 
 @dataclass(frozen=True)
@@ -44,36 +45,88 @@ class Checkpoint:
     state: TrainState
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a checkpoint that is to be written has in common with one that is there: ``params``, and names that have
+    the same ``moments``. Files that hold nothing else are linked, not written again."""
+
+    checkpoint: Checkpoint | None = None
+    params: Collection[str] = ()
+    moments: Collection[str] = ()
+
+    def link(self, folder: Path, group: str, names: Collection[str]) -> tuple[dict[str, str], set[str]]:
+        """Links files of a ``group`` all of whose tensors are among ``names`` into ``folder``, numbered from 1 on;
+        returns file → hash, and the tensors in them. None where the disk has no links or does not allow them."""
+        linked, held = dict[str, str](), set[str]()
+        if self.checkpoint is None:
+            return linked, held
+        for name, entry in self.checkpoint.manifest.files.items():
+            path = self.checkpoint.folder / name
+            if not name.startswith(f"{group}-") or "xxh3_128" not in entry:
+                continue
+            tensors = StoredTensors(path.parent, [name])
+            if not all(tensor in names for tensor in tensors):
+                continue
+            try:
+                os.link(path, folder / (place := shard_name(group, len(linked) + 1)))
+            except OSError:  # they are written, as they would be without a source
+                break
+            linked[place] = entry["xxh3_128"]
+            held.update(tensors)
+        return linked, held
+
+
+NOTHING_KEPT = Kept()
+
+
 def write(folder: Path, state: TrainState, manifest: Manifest, *, log: bytes = b"") -> None:
     """Writes a checkpoint at ``folder``, where none is yet; ``log``: the metrics log behind one that lies in no run.
     Raises CheckpointError when the disk will not."""
     write_described(folder, state, lambda _: (manifest, log))
 
 
-def write_described(folder: Path, state: TrainState, describe: Callable[[TrainState], tuple[Manifest, bytes]]) -> None:
+def write_described(
+    folder: Path,
+    state: TrainState,
+    describe: Callable[[TrainState], tuple[Manifest, bytes]],
+    *,
+    kept: Kept = NOTHING_KEPT,
+) -> None:
     """``write``, for a manifest and a log that only the written state can say: ``describe`` is given it with its
-    parameters mapped from the disk, beside the writing of the moments. If it raises, nothing is left."""
+    parameters mapped from the disk, beside the writing of the moments. If it raises, nothing is left. ``kept``: what is
+    on the disk already; whether its files are sound is for ``describe`` to see to."""
     with (
         writing(folder) as unfinished,
         ThreadPoolExecutor(manifests.HASHERS) as hashers,
         ThreadPoolExecutor(1) as describer,
     ):
         hashes: dict[str, Future[str]] = {}
+        linked: dict[str, str] = {}
         steps: dict[str, float] = {}
 
         def complete(path: Path, again: bool = False) -> None:
             hashes[path.name] = hashers.submit(_flushed_hash, path, again)
 
-        files = write_group(unfinished, "params", state.params, fault=True, complete=partial(complete, again=True))
+        def write_new(group: str, tensors: Mapping[str, Tensor], same: Collection[str], again: bool) -> list[str]:
+            """The names of the group's files."""
+            old, held = kept.link(unfinished, group, same)
+            linked.update(old)
+            new = Ordered(tensors, [name for name in tensors if name not in held])
+            done, first = partial(complete, again=again), len(old) + 1
+            return [*old, *write_group(unfinished, group, new, first=first, fault=again, complete=done)]
+
+        files = write_new("params", state.params, kept.params, True)
         params = Ordered(StoredTensors(unfinished, files), list(state.params))
         described = describer.submit(describe, dataclasses.replace(state, params=params))
-        write_group(unfinished, "moments", _FlatMoments(state.moments, steps), complete=complete)
+        same = {f"{kind}/{name}" for name in kept.moments for kind in KINDS}
+        write_new("moments", _FlatMoments(state.moments, steps), same, False)
         manifest, log = described.result()
         if log:
             (unfinished / LOG).write_bytes(log)
             complete(unfinished / LOG)
+        steps.update((name, state.moments[name].step) for name in kept.moments)
         sealed = dataclasses.replace(manifest, adam_steps=steps, born=dict(state.born))
-        seal(unfinished, sealed, {name: digest.result() for name, digest in hashes.items()})
+        seal(unfinished, sealed, linked | {name: digest.result() for name, digest in hashes.items()})
 
 
 def beside(final: Path) -> Path:
@@ -168,13 +221,14 @@ def write_group(
     tensors: Mapping[str, Tensor],
     *,
     shard_bytes: int = SHARD_BYTES,
+    first: int = 1,
     metadata: Mapping[str, str] | None = None,
     fault: bool = False,
     complete: Callable[[Path], None] | None = None,
 ) -> dict[str, dict[str, int]]:
-    """Writes ``tensors``, one at a time, into files GROUP-NNNNN.safetensors of at most ``shard_bytes`` (but one tensor
-    at least); returns file → name → bytes. ``complete`` is called with each file once it is written, and is to see to
-    it that it is on the disk; None does just that."""
+    """Writes ``tensors``, one at a time, into files GROUP-NNNNN.safetensors, numbered from ``first`` on, of at most
+    ``shard_bytes`` (but one tensor at least); returns file → name → bytes. ``complete`` is called with each file once
+    it is written, and is to see to it that it is on the disk; None does just that."""
     files: dict[str, dict[str, int]] = {}
     names = list(tensors)
     shard: ShardWriter | None = None
@@ -192,7 +246,7 @@ def write_group(
                 close(shard)
                 shard = None
             if shard is None:
-                path = folder / f"{group}-{len(files) + 1:05d}.safetensors"
+                path = folder / shard_name(group, first + len(files))
                 shard = ShardWriter(path, names[number:], metadata or {})
             shard.add(name, tensor)
             del tensor  # before the next one is there
@@ -202,6 +256,10 @@ def write_group(
         if shard is not None:
             shard.abandon()
     return files
+
+
+def shard_name(group: str, number: int) -> str:
+    return f"{group}-{number:05d}.safetensors"
 
 
 def _flushed_hash(path: Path, again: bool) -> str:
@@ -241,7 +299,7 @@ class _FlatMoments(Mapping[str, Tensor]):
         return getattr(moments, kind)
 
     def __iter__(self) -> Iterator[str]:
-        return (f"{kind}/{name}" for name in self.moments for kind in ("exp_avg", "exp_avg_sq"))
+        return (f"{kind}/{name}" for name in self.moments for kind in KINDS)
 
     def __len__(self) -> int:
         return 2 * len(self.moments)

@@ -112,7 +112,7 @@ def grow_checkpoint(
         return manifest, log
 
     with store.checked_beside(checkpoint) as wait_until_checked:
-        store.write_described(output, grown[-1], describe)
+        store.write_described(output, grown[-1], describe, kept=store.Kept(checkpoint, *grown.kept()))
     _show_grown(event, output)
 
 

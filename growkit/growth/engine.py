@@ -214,6 +214,12 @@ class Chain(Sequence[TrainState]):
     def links(self) -> tuple[Link, ...]:
         return tuple(view.link for view in self._views)
 
+    def kept(self) -> tuple[frozenset[str], frozenset[str]]:
+        """The parameters, and those whose moments, are in the last state what they are in ``start``."""
+        names = [name for name in self.start.params if all(view.keeps_place(name) for view in self._views)]
+        params = frozenset(name for name in names if all(view.keeps(name) for view in self._views))
+        return params, frozenset(name for name in names if name in self._states[-1].moments)
+
     def new_entries(self) -> Mapping[str, Tensor]:
         """Where the last state holds entries that ``start`` has not (bool), of the parameters that have any, made when
         asked for. Of the clones of an entry all but the first are new."""
@@ -286,6 +292,15 @@ class _Link:
         no more, and the value is grown once already where it was written or measured before them."""
         return self._how[name] if name in self._how else self.grown(name)
 
+    def keeps_place(self, name: str) -> bool:
+        """Whether ``name`` is an old parameter with its old axes; its moments are its old ones then."""
+        return name in self.specs and name in self.old_specs and self.specs[name].axes == self.old_specs[name].axes
+
+    def keeps(self, name: str) -> bool:
+        """Whether the parameter ``name`` is handed on as it is."""
+        growth = self.about(name)
+        return self.keeps_place(name) and self.operator.grow_tensor(growth).value is growth.old
+
     def gathers(self, name: str) -> bool:
         """Whether this link lays several old parameters, or parts of one, into an old parameter."""
         return self.specs[name].axes != self.old_specs[name].axes and self.how(name).moments is not None
@@ -301,9 +316,9 @@ class _Link:
         return self.grown(name).value
 
     def moments(self, name: str) -> Moments:
-        spec, old_spec = self.specs[name], self.old_specs[name]
-        if spec.axes == old_spec.axes:
+        if self.keeps_place(name):
             return self.state.moments[name]
+        spec, old_spec = self.specs[name], self.old_specs[name]
         how = self.how(name)
         if how.moments is not None:
             return how.moments(self.of_layer(self.state.moments, spec.layer))

@@ -199,7 +199,7 @@ CHECKPOINT_CASES = [
     Case("grow below a file", "grow runs/run num_layers=2 -o corpus.txt/x", "cannot-write", "corpus.txt/x",
          "corpus.txt", "free space"),
     Case("grow on a full disk", "grow runs/run num_layers=2 -o grown", "cannot-write", "grown", "No space",
-         "free space", _full_disk("moments-")),
+         "free space", _full_disk("params-")),
     Case("grow to what it is", "grow runs/run num_layers=1 -o grown", "nothing-grows", "grow", "1", "larger"),
     Case("grow by no size", "grow runs/run num_layers -o grown", "bad-override", "num_layers", "num_layers",
          "key=value"),

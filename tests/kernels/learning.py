@@ -1,13 +1,22 @@
-"""Whether a tiny model learns with the kernels as it does with the reference."""
+"""What the checks in the interpreter share: which of them are no sample, and whether a tiny model learns with the
+kernels as it does with the reference."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 
 from growkit.models.config import ModelConfig
 from growkit.models.decoder import build
 from tests.support import probe, trained_like
+
+
+def rest(value: Any) -> ParameterSet:
+    """A parameter that `make kernels` takes, and `make test` does not."""
+    return pytest.param(value, marks=pytest.mark.kernels)
 
 
 def assert_learns_as_the_reference(config: ModelConfig, tolerance: float) -> None:
