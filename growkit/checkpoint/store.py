@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class Kept:
     the same ``moments``. Files that hold nothing else are linked, not written again."""
 
     checkpoint: Checkpoint | None = None
-    params: Collection[str] = ()
+    params: Mapping[str, Tensor] = field(default_factory=dict)
     moments: Collection[str] = ()
 
     def link(self, folder: Path, group: str, names: Collection[str]) -> tuple[dict[str, str], set[str]]:
@@ -108,15 +108,16 @@ def write_described(
             hashes[path.name] = hashers.submit(_flushed_hash, path, again)
 
         def write_new(group: str, tensors: Mapping[str, Tensor], same: Collection[str], again: bool) -> list[str]:
-            """The names of the group's files."""
+            """The files of the group that are written, not linked."""
             old, held = kept.link(unfinished, group, same)
             linked.update(old)
             new = Ordered(tensors, [name for name in tensors if name not in held])
             done, first = partial(complete, again=again), len(old) + 1
-            return [*old, *write_group(unfinished, group, new, first=first, fault=again, complete=done)]
+            return list(write_group(unfinished, group, new, first=first, fault=again, complete=done))
 
         files = write_new("params", state.params, kept.params, True)
-        params = Ordered(StoredTensors(unfinished, files), list(state.params))
+        on_disk = {**kept.params, **StoredTensors(unfinished, files)}
+        params = {name: on_disk[name] for name in state.params}
         described = describer.submit(describe, dataclasses.replace(state, params=params))
         same = {f"{kind}/{name}" for name in kept.moments for kind in KINDS}
         write_new("moments", _FlatMoments(state.moments, steps), same, False)
@@ -321,6 +322,7 @@ class StoredTensors(TensorTable):
 
     def __init__(self, folder: Path, files: Iterable[str]) -> None:
         self._where: dict[str, Any] = {}  # safe_open, which has no types
+        self._mapped: dict[str, Tensor] = {}
         self._files: dict[str, Path] = {}
         for file in files:
             path = folder / file
@@ -333,8 +335,9 @@ class StoredTensors(TensorTable):
                 raise CheckpointError("damaged", problem, key=str(path), mend="copy or fetch it again") from error
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._where[name].get_tensor(name)
-        return tensor
+        if name not in self._mapped:  # the same one each time, which is how it is seen that two are the same
+            self._mapped[name] = self._where[name].get_tensor(name)
+        return self._mapped[name]
 
     def shape(self, name: str) -> list[int]:
         shape: list[int] = self._where[name].get_slice(name).get_shape()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar, overload
@@ -214,10 +214,11 @@ class Chain(Sequence[TrainState]):
     def links(self) -> tuple[Link, ...]:
         return tuple(view.link for view in self._views)
 
-    def kept(self) -> tuple[frozenset[str], frozenset[str]]:
-        """The parameters, and those whose moments, are in the last state what they are in ``start``."""
+    def kept(self) -> tuple[Mapping[str, Tensor], Collection[str]]:
+        """The parameters of ``start`` that the last state has as they are, and names of which it has the same
+        moments."""
         names = [name for name in self.start.params if all(view.keeps_place(name) for view in self._views)]
-        params = frozenset(name for name in names if all(view.keeps(name) for view in self._views))
+        params = {name: self.start.params[name] for name in names if all(view.keeps(name) for view in self._views)}
         return params, frozenset(name for name in names if name in self._states[-1].moments)
 
     def new_entries(self) -> Mapping[str, Tensor]:

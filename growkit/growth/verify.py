@@ -169,7 +169,8 @@ def _new_gradients(
     for step, name, gradient in taken:
         at = new[name]
         norms[step][name] = _norm_at(gradient, at)
-        if norms[step][name] > 0 or any_nonzero(torch.where(at, gradient, 0)):  # a norm may underflow
+        # A norm may underflow.
+        if norms[step][name] > 0 or any_nonzero(gradient if _everywhere(at) else torch.where(at, gradient, 0)):
             alive.add(name)
         if step >= LIVE_BY - 1:
             locked[step] += _locked(state.params[name], gradient, at)
