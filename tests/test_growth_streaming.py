@@ -311,11 +311,14 @@ def test_layers_that_did_not_change_are_gone_through_once(growth: str, monkeypat
 
 
 @pytest.mark.parametrize("size", [0, 1, 4096, hashing.READ_BYTES, 2 * hashing.READ_BYTES + 77])
-def test_a_mapped_file_has_the_hash_of_its_bytes(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_however_it_is_read_a_file_has_the_hash_of_its_bytes(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     content = (bytes(range(251)) * (size // 251 + 1))[:size]
     (tmp_path / "file").write_bytes(content)
     wanted = xxhash.xxh3_128(content).hexdigest()
     assert hashing.file_hash(tmp_path / "file") == wanted
+    assert hashing.file_hash(tmp_path / "file", again=False) == wanted
     monkeypatch.setattr(hashing, "MADV_POPULATE_READ", 12345)  # as a kernel that has none answers
     assert hashing.file_hash(tmp_path / "file") == wanted
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -129,24 +129,25 @@ def read(folder: Path, *, verify: bool = True) -> Manifest:
     return manifest
 
 
-def check_files(folder: Path, manifest: Manifest) -> None:
-    """Compares every file with its hash, those of parameters first. Raises CheckpointError naming the file."""
+def check_files(folder: Path, manifest: Manifest, *, unread: Collection[str] = ()) -> None:
+    """Compares every file with its hash, those of parameters first; ``unread``: files that nobody reads soon. Raises
+    CheckpointError naming the file."""
     files = sorted(manifest.files.items(), key=lambda item: (not item[0].startswith("params"), item[0]))
     with ThreadPoolExecutor(HASHERS) as hashers:
-        sound = hashers.map(lambda item: _sound(folder / item[0], item[1]), files)
+        sound = hashers.map(lambda item: _sound(folder / item[0], item[1], item[0] not in unread), files)
         for (name, _), matches in zip(files, sound, strict=True):
             if not matches:
                 raise _damaged(folder / name, "does not match the hash in the manifest")
 
 
-def _sound(file: Path, entry: Mapping[str, Any]) -> bool:
+def _sound(file: Path, entry: Mapping[str, Any], again: bool) -> bool:
     try:
         if file.stat().st_size != entry["bytes"]:
             return False
         if "sha256" in entry:  # format 1
             with open(file, "rb") as opened:
                 return hashlib.file_digest(opened, "sha256").hexdigest() == entry["sha256"]
-        return file_hash(file) == str(entry["xxh3_128"])
+        return file_hash(file, again=again) == str(entry["xxh3_128"])
     except FileNotFoundError as error:
         raise _damaged(file, "is missing") from error
     except OSError as error:

@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -262,12 +262,12 @@ def run_of(checkpoint: Path) -> RunFolder | None:
     return RunFolder(run) if (run / MARK).is_file() else None
 
 
-def check_files(checkpoint: store.Checkpoint) -> None:
-    """Compares the checkpoint's files with their hashes. Raises CheckpointError naming the file, and the checkpoint
-    before it where there is one."""
+def check_files(checkpoint: store.Checkpoint, *, unread: Collection[str] = ()) -> None:
+    """Compares the checkpoint's files with their hashes; ``unread``: those that nobody reads soon. Raises
+    CheckpointError naming the file, and the checkpoint before it where there is one."""
     run, manifest = run_of(checkpoint.folder), checkpoint.manifest
     with run.offering_the_one_before(manifest.progress.step) if run is not None else nullcontext():
-        manifests.check_files(checkpoint.folder, manifest)
+        manifests.check_files(checkpoint.folder, manifest, unread=unread)
 
 
 def manifest_of(path: Path) -> manifests.Manifest:

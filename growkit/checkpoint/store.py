@@ -54,24 +54,29 @@ class Kept:
     params: Mapping[str, Tensor] = field(default_factory=dict)
     moments: Collection[str] = ()
 
-    def link(self, folder: Path, group: str, names: Collection[str]) -> tuple[dict[str, str], set[str]]:
-        """Links files of a ``group`` all of whose tensors are among ``names`` into ``folder``, numbered from 1 on;
-        returns file → hash, and the tensors in them. None where the disk has no links or does not allow them."""
-        linked, held = dict[str, str](), set[str]()
+    def files(self, group: str) -> dict[str, Collection[str]]:
+        """Files of a ``group`` that hold nothing else, and the tensors in them."""
         if self.checkpoint is None:
-            return linked, held
-        for name, entry in self.checkpoint.manifest.files.items():
-            path = self.checkpoint.folder / name
-            if not name.startswith(f"{group}-") or "xxh3_128" not in entry:
-                continue
-            tensors = StoredTensors(path.parent, [name])
-            if not all(tensor in names for tensor in tensors):
-                continue
+            return {}
+        folder, entries = self.checkpoint.folder, self.checkpoint.manifest.files
+        moments = {f"{kind}/{name}" for name in self.moments for kind in KINDS}
+        names = self.params if group == "params" else moments
+        hashed = [name for name in entries if name.startswith(f"{group}-") and "xxh3_128" in entries[name]]
+        tensors = {name: list(StoredTensors(folder, [name])) for name in hashed}
+        return {name: of for name, of in tensors.items() if all(one in names for one in of)}
+
+    def link(self, folder: Path, group: str) -> tuple[dict[str, str], set[str]]:
+        """Links those files into ``folder``, numbered from 1 on; returns file → hash, and the tensors in them. None
+        where the disk has no links or does not allow them."""
+        linked, held = dict[str, str](), set[str]()
+        for name, tensors in self.files(group).items():
+            assert self.checkpoint is not None
+            place = shard_name(group, len(linked) + 1)
             try:
-                os.link(path, folder / (place := shard_name(group, len(linked) + 1)))
+                os.link(self.checkpoint.folder / name, folder / place)
             except OSError:  # they are written, as they would be without a source
                 break
-            linked[place] = entry["xxh3_128"]
+            linked[place] = self.checkpoint.manifest.files[name]["xxh3_128"]
             held.update(tensors)
         return linked, held
 
@@ -107,25 +112,26 @@ def write_described(
         def complete(path: Path, again: bool = False) -> None:
             hashes[path.name] = hashers.submit(_flushed_hash, path, again)
 
-        def write_new(group: str, tensors: Mapping[str, Tensor], same: Collection[str], again: bool) -> list[str]:
+        def write_new(group: str, tensors: Mapping[str, Tensor], again: bool) -> list[str]:
             """The files of the group that are written, not linked."""
-            old, held = kept.link(unfinished, group, same)
+            old, held = kept.link(unfinished, group)
             linked.update(old)
             new = Ordered(tensors, [name for name in tensors if name not in held])
             done, first = partial(complete, again=again), len(old) + 1
             return list(write_group(unfinished, group, new, first=first, fault=again, complete=done))
 
-        files = write_new("params", state.params, kept.params, True)
+        files = write_new("params", state.params, True)
         on_disk = {**kept.params, **StoredTensors(unfinished, files)}
         params = {name: on_disk[name] for name in state.params}
         described = describer.submit(describe, dataclasses.replace(state, params=params))
-        same = {f"{kind}/{name}" for name in kept.moments for kind in KINDS}
-        write_new("moments", _FlatMoments(state.moments, steps), same, False)
+        write_new("moments", _FlatMoments(state.moments, steps), False)
         manifest, log = described.result()
         if log:
             (unfinished / LOG).write_bytes(log)
             complete(unfinished / LOG)
-        steps.update((name, state.moments[name].step) for name in kept.moments)
+        if kept.checkpoint is not None:
+            known = kept.checkpoint.manifest.adam_steps
+            steps.update((name, known[name]) for name in kept.moments)
         sealed = dataclasses.replace(manifest, adam_steps=steps, born=dict(state.born))
         seal(unfinished, sealed, linked | {name: digest.result() for name, digest in hashes.items()})
 
@@ -204,12 +210,12 @@ def read(folder: Path, *, verify: bool = True) -> Checkpoint:
 
 
 @contextmanager
-def checked_beside(checkpoint: Checkpoint) -> Iterator[Callable[[], None]]:
+def checked_beside(checkpoint: Checkpoint, *, unread: Collection[str] = ()) -> Iterator[Callable[[], None]]:
     """Context: the files of a checkpoint that was read without it are compared with their hashes, beside what is done
-    with them. Gives a function that waits for the end of that. Raises CheckpointError for a damaged file, in the place
-    of whatever error it led to."""
+    with them; ``unread``: with those nothing is. Gives a function that waits for the end of that. Raises
+    CheckpointError for a damaged file, in the place of whatever error it led to."""
     with ThreadPoolExecutor(1) as checker:
-        checked = checker.submit(check_files, checkpoint)
+        checked = checker.submit(check_files, checkpoint, unread=unread)
         try:
             yield checked.result
         finally:

@@ -111,8 +111,9 @@ def grow_checkpoint(
         )
         return manifest, log
 
-    with store.checked_beside(checkpoint) as wait_until_checked:
-        store.write_described(output, grown[-1], describe, kept=store.Kept(checkpoint, *grown.kept()))
+    kept = store.Kept(checkpoint, *grown.kept())
+    with store.checked_beside(checkpoint, unread=kept.files("moments")) as wait_until_checked:
+        store.write_described(output, grown[-1], describe, kept=kept)
     _show_grown(event, output)
 
 
