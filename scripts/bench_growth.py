@@ -7,6 +7,7 @@ with its certificate, then both are removed. Memory is RssAnon of /proc/self/sta
 cannot take back; pages of mapped files are not in it. The disk is measured by copying the grown checkpoint, file by
 file, each fsynced and removed; the source's files and those that are copied are dropped from the page cache before (the
 kernel's word: it may keep some). A speed is bytes of the grown checkpoint per second, for growing and for copying.
+Files that stay what they were are linked, not written: how many bytes that is is said beside it.
 """
 
 from __future__ import annotations
@@ -69,14 +70,15 @@ def main() -> None:
     from growkit.train import hardware  # it loads lightning, which `growkit grow` does not
 
     rows = []
-    print(f"{'parameters':>29}{'GB':>16}{'peak MiB':>11}{'copy GB/s':>14}{'grow':>9}{'of copy':>9}{'seconds':>9}")
+    print(f"{'parameters':>29}{'GB':>16}{'linked':>9}{'peak MiB':>11}", end="")
+    print(f"{'copy GB/s':>14}{'grow':>9}{'of copy':>9}{'seconds':>9}")
     for size in options.sizes:
         config = PRESETS.get("transformer", key="")(**SIZES[size]).written_out()
         rows.append({"size": size} | measure(config, options.growth, options.probe_tokens, options.folder))
         row = rows[-1]
         print(
             f"{row['parameters'][0]:>13,} → {row['parameters'][1]:>11,}"
-            f"{row['source_bytes'] / 1e9:>7.2f} → {row['grown_bytes'] / 1e9:>5.2f}"
+            f"{row['source_bytes'] / 1e9:>7.2f} → {row['grown_bytes'] / 1e9:>5.2f}{row['linked_bytes'] / 1e9:>9.2f}"
             f"{row['peak_anonymous_bytes'] / 2**20:>11.0f}"
             f"{row['copy_bytes_per_second']['before'] / 1e9:>7.2f}{row['copy_bytes_per_second']['after'] / 1e9:>7.2f}"
             f"{row['grow_bytes_per_second'] / 1e9:>9.3f}{row['share_of_copy_speed']:>9.2f}"
@@ -119,12 +121,14 @@ def measure(config: ModelConfig, growth: str, probe_tokens: int, folder: Path) -
         before = copy_speed(source)
         evict(source)
         found = grow_in_fresh_process(source, grown, words, probe_tokens, Path(temporary))
+        linked = sum(path.stat().st_size for path in grown.iterdir() if path.stat().st_nlink > 1)
         after = copy_speed(grown)
         written, seconds = size_of(grown), found["seconds"]["all"]
         return {
             "parameters": [old, new],
             "source_bytes": size_of(source),
             "grown_bytes": written,
+            "linked_bytes": linked,
             "largest_tensor_bytes": 4 * largest,
             **found,
             "copy_bytes_per_second": {"before": before, "after": after},

@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from growkit.config.load import parse_recipe
 from growkit.config.recipe import Recipe
 from growkit.eval import validate
-from growkit.growth import gradients, verify
+from growkit.growth import gradients, logits, verify
 from growkit.models.decoder import build, init_params
 from growkit.models.presets import PRESETS
 from growkit.models.spec import param_specs
@@ -400,4 +400,5 @@ def test_constants_kept_here_to_spare_an_import_of_torch() -> None:
     assert memory.VALIDATION_ROWS == validate.ROWS
     assert memory.HELD_BYTES == gradients.HELD_BYTES
     assert memory.GRADIENT_TOKENS == verify.GRADIENT_TOKENS
+    assert memory.PART_BYTES == logits.PART_BYTES
     assert all(memory.unscored(length) == validate.unscored(length) for length in (1, 7, 16, 100, 4096))

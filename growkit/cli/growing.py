@@ -35,7 +35,7 @@ from growkit.train.display import growth_table
 
 console = Console(highlight=False)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
-KEPT_BYTES = 1 << 30  # of freed memory, for what comes next
+MAPPED_BYTES = 16 << 20  # of a block that is not the heap's; in pages of 2 MB (growkit.cli) it is soon filled
 
 
 def grow_checkpoint(
@@ -54,7 +54,7 @@ def grow_checkpoint(
     measured on, and that methods which look before they grow choose by; without it, random tokens, for the certificate
     only. A Hugging Face folder becomes another one, its tensors in ``dtype`` or as they were, unless ``as_growkit``."""
     refuse_existing(output, "--output")
-    _keep_freed_blocks()
+    _give_back_large_blocks()
     checkpoint = open_any(source, verify=False)  # it is, beside the growth
     folder = checkpoint if isinstance(checkpoint, ModelFolder) and not as_growkit else None
     if dtype is not None and folder is None:
@@ -183,12 +183,12 @@ def _random_probe(config: ModelConfig, seed: int, tokens: int) -> Tensor:
     return torch.randint(config.vocab_size, (1, tokens + 1), generator=torch.Generator().manual_seed(seed))
 
 
-def _keep_freed_blocks() -> None:
-    """One heap, that keeps up to ``KEPT_BYTES`` for the next tensor. By default glibc has a heap for each thread, where
-    freed blocks lie between others (growing 1.3B parameters, 1.7 GB that nobody used), and gives large ones back, so
-    that every page of the next is made and cleared again: a third of the time."""
+def _give_back_large_blocks() -> None:
+    """One heap, for small blocks; those of ``MAPPED_BYTES`` and more are the kernel's, and go back to it. By default
+    glibc has a heap for each thread and comes to take larger and larger blocks from them, where they end up between
+    others: growing the MLPs of 1.3B parameters, 3 GB that nobody used."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # another C library has neither this nor the habit
     if mallopt is not None:
         mallopt(M_ARENA_MAX, 1)
-        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
-        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+        mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
+        mallopt(M_TRIM_THRESHOLD, MAPPED_BYTES)

@@ -268,11 +268,21 @@ def empty_ends(config: ModelConfig) -> Ends:
         return Ends(config.stream)
 
 
-def fill(module: M, params: Mapping[str, Tensor], prefix: str, dtype: torch.dtype, room: Room | None = None) -> M:
+def fill(
+    module: M,
+    params: Mapping[str, Tensor],
+    prefix: str,
+    dtype: torch.dtype,
+    room: Room | None = None,
+    *,
+    stored: Collection[str] = (),
+) -> M:
     """``module`` with its parameters from ``params``, where their names start with ``prefix``, in ``dtype``; converted
-    in ``room``, if there is one."""
+    in ``room``, if there is one. Those called ``stored`` (without the prefix) are as they are."""
     room = Room() if room is None else room
-    state = {name: room.converted(name, params[prefix + name], dtype) for name, _ in module.named_parameters()}
+    names = [name for name, _ in module.named_parameters()]
+    given = {name: params[prefix + name] for name in names}
+    state = {name: of if name in stored else room.converted(name, of, dtype) for name, of in given.items()}
     module.load_state_dict(state, strict=True, assign=True)
     return module
 

@@ -1,9 +1,11 @@
-"""Logits of models that are never whole in memory: the weights of one layer at a time are read, converted, used."""
+"""Logits of models that are never whole in memory: the weights of one layer at a time are read, those of a matrix
+converted and used a few rows at a time."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,9 +15,10 @@ from growkit.growth.gradients import Room, empty_ends, empty_layer, empty_norm, 
 from growkit.growth.state import TrainState
 from growkit.models.config import LayerSpec, ModelConfig
 from growkit.models.layers import rope_table
+from growkit.models.projections import LinearProjection
 from growkit.models.ramp import stream_mask
 
-HEAD_BYTES = 64 << 20  # of the head's weights as they are read; converted and multiplied that much at a time
+PART_BYTES = 8 << 20  # of weights as they are stored; converted, they are in the cache still when they are multiplied
 
 
 @torch.no_grad()
@@ -95,8 +98,27 @@ class _Pass:
         self.positions = torch.arange(tokens.shape[1], device=x.device)
 
     def through(self, spec: LayerSpec) -> None:
-        layer = fill(empty_layer(spec, self.config), self.params, f"layers.{spec.id}.", self.work, self.room)
+        layer = empty_layer(spec, self.config)
+        linear = {name: module for name, module in layer.named_modules() if isinstance(module, LinearProjection)}
+        stored = {f"{name}.weight" for name in linear}
+        fill(layer, self.params, f"layers.{spec.id}.", self.work, self.room, stored=stored)
+        for module in linear.values():
+            module.forward = partial(self._linear, module)  # type: ignore[method-assign]
         self.x, _ = layer(self.x, rope_table(spec.mixer, self.positions, self.x.dtype))
+
+    def _linear(self, module: LinearProjection, x: Tensor) -> Tensor:
+        if module.weight.dtype == x.dtype:
+            return F.linear(x, module.weight, module.bias)
+        out = self._product(x, module.weight, x.new_empty(*x.shape[:-1], len(module.weight)))
+        return out if module.bias is None else out.add_(module.bias)
+
+    def _product(self, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+        """``x`` (..., in) times ``weight`` (out, in), written into ``out`` (..., out)."""
+        start = 0
+        for rows in torch.split(weight, max(1, PART_BYTES // weight[0].nbytes)):
+            out[..., start : start + len(rows)] = F.linear(x, self.room.converted("part", rows, self.work))
+            start += len(rows)
+        return out
 
     def logits(self) -> Tensor:
         self.room.clear()  # the layers are behind
@@ -104,8 +126,4 @@ class _Pass:
         h = fill(empty_norm(config), self.params, "final_norm.", self.work)(x)
         head = self.params["embedding.weight" if config.tied_head else "head.weight"]
         logits = h.new_empty(*x.shape[:-1], config.vocab_size, dtype=torch.promote_types(self.work, torch.float32))
-        start = 0
-        for rows in torch.split(head, max(1, HEAD_BYTES // head[0].nbytes)):
-            logits[..., start : start + len(rows)] = F.linear(h, rows.to(self.work))
-            start += len(rows)
-        return logits.mul_(config.logit_scale)
+        return self._product(h, head, logits).mul_(config.logit_scale)

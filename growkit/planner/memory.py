@@ -25,6 +25,7 @@ FLOAT64 = 8
 PROCESSORS = 132
 VALIDATION_ROWS = 32  # windows of a validation's forward pass: eval/validate.py, ROWS
 GRADIENT_TOKENS = 32  # of the probe, for the gradients of a certificate: growth/verify.py
+PART_BYTES = 8 << 20  # of a linear map's weights, converted at a time: growth/logits.py, PART_BYTES
 HELD_BYTES = 64 << 20  # signs that a certificate holds in memory: growth/gradients.py, HELD_BYTES
 
 
@@ -205,9 +206,9 @@ def _growth(
     recipe: Recipe, stage: Stage, old: Mapping[str, ParamSpec], with_moments: frozenset[str]
 ) -> tuple[float, float]:
     """(the states before and after, those and the certificate's work) in bytes of CPU memory. A parameter that keeps
-    its axes keeps its tensors. The certificate holds one layer of each kind in float64 beside both residual streams,
-    and one at a time in float32 with its gradients, over fewer tokens; then also logits before and after, in two
-    precisions, the stream at every layer and the signs of earlier gradients, a byte for each entry
+    its axes keeps its tensors. The certificate holds parts of one layer of each kind in float64 beside both residual
+    streams, and one layer at a time in float32 with its gradients, over fewer tokens; then also logits before and after,
+    in two precisions, the stream at every layer and the signs of earlier gradients, a byte for each entry
     (growth/gradients.py)."""
     specs = param_specs(stage.model)
     before = sum(spec.numel * (FLOAT + (MOMENTS if name in with_moments else 0)) for name, spec in old.items())
@@ -234,7 +235,13 @@ def _growth(
         weights = (sizes[layer.id] - kept[layer.id]) * FLOAT
         work = max(work, weights + passes.forward.change + passes.backward.peak)
     named = (one for one in (*old.items(), *specs.items()) if one[1].layer is not None)
-    places = {(name.split(".", 2)[2], spec.shape): spec.numel for name, spec in named}  # growth/gradients.py, Room
+    places: dict[tuple[str, tuple[int, ...]], int] = {}  # growth/gradients.py, Room
+    for name, spec in named:
+        if spec.role == "weight" and len(spec.shape) == 2:  # of a linear map, a few rows at a time
+            rows_of = min(spec.shape[0], max(1, PART_BYTES // (FLOAT * spec.shape[1])))
+            places["part", (rows_of, spec.shape[1])] = rows_of * spec.shape[1]
+        else:
+            places[name.split(".", 2)[2], spec.shape] = spec.numel
     wide = sum(places.values()) * FLOAT64 + 2 * scored_layers(model, read)
     passing = max(spec.numel for spec in specs.values()) * FLOAT  # one tensor's copy while it is looked at
     wide += read.tokens * blocks * model.embed_dim * FLOAT64  # the other model's stream, gone through beside
