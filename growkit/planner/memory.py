@@ -207,8 +207,8 @@ def _growth(
 ) -> tuple[float, float]:
     """(the states before and after, those and the certificate's work) in bytes of CPU memory. A parameter that keeps
     its axes keeps its tensors. The certificate holds parts of one layer of each kind in float64 beside both residual
-    streams, and one layer at a time in float32 with its gradients, over fewer tokens; then also logits before and after,
-    in two precisions, the stream at every layer and the signs of earlier gradients, a byte for each entry
+    streams, and one layer at a time in float32 with its gradients, over fewer tokens; then also logits before and
+    after, in two precisions, the stream at every layer and the signs of earlier gradients, a byte for each entry
     (growth/gradients.py)."""
     specs = param_specs(stage.model)
     before = sum(spec.numel * (FLOAT + (MOMENTS if name in with_moments else 0)) for name, spec in old.items())
