@@ -30,7 +30,7 @@ quickstart: .venv/.installed
 	$(BIN)/growkit train recipes/quickstart.yaml
 
 test: .venv/.installed
-	$(BIN)/python -m pytest -m "not kernels" -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not kernels" -n 3 --dist loadfile --no-loadscope-reorder
 
 kernels: .venv/.installed
 	$(BIN)/python -m pytest tests/kernels

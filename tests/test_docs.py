@@ -106,9 +106,10 @@ def test_what_the_page_of_benchmarks_says_was_measured() -> None:
     said("bench_overhead", f"{min(overhead):.2f} to {max(overhead):.2f}")
     data = [cores["ratio_of_seconds"] for cores in result("bench_data")["preparation"]["cores"]]
     said("bench_data", f"{data[0]:.2f} of the library's rate on one core, {data[1]:.2f} on two")
-    largest = result("bench_growth")["models"][-1]
-    said("bench_growth", f"{largest['peak_anonymous_bytes'] / 1e9:.2f} GB", f"{largest['seconds']['all']:.0f} s")
-    said("bench_growth", f"{largest['share_of_copy_speed']:.2f} of copy speed")
+    growing = {f"{row['size']}:{row['growth']}": row for row in result("bench_growth")["models"]}
+    for row in (growing["1.3B:depth"], growing["1.3B:mlp"]):
+        said("bench_growth", f"{row['peak_anonymous_bytes'] / 1e9:.2f} GB", f"{row['seconds']['all']:.0f} s")
+        said("bench_growth", f"{row['share_of_copy_speed']:.2f} of copy speed")
     said(
         "bench_logger",
         " and ".join(str(m["arms"]["wandb"]["step_time_ratio"])[:5] for m in result("bench_logger")["models"]),
@@ -149,7 +150,8 @@ def test_what_the_page_of_benchmarks_says_was_measured() -> None:
     assert soak["identical"]
     said("soak", f"{soak['kills']} kills in {soak['runs']} runs", f"at most {soak['steps_recomputed']['max']} steps")
     said("check_compilations", f"| {result('compilations')['graphs']} for eight")
-    missed = not result("bench_growth")["reached"]["share_of_copy_speed"]
+    goal = result("bench_growth")["goal"]["share_of_copy_speed"]
+    missed = any(row["share_of_copy_speed"] < goal for row in growing.values() if row["size"] == "1.3B")
     assert ("missed" in rows["bench_growth"]) == missed and page.count("missed") == 1
 
 
