@@ -65,7 +65,7 @@ def check(given: Tensors, segments: Tensor | None = None, dtype: torch.dtype = t
 SOME = [c for n in (1, 2) for c in itertools.combinations(OPTIONS, n)]
 
 
-@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("segmented", [rest(False), True])
 @pytest.mark.parametrize("options", [(), OPTIONS, *map(rest, SOME)], ids=str)
 def test_with_and_without_each_optional_tensor(options: Any, segmented: bool) -> None:
     check(inputs(2, 17, 5, 3, torch.float32, options), documents(2, 17, 6) if segmented else None)
@@ -86,7 +86,7 @@ def test_narrow_inputs(dtype: torch.dtype) -> None:
     check(inputs(2, 18, 33, 5, dtype), documents(2, 18, 7), dtype)
 
 
-@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("segmented", [rest(False), True])
 @pytest.mark.parametrize("size", [(2, 18, 5, 3), rest((1, 130, 33, 16))], ids=str)
 def test_over_spans(spans: Any, size: tuple[int, int, int, int], segmented: bool) -> None:
     """Three passes: each span from a state of zero, what is carried from span to span, each span again."""

@@ -20,13 +20,13 @@ def rest(value: Any) -> ParameterSet:
 
 
 def assert_learns_as_the_reference(config: ModelConfig, tolerance: float) -> None:
-    """Three steps from the same start: the losses are the same, up to ``tolerance`` (relative), and they move."""
+    """Two steps from the same start: the losses are the same, up to ``tolerance`` (relative), and they move."""
     losses: dict[str, list[float]] = {}
     for backend in ("triton", "reference"):
         model = build(config, trained_like(config, dtype=torch.float32).params, backend=backend).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         losses[backend] = []
-        for step in range(3):
+        for step in range(2):
             tokens = probe(config, context=11, seed=step)
             loss = model(tokens[:, :-1], tokens[:, 1:]).total
             loss.backward()
@@ -34,4 +34,4 @@ def assert_learns_as_the_reference(config: ModelConfig, tolerance: float) -> Non
             optimizer.zero_grad()
             losses[backend].append(float(loss.detach()))
     assert losses["triton"] == pytest.approx(losses["reference"], rel=tolerance)
-    assert losses["triton"][0] != losses["triton"][2]
+    assert losses["triton"][0] != losses["triton"][1]
