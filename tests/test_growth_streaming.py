@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import json
 import os
@@ -32,6 +33,7 @@ from growkit.growth.path import grown_config, path
 from growkit.growth.state import Moments, TrainState
 from growkit.models.config import ModelConfig
 from growkit.models.decoder import build
+from growkit.models.projections import LinearProjection
 from growkit.models.spec import param_specs
 from growkit.schedule.progress import Progress
 from scripts import bench_growth
@@ -322,6 +324,14 @@ def test_however_it_is_read_a_file_has_the_hash_of_its_bytes(
     wanted = xxhash.xxh3_128(content).hexdigest()
     assert hashing.file_hash(tmp_path / "file") == wanted
     assert hashing.file_hash(tmp_path / "file", again=False) == wanted
+    read = os.preadv
+
+    def refused(*_: Any) -> int:
+        raise OSError(errno.EINVAL, "not past the cache")
+
+    for answer in (refused, lambda file, blocks, start: min(start + 4096, read(file, blocks, start))):
+        monkeypatch.setattr(os, "preadv", answer)
+        assert hashing.file_hash(tmp_path / "file", again=False) == wanted
     monkeypatch.setattr(hashing, "MADV_POPULATE_READ", 12345)  # as a kernel that has none answers
     assert hashing.file_hash(tmp_path / "file") == wanted
 
@@ -378,7 +388,11 @@ def test_files_that_stay_what_they_were_are_linked(
     state = trained_like(model_config("transformer"), dtype=torch.float32)
     source, grown, written = (tmp_path / name for name in ("source", "grown", "written"))
     store.write(source, state, manifests.Manifest(state.config, Progress()))
+    flushed = set[str]()
+    flush = store.fsync
+    monkeypatch.setattr(store, "fsync", lambda path: (flushed.add(path.name), flush(path))[1])
     growing.grow_checkpoint(source, targets, grown, 0, 16)
+    assert {path.name for path in grown.glob("*.safetensors")} <= flushed
     flat = all_tensors(store.read(grown).state)
     for name, linked in links(source, grown).items():
         same = all(
@@ -397,10 +411,47 @@ def test_files_that_stay_what_they_were_are_linked(
     assert here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
 
 
+def test_files_that_are_symbolic_links_are_linked_for_what_they_point_at(tmp_path: Path, small_files: None) -> None:
+    state = trained_like(model_config("transformer"), dtype=torch.float32)
+    store.write(tmp_path / "source", state, manifests.Manifest(state.config, Progress()))
+    (tmp_path / "files").mkdir()
+    for file in (tmp_path / "source").glob("*.safetensors"):
+        file.rename(tmp_path / "files" / file.name)
+        file.symlink_to(Path("../files") / file.name)
+    grown = tmp_path / "deeper" / "grown"
+    grown.parent.mkdir()
+    growing.grow_checkpoint(tmp_path / "source", ["num_layers=4"], grown, 0, 16)
+    assert all(links(tmp_path / "files", grown).values())
+    assert not any(file.is_symlink() for file in grown.iterdir())
+
+
+def test_a_file_that_is_there_is_not_written_over(tmp_path: Path) -> None:
+    """It may be linked, and another checkpoint's as well."""
+    store.write_group(tmp_path, "params", {"a": torch.zeros(3)})
+    with pytest.raises(FileExistsError):
+        store.write_group(tmp_path, "params", {"a": torch.ones(3)})
+    assert torch.equal(load_file(tmp_path / "params-00001.safetensors")["a"], torch.zeros(3))
+
+
+def test_weights_do_not_outlive_their_layer() -> None:
+    """Of a folder of Hugging Face's they are made when they are read, and lie in memory."""
+    state = trained_like(model_config("transformer"), dtype=torch.float32)
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(isinstance(one, LinearProjection) for one in gc.get_objects())
+        stream_logits(state.config, state.params, probe(state.config)[:, :-1], torch.float64)
+        assert sum(isinstance(one, LinearProjection) for one in gc.get_objects()) == before
+    finally:
+        gc.enable()
+
+
 def test_what_has_no_hash_of_today_is_written_again(tmp_path: Path) -> None:
     state = trained_like(model_config("transformer"), dtype=torch.float32)
     store.write(tmp_path / "old", state, manifests.Manifest(state.config, Progress()))
     as_format_1(tmp_path / "old")
+    kept = store.Kept(store.read(tmp_path / "old"), params=lambda: pytest.fail("all weights are made for nothing"))
+    assert not kept.files("params")
     growing.grow_checkpoint(tmp_path / "old", ["num_layers=4"], tmp_path / "grown", 0, 16)
     assert not any(links(tmp_path / "old", tmp_path / "grown").values())
     assert all("xxh3_128" in entry for entry in store.read(tmp_path / "grown").manifest.files.values())

@@ -19,9 +19,9 @@ def file_hash(path: Path, *, again: bool = True) -> str:
     """XXH3, 128 bits, hexadecimal: it notices damage as a cryptographic hash would, and is faster than any disk. A file
     that nobody reads ``again`` soon is read past the kernel's cache, where it can be: it pushes nothing out, and takes
     a third of the processor's time. Raises OSError."""
+    if not again and (hashed := _hash_past_cache(path)) is not None:
+        return hashed
     digest = xxhash.xxh3_128()
-    if not again and _hash_past_cache(digest, path):
-        return digest.hexdigest()
     with open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         if not size or not _hash_mapped(digest, file.fileno(), size):
@@ -31,28 +31,29 @@ def file_hash(path: Path, *, again: bool = True) -> str:
     return digest.hexdigest()
 
 
-def _hash_past_cache(digest: xxhash.xxh3_128, path: Path) -> bool:
-    """Adds the whole file to ``digest``; False, with nothing added, on a system or a disk that reads no other way."""
+def _hash_past_cache(path: Path) -> str | None:
+    """None on a system or a disk that reads through its cache only, or cannot give a whole block at once."""
     if not hasattr(os, "O_DIRECT"):
-        return False
+        return None
+    digest = xxhash.xxh3_128()
     try:
         file = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        try:
+            size = os.fstat(file).st_size
+            with mmap.mmap(-1, READ_BYTES) as block:  # such reads go to whole pages
+                for start in range(0, size, READ_BYTES):
+                    count = os.preadv(file, [block], start)
+                    if count != min(READ_BYTES, size - start):
+                        return None
+                    with memoryview(block)[:count] as read:
+                        digest.update(read)
+        finally:
+            os.close(file)
     except OSError as error:
         if error.errno == errno.EINVAL:
-            return False
+            return None
         raise
-    try:
-        size = os.fstat(file).st_size
-        with mmap.mmap(-1, READ_BYTES) as block:  # such reads go to whole pages
-            for start in range(0, size, READ_BYTES):
-                count = os.preadv(file, [block], start)
-                if count != min(READ_BYTES, size - start):
-                    raise OSError(errno.EIO, os.strerror(errno.EIO))
-                with memoryview(block)[:count] as read:
-                    digest.update(read)
-    finally:
-        os.close(file)
-    return True
+    return digest.hexdigest()
 
 
 def _hash_mapped(digest: xxhash.xxh3_128, file: int, size: int) -> bool:

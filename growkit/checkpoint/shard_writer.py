@@ -40,7 +40,7 @@ class ShardWriter:
         self._header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
         room = len(json.dumps(self._header)) + sum(len(json.dumps(name)) + ENTRY_BYTES for name in names)
         self._room = -(-room // 8) * 8  # data begin where eight divides
-        self._file = open(path, "wb")
+        self._file = open(path, "xb")  # what is there may be linked, and be a file of another checkpoint as well
         self._file.seek(8 + self._room)
 
     def add(self, name: str, tensor: Tensor) -> None:

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,11 +47,12 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Kept:
-    """What a checkpoint that is to be written has in common with one that is there: ``params``, and names that have
-    the same ``moments``. Files that hold nothing else are linked, not written again."""
+    """What a checkpoint that is to be written has in common with one that is there: names of ``params``, asked for
+    when there is a file to link, and names that have the same ``moments``. Files that hold nothing else are linked, not
+    written again."""
 
     checkpoint: Checkpoint | None = None
-    params: Mapping[str, Tensor] = field(default_factory=dict)
+    params: Callable[[], Collection[str]] = frozenset
     moments: Collection[str] = ()
 
     def files(self, group: str) -> dict[str, Collection[str]]:
@@ -59,9 +60,10 @@ class Kept:
         if self.checkpoint is None:
             return {}
         folder, entries = self.checkpoint.folder, self.checkpoint.manifest.files
-        moments = {f"{kind}/{name}" for name in self.moments for kind in KINDS}
-        names = self.params if group == "params" else moments
         hashed = [name for name in entries if name.startswith(f"{group}-") and "xxh3_128" in entries[name]]
+        if not hashed:  # another layout, format 1
+            return {}
+        names = self.params() if group == "params" else {f"{kind}/{name}" for name in self.moments for kind in KINDS}
         tensors = {name: list(StoredTensors(folder, [name])) for name in hashed}
         return {name: of for name, of in tensors.items() if all(one in names for one in of)}
 
@@ -73,7 +75,7 @@ class Kept:
             assert self.checkpoint is not None
             place = shard_name(group, len(linked) + 1)
             try:
-                os.link(self.checkpoint.folder / name, folder / place)
+                os.link((self.checkpoint.folder / name).resolve(), folder / place)  # not a symbolic link itself
             except OSError:  # they are written, as they would be without a source
                 break
             linked[place] = self.checkpoint.manifest.files[name]["xxh3_128"]
@@ -107,6 +109,7 @@ def write_described(
     ):
         hashes: dict[str, Future[str]] = {}
         linked: dict[str, str] = {}
+        flushed: list[Future[None]] = []
         steps: dict[str, float] = {}
 
         def complete(path: Path, again: bool = False) -> None:
@@ -116,13 +119,14 @@ def write_described(
             """The files of the group that are written, not linked."""
             old, held = kept.link(unfinished, group)
             linked.update(old)
-            new = Ordered(tensors, [name for name in tensors if name not in held])
+            flushed.extend(hashers.submit(fsync, unfinished / name) for name in old)
+            new = Ordered([name for name in tensors if name not in held], tensors)
             done, first = partial(complete, again=again), len(old) + 1
             return list(write_group(unfinished, group, new, first=first, fault=again, complete=done))
 
         files = write_new("params", state.params, True)
-        on_disk = {**kept.params, **StoredTensors(unfinished, files)}
-        params = {name: on_disk[name] for name in state.params}
+        tables = [StoredTensors(unfinished, files)] + ([kept.checkpoint.state.params] if kept.checkpoint else [])
+        params = Ordered(list(state.params), *tables)
         described = describer.submit(describe, dataclasses.replace(state, params=params))
         write_new("moments", _FlatMoments(state.moments, steps), False)
         manifest, log = described.result()
@@ -132,6 +136,8 @@ def write_described(
         if kept.checkpoint is not None:
             known = kept.checkpoint.manifest.adam_steps
             steps.update((name, known[name]) for name in kept.moments)
+        for file in flushed:
+            file.result()
         sealed = dataclasses.replace(manifest, adam_steps=steps, born=dict(state.born))
         seal(unfinished, sealed, linked | {name: digest.result() for name, digest in hashes.items()})
 
@@ -202,7 +208,7 @@ def read(folder: Path, *, verify: bool = True) -> Checkpoint:
             "damaged", f"does not hold the model its manifest describes (first: {odd[0]})", key=str(folder)
         )
     # Tables of names come back in the model's order, so that whatever walks them is reproducible.
-    ordered = Ordered(params, list(expected))
+    ordered = Ordered(list(expected), params)
     moments = _StoredMoments(
         flat, {name: manifest.adam_steps[name] for name in expected if name in manifest.adam_steps}
     )
@@ -369,16 +375,20 @@ class StoredTensors(TensorTable):
 
 
 class Ordered(Mapping[str, Tensor]):
-    """``tensors`` in the order of ``names``."""
+    """The tensors called ``names``, in that order, each from the first of ``tables`` that has it."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], names: list[str]) -> None:
-        self._tensors, self._names = tensors, names
+    def __init__(self, names: list[str], *tables: Mapping[str, Tensor]) -> None:
+        self._names, self._tables = dict.fromkeys(names), tables
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
+        if name in self._names:
+            for table in self._tables:
+                if name in table:
+                    return table[name]
+        raise KeyError(name)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._tensors
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

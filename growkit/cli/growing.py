@@ -111,7 +111,7 @@ def grow_checkpoint(
         )
         return manifest, log
 
-    kept = store.Kept(checkpoint, *grown.kept())
+    kept = store.Kept(checkpoint, grown.kept_params, grown.kept_moments())
     with store.checked_beside(checkpoint, unread=kept.files("moments")) as wait_until_checked:
         store.write_described(output, grown[-1], describe, kept=kept)
     _show_grown(event, output)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar, overload
@@ -214,12 +214,14 @@ class Chain(Sequence[TrainState]):
     def links(self) -> tuple[Link, ...]:
         return tuple(view.link for view in self._views)
 
-    def kept(self) -> tuple[Mapping[str, Tensor], Collection[str]]:
-        """The parameters of ``start`` that the last state has as they are, and names of which it has the same
-        moments."""
-        names = [name for name in self.start.params if all(view.keeps_place(name) for view in self._views)]
-        params = {name: self.start.params[name] for name in names if all(view.keeps(name) for view in self._views)}
-        return params, frozenset(name for name in names if name in self._states[-1].moments)
+    def kept_params(self) -> frozenset[str]:
+        """Names of the parameters that the last state has as ``start`` has them."""
+        return frozenset(name for name in self.start.params if all(view.keeps(name) for view in self._views))
+
+    def kept_moments(self) -> frozenset[str]:
+        """Names of the parameters of which the last state has the moments that ``start`` has."""
+        with_moments = (name for name in self.start.params if name in self._states[-1].moments)
+        return frozenset(name for name in with_moments if all(view.keeps_place(name) for view in self._views))
 
     def new_entries(self) -> Mapping[str, Tensor]:
         """Where the last state holds entries that ``start`` has not (bool), of the parameters that have any, made when
@@ -299,8 +301,10 @@ class _Link:
 
     def keeps(self, name: str) -> bool:
         """Whether the parameter ``name`` is handed on as it is."""
+        if not self.keeps_place(name):
+            return False
         growth = self.about(name)
-        return self.keeps_place(name) and self.operator.grow_tensor(growth).value is growth.old
+        return self.operator.grow_tensor(growth).value is growth.old
 
     def gathers(self, name: str) -> bool:
         """Whether this link lays several old parameters, or parts of one, into an old parameter."""

@@ -103,14 +103,15 @@ class _Pass:
         stored = {f"{name}.weight" for name in linear}
         fill(layer, self.params, f"layers.{spec.id}.", self.work, self.room, stored=stored)
         for module in linear.values():
-            module.forward = partial(self._linear, module)  # type: ignore[method-assign]
+            # Not bound to the module, which would then outlive its layer, its weights with it.
+            module.forward = partial(self._linear, module.weight, module.bias)  # type: ignore[method-assign]
         self.x, _ = layer(self.x, rope_table(spec.mixer, self.positions, self.x.dtype))
 
-    def _linear(self, module: LinearProjection, x: Tensor) -> Tensor:
-        if module.weight.dtype == x.dtype:
-            return F.linear(x, module.weight, module.bias)
-        out = self._product(x, module.weight, x.new_empty(*x.shape[:-1], len(module.weight)))
-        return out if module.bias is None else out.add_(module.bias)
+    def _linear(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+        if weight.dtype == x.dtype:
+            return F.linear(x, weight, bias)
+        out = self._product(x, weight, x.new_empty(*x.shape[:-1], len(weight)))
+        return out if bias is None else out.add_(bias)
 
     def _product(self, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
         """``x`` (..., in) times ``weight`` (out, in), written into ``out`` (..., out)."""

@@ -126,7 +126,7 @@ def read_folder(folder: Path) -> ModelFolder:
             raise _wrong(stored.file(name), problem)
     dtype = DTYPES[found.pop()] if len(found) == 1 else torch.float32
     params = LaidOut(rules, _Wide(stored, names), ours=True)
-    state = TrainState(manifest.model, Ordered(params, list(param_specs(manifest.model))))
+    state = TrainState(manifest.model, Ordered(list(param_specs(manifest.model)), params))
     return ModelFolder(folder, manifest, state, config, adapter, dtype)
 
 
