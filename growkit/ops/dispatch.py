@@ -56,7 +56,10 @@ def resolve_backend(op: str, backend: str) -> str:
     if backend == "auto":
         missing = triton_lacks()
         chosen = "triton" if PROVEN and not missing else "compiled"
-        why = "" if chosen == "compiled" else " for tensors on a GPU, on the compiled path for others"
+        if chosen == "triton":
+            why = " for tensors on a GPU, on the compiled path for others"
+        elif not missing:
+            why = f"; Triton's kernels, which have not been tried on a GPU yet, run with {KEY}=triton"
     elif backend == "triton":
         missing = None if interpreted() else triton_lacks()
         if missing:

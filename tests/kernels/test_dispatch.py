@@ -102,6 +102,19 @@ def test_it_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCa
     ]
 
 
+def test_kernels_that_auto_leaves_aside_are_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine(monkeypatch, capability=(9, 0))
+    monkeypatch.setattr(dispatch, "PROVEN", False)
+    with caplog.at_level("INFO", logger="growkit.ops.dispatch"):
+        resolve_backend("op", "auto")
+    assert [record.getMessage() for record in caplog.records] == [
+        "op op runs on the compiled path; Triton's kernels, which have not been tried on a GPU yet, "
+        "run with trainer.backend=triton"
+    ]
+
+
 def test_triton_is_loaded_only_when_chosen() -> None:
     code = (
         "import sys\nimport growkit, growkit.ops.pattention, growkit.ops.selective_scan as scan\n"
