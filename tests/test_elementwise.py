@@ -35,6 +35,23 @@ def test_rms_norm(width: int) -> None:
         torch.testing.assert_close(rms_norm(x, gain, 1e-5), results[0][0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rms_norm_of_a_model_in_half_precision(dtype: torch.dtype) -> None:
+    """Gain and input are narrow, the sums are not; the results are narrow again."""
+    x, gain, grad = (draw(3, 5, 17, seed=seed).to(dtype) for seed in range(3))
+    gain = gain[0, 0]
+    a, g = x.clone().requires_grad_(), gain.clone().requires_grad_()
+    y = rms_norm(a, g, 1e-5)
+    mine = [y, *torch.autograd.grad(y, (a, g), grad)]
+    wide_a, wide_g = x.double().requires_grad_(), gain.double().requires_grad_()
+    wide = F.rms_norm(wide_a, (17,), wide_g, 1e-5)
+    for one, other in zip(mine, [wide, *torch.autograd.grad(wide, (wide_a, wide_g), grad.double())], strict=True):
+        assert one.dtype == dtype
+        torch.testing.assert_close(one, other.to(dtype))
+    with torch.no_grad():
+        torch.testing.assert_close(rms_norm(x, gain, 1e-5), mine[0])
+
+
 @pytest.mark.parametrize(("width", "half"), [(8, 4), (8, 1), (7, 2), (6, 0)])
 def test_rotate(width: int, half: int) -> None:
     angles = draw(1, 5, 1, half, seed=1)

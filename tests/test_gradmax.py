@@ -76,6 +76,18 @@ def test_the_first_gradient_is_larger_than_of_random_units(mlp: str) -> None:
     assert first_gradient(state, target, "gradmax") > 1.5 * first_gradient(state, target, "zero_down")
 
 
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+def test_under_a_mask_at_0_the_draws_stay(mlp: str) -> None:
+    """No gradient comes back to a layer that does not write yet."""
+    config = model_config("transformer", mlp=mlp)
+    methods = {"depth": "masked", "mlp": "gradmax"}
+    target = grown_config(config, {"num_layers": 4, "mlp_dim": 192}, methods)
+    grown, report = grow(trained_like(config), target, methods, torch.Generator().manual_seed(0), probe(config))
+    assert report.certificate is not None and report.certificate.exact
+    for name, tensor in grown.params.items():
+        assert tensor.isfinite().all(), name
+
+
 def test_it_wants_text_and_says_so(tmp_path: Path) -> None:
     config = model_config("transformer")
     model = build(config, trained_like(config, dtype=torch.float32).params)

@@ -304,6 +304,7 @@ def test_what_the_other_side_cannot_say_is_refused() -> None:
     llama, neox = models["llama"], models["gpt_neox"]
     first = llama.layers[0]
     cannot("llama", model_config("tokenformer"), "parameter tokens")
+    cannot("qwen3", grown_config(models["qwen3"], {"num_experts": 2}, {}), "experts")
     cannot("llama", grown_config(llama, {"embed_dim": 48}, {"width": "clone"}), "logits multiplied by 0.5")
     cannot("llama", dataclasses.replace(llama, final_norm=Norm("rmsnorm", 1e-6)), "two norms")
     cannot("llama", dataclasses.replace(llama, layers=(first, dataclasses.replace(first, parallel=True))), "differ")

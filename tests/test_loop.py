@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from growkit import grow
-from growkit.errors import ConfigError
+from growkit.errors import ConfigError, PreservationError
 from growkit.models.decoder import DecoderLM, build
 from growkit.models.spec import param_specs
 from tests.support import model_config, probe, trained_like
@@ -103,8 +103,30 @@ def test_layers_are_still_recomputed() -> None:
     assert grow(model, optimizer, num_layers=3)[0].checkpoint_layers
 
 
+def test_what_is_no_model_of_growkits_is_named() -> None:
+    model, optimizer = trained(steps=1)
+    for other, words in (
+        (torch.compile(model), "OptimizedModule.*is a compiled model.*pass the model that torch.compile was given"),
+        (torch.nn.Linear(2, 2), "Linear.*is not a model of growkit.*pass a DecoderLM"),
+        (copy.deepcopy(model).bfloat16(), r"model: embedding\.weight.*bfloat16.*model\.float\(\)"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            grow(other, optimizer, num_layers=3)  # type: ignore[type-var]
+
+
+def test_broken_weights_are_named() -> None:
+    """Nothing can be exact beside logits that are no numbers."""
+    model, optimizer = trained(steps=1)
+    with torch.no_grad():
+        model.get_parameter("layers.1.attention.q.weight")[0, 0] = float("nan")
+    for sizes in ({"num_layers": 3}, {"num_layers": 3, "mlp_dim": 128}):
+        with pytest.raises(PreservationError, match=r"layers\.1\.attention\.q\.weight holds some.*not-finite"):
+            grow(model, optimizer, **sizes)
+
+
 def test_mistakes_are_named() -> None:
     model, optimizer = trained(steps=1)
+    tokens, vocab = probe(model.config), model.config.vocab_size
     other, _ = trained(steps=0)
     for call, code in (
         (lambda: grow(model, torch.optim.SGD(model.parameters()), num_layers=3), "unknown-optimizer"),
@@ -113,6 +135,14 @@ def test_mistakes_are_named() -> None:
         (lambda: grow(model, optimizer, num_layers=1), "shrinking-target"),
         (lambda: grow(model, optimizer, layers=3), "cannot-grow"),
         (lambda: grow(model, optimizer), "nothing-grows"),
+        (lambda: grow(model, optimizer, num_layers=3, methods="stack"), "not-a-section"),  # type: ignore[arg-type]
+        (lambda: grow(model, optimizer, num_layers=3, methods={"depth": ["stack"]}), "not-a-section"),  # type: ignore[dict-item]
+        (lambda: grow(model, optimizer, num_layers=3, probe=tokens[0]), "wrong-type"),
+        (lambda: grow(model, optimizer, num_layers=3, probe=tokens.float()), "wrong-type"),
+        (lambda: grow(model, optimizer, num_layers=3, probe=tokens[:, :1]), "wrong-type"),
+        (lambda: grow(model, optimizer, num_layers=3, probe=tokens.tolist()), "wrong-type"),  # type: ignore[arg-type]
+        (lambda: grow(model, optimizer, num_layers=3, probe=tokens + vocab), "out-of-range"),
+        (lambda: grow(model, optimizer, num_layers=3, probe=-1 - tokens), "out-of-range"),
     ):
         with pytest.raises(ConfigError) as caught:
             call()

@@ -84,6 +84,21 @@ def test_a_bank_appended_in_the_same_stage_stays_a_bank() -> None:
     assert grown.config == target
 
 
+@pytest.mark.parametrize("scope", ["bank", "shared"])
+def test_banks_laid_together_shrink_in_the_same_stage(scope: str) -> None:
+    config = with_banks(token_norm=scope)
+    fields = {"token_banks": 1, "attention_tokens": 12, "mlp_tokens": 2}  # fewer than there are banks
+    methods = {"param_tokens": "shrink"}
+    target = grown_config(config, fields, methods)
+    assert [link.operator for link in path(config, target, methods)] == ["consolidate", "param_tokens"]
+    mlp = target.layers[0].mlp
+    assert isinstance(mlp, PattentionMLP) and mlp.projection.banks == (2,)
+    grown, _ = grow(trained_like(config), target, methods, generator(), probe(config))
+    assert grown.params["layers.0.mlp.tokens.values.0"].shape[0] == 2 and grown.config == target
+    moments = grown.moments["layers.0.mlp.tokens.values.0"]
+    assert moments.exp_avg.shape == moments.exp_avg_sq.shape == grown.params["layers.0.mlp.tokens.values.0"].shape
+
+
 @pytest.mark.parametrize("theta", ["l2_norm_gelu", "gelu_l2_norm", "softmax"])
 def test_what_is_dropped_matters_less_than_anything_else(theta: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = with_banks(theta=theta)

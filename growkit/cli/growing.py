@@ -61,7 +61,13 @@ def grow_checkpoint(
         problem = "is for Hugging Face folders: growkit's own checkpoints are float32"
         raise ConfigError("bad-command-line", problem, key="--dtype", value=dtype, mend="leave it out")
     fields: dict[str, Any] = {}
+    said: dict[str, str] = {}
     for target in targets:
+        key = target.partition("=")[0]
+        if key in said:
+            problem = f"is said twice, as {said[key]!r} and as {target!r}"
+            raise ConfigError("bad-override", problem, key=key, mend="say it once")
+        said[key] = target
         apply_override(fields, target)
     methods = fields.pop("methods", {})
     if not isinstance(methods, dict) or not all(isinstance(method, str) for method in methods.values()):

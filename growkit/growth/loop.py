@@ -53,14 +53,51 @@ def grow(
     Learning-rate schedulers hold on to an optimizer: make them anew. What the methods ``masked`` and ``annealed`` grow
     comes in as you say: call the larger model's ``set_ramp`` with numbers from 0 to 1 while you train.
 
-    Raises ConfigError for a size that cannot be reached or another optimizer, and PreservationError if a step that
-    claims to be exact is not.
+    Raises ConfigError for a size that cannot be reached, and for another kind of model (half precision, one that
+    torch.compile returned), optimizer, ``methods`` or ``probe``; PreservationError if a step that claims to be exact is
+    not.
     """
+    if hasattr(model, "_orig_mod"):
+        mend = "pass the model that torch.compile was given, and compile the larger one"
+        kind = type(model).__name__
+        raise ConfigError("wrong-type", "is a compiled model", key="model", value=kind, mend=mend)
     if isinstance(model, Wrapped):
         larger, further, report = _grow(model.growkit, optimizer, methods or {}, probe, seed, sizes)
         return model.with_decoder(larger), further, report
     result: Any = _grow(model, optimizer, methods or {}, probe, seed, sizes)
     return result
+
+
+def _require_model(model: Any) -> None:
+    """Raises ConfigError for what is no DecoderLM, or in a precision that keeps no function."""
+    if not isinstance(model, DecoderLM):
+        kind = type(model).__name__
+        mend = "pass a DecoderLM or a GrowkitForCausalLM; `growkit grow` takes folders of Hugging Face's"
+        raise ConfigError("wrong-type", "is not a model of growkit", key="model", value=kind, mend=mend)
+    for name, p in model.named_parameters():
+        if p.dtype not in (torch.float32, torch.float64):
+            problem = f"is in {str(p.dtype).removeprefix('torch.')}, to which an exact step would be rounded"
+            mend = "keep weights in float32 (model.float(), before its optimizer is made) and train under autocast"
+            raise ConfigError("wrong-type", problem, key=f"model: {name}", mend=mend)
+
+
+def _require_methods(methods: Any) -> None:
+    if not isinstance(methods, Mapping) or not all(isinstance(method, str) for method in methods.values()):
+        mend = "write a method's name for each operator, such as {'depth': 'stack'}"
+        raise ConfigError("not-a-section", "must name a method for each", key="methods", value=methods, mend=mend)
+
+
+def _require_tokens(probe: Any, config: ModelConfig) -> None:
+    whole = isinstance(probe, Tensor) and not (probe.is_floating_point() or probe.dtype == torch.bool)
+    if not whole or probe.dim() != 2 or probe.shape[0] < 1 or probe.shape[1] < 2:
+        found = f"{probe.dtype} {tuple(probe.shape)}" if isinstance(probe, Tensor) else type(probe).__name__
+        problem, mend = "is not rows of tokens", "pass whole numbers (rows, context + 1), two columns at least"
+        raise ConfigError("wrong-type", problem, key="probe", value=found, mend=mend)
+    least, most = int(probe.min()), int(probe.max())
+    if least < 0 or most >= config.vocab_size:
+        mend = f"use ids of the model's, from 0 to {config.vocab_size - 1}"
+        problem = "holds ids that the model does not have"
+        raise ConfigError("out-of-range", problem, key="probe", value=least if least < 0 else most, mend=mend)
 
 
 def _grow(
@@ -71,6 +108,10 @@ def _grow(
     seed: int,
     sizes: Mapping[str, Any],
 ) -> tuple[DecoderLM, torch.optim.Optimizer, GrowthReport]:
+    _require_model(model)
+    _require_methods(methods)
+    if probe is not None:
+        _require_tokens(probe, model.config)
     if type(optimizer) not in ADAMS or any(group["amsgrad"] for group in optimizer.param_groups):
         kind, mend = type(optimizer).__name__, "use torch.optim.AdamW or Adam, without amsgrad"
         raise ConfigError("unknown-optimizer", "has moments that do not grow", key="optimizer", value=kind, mend=mend)
@@ -85,7 +126,7 @@ def _grow(
     if probe is None:
         require_probe(path(model.config, target, methods), probe)
         probe = torch.randint(model.config.vocab_size, (2, 65), generator=generator)
-    grown, report = grow_state(state, target, methods, generator, probe.cpu())
+    grown, report = grow_state(state, target, methods, generator, probe.cpu().long())
     larger = build(target, grown.params, checkpoint_layers=model.checkpoint_layers).to(device).train(model.training)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     for name, p in larger.named_parameters():

@@ -82,6 +82,7 @@ def certify(
     exact = all(claim.kind == "exact" for claim in claims)
     pair = Pair(before, after)
     wide_before, wide_after = pair.logits(tokens, torch.float64) if wide is None else wide
+    _require_finite(before, wide_before)
     rows = with_new_tokens(probe, *sizes)[: max(1, GRADIENT_TOKENS // tokens.shape[1]), : GRADIENT_TOKENS + 1]
     streams: list[Tensor] = []  # of the tokens that gradients are taken of
 
@@ -121,6 +122,7 @@ def certify_links(
     chain's own certificate would let it pass."""
     deltas = []
     first = before = stream_logits(states[0].config, states[0].params, probe[:, :-1], torch.float64)
+    _require_finite(states[0], first)
     stored = next(iter(states[0].params.values())).dtype
     for state, claim, name in zip(states[1:], claims, names, strict=True):
         after = stream_logits(state.config, state.params, probe[:, :-1], torch.float64)
@@ -139,6 +141,17 @@ def _hold_to(certificate: Certificate, float64_tolerance: float, dtype: torch.dt
     ):
         if not measured <= tolerance:  # NaN fails too
             raise _not_preserved(certificate.reason, measured, tolerance, where)
+
+
+def _require_finite(state: TrainState, logits: Tensor) -> None:
+    """Raises PreservationError if ``logits``, those of ``state``, are no numbers: nothing can be measured against
+    them."""
+    if logits.isfinite().all():
+        return
+    broken = next((name for name, tensor in state.params.items() if not tensor.isfinite().all()), None)
+    problem = "computes logits that are no numbers" + (f": {broken} holds some that are none" if broken else "")
+    mend = "use weights from before they broke"
+    raise PreservationError("not-finite", f"the model that is to grow {problem}", key="grow", mend=mend)
 
 
 def _not_preserved(reason: str, measured: float, tolerance: float, where: str) -> PreservationError:

@@ -19,6 +19,7 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """x / √(mean(x²) + eps) ⊙ gain over the last axis (arXiv 1910.07467, eq. 4), in x's dtype; sums in float32 at
     least."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    gain = gain.to(wide.dtype)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return F.rms_norm(wide, (x.shape[-1],), gain, eps).to(x.dtype)
     return _RMSNorm.apply(wide, gain, eps).to(x.dtype)  # type: ignore[no-untyped-call]

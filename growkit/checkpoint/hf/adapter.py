@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from growkit.checkpoint.hf.settings import Settings
 from growkit.errors import ConfigError
-from growkit.models.config import Attention, DenseMLP, LayerSpec, Linear, Mixer, ModelConfig, Norm, unmasked
+from growkit.models.config import Attention, DenseMLP, LayerSpec, Linear, Mixer, ModelConfig, MoEMLP, Norm, unmasked
 from growkit.models.spec import param_specs
 
 if TYPE_CHECKING:
@@ -194,6 +194,8 @@ class Adapter:
         mixer, mlp = layer.mixer, layer.mlp
         if not isinstance(mixer, Attention):
             raise self.cannot("layers", "Mamba layers")
+        if isinstance(mlp, MoEMLP):
+            raise self.cannot("layers", "experts")
         projections = (mixer.q, mixer.k, mixer.v, mixer.o)
         if not isinstance(mlp, DenseMLP) or not all(isinstance(p, Linear) for p in projections):
             raise self.cannot("layers", "parameter tokens")

@@ -121,7 +121,8 @@ def in_one(spec: Pattention) -> Pattention:
 
 
 def _is_joined(spec: Pattention, wanted: Pattention) -> bool:
-    return len(spec.banks) > 1 and wanted.banks[0] == spec.tokens
+    """Whether ``wanted`` has them in one: alone, and smaller if tokens are dropped as well, or with banks behind it."""
+    return len(spec.banks) > 1 and (len(wanted.banks) == 1 or wanted.banks[0] == spec.tokens)
 
 
 def _scopes(config: ModelConfig) -> set[str]:

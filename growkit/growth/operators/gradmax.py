@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from growkit.growth.observe import Seen
 
+# Where no gradient comes back (a layer under a mask that is at 0), no weights are better than those that were drawn.
 ROUNDS = 30  # of the power iteration; the gradient has then settled to a few per mille
 
 
@@ -23,6 +24,8 @@ def readers(seen: Seen, drawn: Tensor) -> Tensor:
     import torch
 
     assert seen.gradients is not None
+    if not seen.gradients.any():
+        return drawn
     matrix = seen.gradients.T.float() @ seen.inputs.float()
     _, strength, directions = torch.linalg.svd(matrix, full_matrices=False)
     chosen = torch.cat((directions, -directions))[: len(drawn)].to(drawn.dtype)
@@ -37,6 +40,8 @@ def gated_readers(seen: Seen, gates: Tensor, drawn: Tensor) -> Tensor:
     import torch
 
     assert seen.gradients is not None
+    if not seen.gradients.any():
+        return drawn
     x_TD, g_TE, u = seen.inputs.float(), seen.gradients.float(), drawn.float()
     g_TE = g_TE / g_TE.norm()  # of a mean over many tokens each is tiny, and its square enters every round
     open_TU = torch.nn.functional.silu(x_TD @ gates.float().T)
