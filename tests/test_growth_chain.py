@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 
-from growkit.errors import PreservationError
+from growkit.errors import ConfigError, PreservationError
 from growkit.growth.engine import GrowthReport, grow
 from growkit.growth.operator import EXACT_FLOAT64, OPERATORS, Exactness
-from growkit.growth.path import grown_config, order, path
+from growkit.growth.path import grown_config, operator, order, path
+from growkit.models.config import ModelConfig
 from growkit.train.display import growth_table
+from tests import contract
 from tests.support import model_config, probe, trained_like
 
 EVERYTHING: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
@@ -91,3 +96,60 @@ def test_tokens_at_the_mean_take_no_more_than_their_number(tied: bool) -> None:
     rise = {method: one.certificate.delta_loss for method, one in report.items() if one.certificate is not None}
     assert 0 < rise["mean"] <= math.log(96 / 48) * 1.01
     assert all(one.deltas[0] <= EXACT_FLOAT64 for one in report.values())
+
+
+Single = tuple[str, str, dict[str, Any]]  # operator, method, sizes
+
+
+@cache
+def singles(family: str) -> tuple[ModelConfig, list[Single]]:
+    """A model of a family, with several banks where it has any, and what can be done to it."""
+    source = model_config(**contract.FAMILIES[family])
+    try:
+        source = grown_config(source, contract.BEFORE["consolidate"], {})
+    except ConfigError:
+        assert "attention_tokens" not in contract.FAMILIES[family]
+    found = []
+    for name in OPERATORS:
+        for method, fields in itertools.product(operator(name).methods, contract.TARGETS[name]):
+            with suppress(ConfigError):
+                grown_config(source, fields, {name: method})
+                found.append((name, method, fields))
+    return source, found
+
+
+def pairs() -> dict[str, tuple[ModelConfig, Single, Single]]:
+    """Two operators, each by any of its methods, of which one looks before it grows or comes in under a mask: each
+    pair in the first family that can be grown so."""
+
+    def special(one: Single) -> bool:
+        return one[1] in ("masked", "annealed") or one[1] in operator(one[0]).looks
+
+    found: dict[str, tuple[ModelConfig, Single, Single]] = {}
+    for family in contract.FAMILIES:
+        source, ways = singles(family)
+        for one, other in itertools.combinations(ways, 2):
+            name = f"{one[0]}:{one[1]}+{other[0]}:{other[1]}"
+            if name not in found and one[0] != other[0] and (special(one) or special(other)):
+                with suppress(ConfigError):
+                    grown_config(source, one[2] | other[2], dict([one[:2], other[:2]]))
+                    found[name] = source, one, other
+    return found
+
+
+PAIRS = pairs()
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_two_at_once_grow_as_they_claim(pair: str) -> None:
+    """What claims to be exact is, or ``grow`` would raise."""
+    source, one, other = PAIRS[pair]
+    methods = dict([one[:2], other[:2]])
+    target = grown_config(source, one[2] | other[2], methods)
+    result, report = grow(trained_like(source), target, methods, torch.Generator().manual_seed(1), probe(source))
+    assert result.config == target and report.certificate is not None
+    for name, tensor in result.params.items():
+        assert tensor.isfinite().all(), name
+    for name, moments in result.moments.items():
+        assert moments.exp_avg.shape == moments.exp_avg_sq.shape == result.params[name].shape
+        assert moments.exp_avg.isfinite().all() and (moments.exp_avg_sq >= 0).all(), name

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from growkit import grow
-from growkit.errors import ConfigError, PreservationError
+from growkit.errors import ConfigError
 from growkit.models.decoder import DecoderLM, build
 from growkit.models.spec import param_specs
 from tests.support import model_config, probe, trained_like
@@ -120,7 +120,7 @@ def test_broken_weights_are_named() -> None:
     with torch.no_grad():
         model.get_parameter("layers.1.attention.q.weight")[0, 0] = float("nan")
     for sizes in ({"num_layers": 3}, {"num_layers": 3, "mlp_dim": 128}):
-        with pytest.raises(PreservationError, match=r"layers\.1\.attention\.q\.weight holds some.*not-finite"):
+        with pytest.raises(ConfigError, match=r"layers\.1\.attention\.q\.weight holds some.*not-finite"):
             grow(model, optimizer, **sizes)
 
 

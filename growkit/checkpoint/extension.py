@@ -52,7 +52,10 @@ def _start(manifest: Manifest, source: str) -> StartConfig:
     at = manifest.progress
     first = at.stage + 1
     grown = [name for name, stage in manifest.born.items() if stage == first]
-    by_hand = any(entry["kind"] == "growth" and entry["stage"] >= first for entry in manifest.lineage)
+    if manifest.layout == LAYOUT:  # its stages are not counted
+        by_hand = bool(manifest.lineage) and manifest.lineage[-1]["kind"] == "growth"
+    else:
+        by_hand = any(entry["kind"] == "growth" and entry["stage"] >= first for entry in manifest.lineage)
     counts = (at.step, at.tokens, at.flops)
     start = StartConfig(source, to_json(manifest.model), first, *counts, new=grown, by_hand=by_hand)
     if not manifest.recipe:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,10 +86,12 @@ class Kept:
 NOTHING_KEPT = Kept()
 
 
-def write(folder: Path, state: TrainState, manifest: Manifest, *, log: bytes = b"") -> None:
-    """Writes a checkpoint at ``folder``, where none is yet; ``log``: the metrics log behind one that lies in no run.
-    Raises CheckpointError when the disk will not."""
-    write_described(folder, state, lambda _: (manifest, log))
+def write(
+    folder: Path, state: TrainState, manifest: Manifest, *, log: bytes = b"", beside: Sequence[Path] = ()
+) -> None:
+    """Writes a checkpoint at ``folder``, where none is yet; ``log``: the metrics log behind one that lies in no run;
+    ``beside``: files, and folders of files, that are copied in. Raises CheckpointError when the disk will not."""
+    write_described(folder, state, lambda _: (manifest, log), beside=beside)
 
 
 def write_described(
@@ -98,6 +100,7 @@ def write_described(
     describe: Callable[[TrainState], tuple[Manifest, bytes]],
     *,
     kept: Kept = NOTHING_KEPT,
+    beside: Sequence[Path] = (),
 ) -> None:
     """``write``, for a manifest and a log that only the written state can say: ``describe`` is given it with its
     parameters mapped from the disk, beside the writing of the moments. If it raises, nothing is left. ``kept``: what is
@@ -113,7 +116,7 @@ def write_described(
         steps: dict[str, float] = {}
 
         def complete(path: Path, again: bool = False) -> None:
-            hashes[path.name] = hashers.submit(_flushed_hash, path, again)
+            hashes[path.relative_to(unfinished).as_posix()] = hashers.submit(_flushed_hash, path, again)
 
         def write_new(group: str, tensors: Mapping[str, Tensor], again: bool) -> list[str]:
             """The files of the group that are written, not linked."""
@@ -129,6 +132,9 @@ def write_described(
         params = Ordered(list(state.params), *tables)
         described = describer.submit(describe, dataclasses.replace(state, params=params))
         write_new("moments", _FlatMoments(state.moments, steps), False)
+        for path in beside:
+            for file in copy_in(path, unfinished):
+                complete(file)
         manifest, log = described.result()
         if log:
             (unfinished / LOG).write_bytes(log)
@@ -136,10 +142,21 @@ def write_described(
         if kept.checkpoint is not None:
             known = kept.checkpoint.manifest.adam_steps
             steps.update((name, known[name]) for name in kept.moments)
-        for file in flushed:
-            file.result()
+        for done in flushed:
+            done.result()
         sealed = dataclasses.replace(manifest, adam_steps=steps, born=dict(state.born))
         seal(unfinished, sealed, linked | {name: digest.result() for name, digest in hashes.items()})
+
+
+def copy_in(path: Path, folder: Path) -> list[Path]:
+    """Copies a file, or a folder of files, into ``folder``; returns the files that are there then. They are not
+    flushed."""
+    copy = folder / path.name
+    if not path.is_dir():
+        shutil.copyfile(path, copy)
+        return [copy]
+    shutil.copytree(path, copy, copy_function=shutil.copyfile)
+    return sorted(file for file in copy.rglob("*") if file.is_file())
 
 
 def beside(final: Path) -> Path:

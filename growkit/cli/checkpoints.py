@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from growkit.checkpoint import manifest as manifests
 from growkit.checkpoint.hf.folder import ModelFolder
+from growkit.checkpoint.hf.source import is_model_folder, travelling
 from growkit.checkpoint.opening import open_any
 from growkit.checkpoint.store import Checkpoint
 from growkit.config.load import parse_recipe
@@ -48,6 +50,24 @@ def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
     tokenizer.require_same(manifest.corpus.get("tokenizer", tokenizer.identity))
     tokenizer.require_room(manifest.model.vocab_size)
     return tokenizer
+
+
+def tokenizer_files(checkpoint: Checkpoint) -> list[Path]:
+    """The files of the tokenizer that the checkpoint's weights came with, and what goes with it: where no recipe says
+    what ids are of, they lie beside the weights, and go where these go."""
+    return [] if checkpoint.manifest.recipe else travelling(checkpoint.folder)
+
+
+def origin_of(checkpoint: Checkpoint) -> Path | None:
+    """Where the model's own tokenizer files lie, if it came from Hugging Face: in the checkpoint's folder, or in that
+    which its recipe names."""
+    manifest = checkpoint.manifest
+    if not manifest.recipe:
+        return checkpoint.folder if tokenizer_in(checkpoint.folder) is not None else None
+    data = parse_recipe(manifest.recipe, [], PRESETS, name="the checkpoint's recipe").data
+    folder = Path(data.tokenizer).expanduser()
+    ours = (folder / manifests.NAME).is_file()  # a checkpoint that was made of such a folder
+    return folder if data.end_token is None and (ours or is_model_folder(folder)) else None
 
 
 def inspect_checkpoint(folder: Path) -> None:

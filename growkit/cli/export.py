@@ -9,8 +9,9 @@ from rich.console import Console
 
 from growkit.checkpoint.hf.export import DTYPES, FAMILIES, export
 from growkit.checkpoint.hf.folder import ModelFolder, refuse_existing
+from growkit.checkpoint.hf.source import lineage_file
 from growkit.checkpoint.opening import open_any
-from growkit.cli.checkpoints import tokenizer_of
+from growkit.cli.checkpoints import origin_of, tokenizer_of
 from growkit.cli.evaluate import recipe_of, trained_context
 from growkit.errors import ConfigError
 
@@ -36,6 +37,8 @@ def export_checkpoint(source: Path, folder: Path, family: str, dtype: str) -> No
         family=family,
         dtype=DTYPES[dtype],
         context_length=trained_context(recipe, manifest) if recipe is not None else None,
+        origin=origin_of(checkpoint),
+        lineage=lineage_file(manifest) if manifest.lineage else None,
     )
     size = sum(path.stat().st_size for path in folder.iterdir())
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]

@@ -20,7 +20,7 @@ from growkit.checkpoint.metrics_log import encoded
 from growkit.checkpoint.opening import open_any
 from growkit.checkpoint.run_folder import log_before, run_of
 from growkit.checkpoint.store import Checkpoint
-from growkit.cli.checkpoints import tokenizer_of
+from growkit.cli.checkpoints import tokenizer_files, tokenizer_of
 from growkit.config.load import apply_override
 from growkit.config.recipe import DataConfig
 from growkit.data.corpus import whole_text
@@ -117,9 +117,10 @@ def grow_checkpoint(
         )
         return manifest, log
 
+    beside = tokenizer_files(checkpoint)
     kept = store.Kept(checkpoint, grown.kept_params, grown.kept_moments())
     with store.checked_beside(checkpoint, unread=kept.files("moments")) as wait_until_checked:
-        store.write_described(output, grown[-1], describe, kept=kept)
+        store.write_described(output, grown[-1], describe, kept=kept, beside=beside)
     _show_grown(event, output)
 
 
@@ -149,7 +150,7 @@ def merge_checkpoints(
         log_bytes=len(log),
         layout="whole",
     )
-    store.write(output, merged, manifest, log=log)
+    store.write(output, merged, manifest, log=log, beside=tokenizer_files(a))
     console.print(growth_table(event | {"name": f"{output.name}, from {first}"}))
     console.print(growth_table(event | theirs | {"name": f"{output.name}, from {second}"}))
     console.print(f"wrote {output}", soft_wrap=True, markup=False)

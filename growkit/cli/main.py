@@ -255,7 +255,7 @@ def inspect(
 
 @app.command(epilog="Example: growkit export runs/NAME exported --dtype bfloat16", rich_help_panel=CHECKPOINTS)
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a run (its latest one) or a Hugging Face folder.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a run (its latest one), or an exported folder.")],
     folder: Annotated[Path, typer.Argument(help="The folder to write.")],
     family: Annotated[
         str,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from growkit.errors import PreservationError
+from growkit.errors import ConfigError, PreservationError
 from growkit.growth.gradients import PROBE_STEPS, any_nonzero, probe_gradients
 from growkit.growth.logits import Pair, stream_logits
 from growkit.growth.operator import Exactness
@@ -74,9 +74,9 @@ def certify(
     wide: tuple[Tensor, Tensor] | None = None,
 ) -> Certificate:
     """Compares ``before`` and ``after`` on ``probe`` (rows, context + 1). Raises PreservationError if all ``claims``
-    are exact and a tolerance is missed. ``new``: where the new entries are (bool), of the parameters that have any; it
-    may be lazy, as the states. ``wide``: the float64 logits of both, if they are known. One layer at a time is in
-    memory."""
+    are exact and a tolerance is missed, ConfigError if the logits before are no numbers. ``new``: where the new entries
+    are (bool), of the parameters that have any; it may be lazy, as the states. ``wide``: the float64 logits of both, if
+    they are known. One layer at a time is in memory."""
     tokens, targets = probe[:, :-1], probe[:, 1:]
     sizes = before.config.vocab_size, after.config.vocab_size
     exact = all(claim.kind == "exact" for claim in claims)
@@ -144,14 +144,14 @@ def _hold_to(certificate: Certificate, float64_tolerance: float, dtype: torch.dt
 
 
 def _require_finite(state: TrainState, logits: Tensor) -> None:
-    """Raises PreservationError if ``logits``, those of ``state``, are no numbers: nothing can be measured against
+    """Raises ConfigError if ``logits``, those of ``state``, are no numbers: nothing can be measured against
     them."""
     if logits.isfinite().all():
         return
     broken = next((name for name, tensor in state.params.items() if not tensor.isfinite().all()), None)
     problem = "computes logits that are no numbers" + (f": {broken} holds some that are none" if broken else "")
     mend = "use weights from before they broke"
-    raise PreservationError("not-finite", f"the model that is to grow {problem}", key="grow", mend=mend)
+    raise ConfigError("not-finite", f"the model that is to grow {problem}", key="grow", mend=mend)
 
 
 def _not_preserved(reason: str, measured: float, tolerance: float, where: str) -> PreservationError:

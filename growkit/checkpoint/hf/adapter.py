@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from growkit.checkpoint.hf.settings import Settings
 from growkit.errors import ConfigError
-from growkit.models.config import Attention, DenseMLP, LayerSpec, Linear, Mixer, ModelConfig, MoEMLP, Norm, unmasked
+from growkit.models.config import (
+    MOST_LAYERS,
+    Attention,
+    DenseMLP,
+    LayerSpec,
+    Linear,
+    Mixer,
+    ModelConfig,
+    MoEMLP,
+    Norm,
+    unmasked,
+)
 from growkit.models.spec import param_specs
 
 if TYPE_CHECKING:
@@ -145,6 +156,8 @@ class Adapter:
     ) -> ModelConfig:
         """A model whose layers, and norms, are all alike. ``tied``: its head, where config.json does not say it."""
         layers = range(config.positive("num_hidden_layers", int))
+        if len(layers) > MOST_LAYERS:
+            raise ConfigError("too-large", f"must be at most {MOST_LAYERS}", **config.at("num_hidden_layers"))
         return ModelConfig(
             vocab_size=config.positive("vocab_size", int),
             embed_dim=config.positive("hidden_size", int),

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import Tensor
 from growkit.checkpoint.hf import source
 from growkit.checkpoint.hf.adapter import Adapter, LaidOut, Rule
 from growkit.checkpoint.hf.settings import CONFIG, read_config
-from growkit.checkpoint.store import Checkpoint, Ordered, StoredTensors, fsync, write_group, writing
+from growkit.checkpoint.store import Checkpoint, Ordered, StoredTensors, copy_in, fsync, write_group, writing
 from growkit.errors import CheckpointError, ConfigError
 from growkit.growth.logits import stream_logits
 from growkit.growth.state import TrainState
@@ -29,18 +28,6 @@ from growkit.models.spec import param_specs
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 METADATA = {"format": "pt"}  # transformers asks a file whose framework it was written by
-# What goes with the weights wherever they go: the tokenizer, and how to generate with it.
-TRAVELLING = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "generation_config.json",
-    "chat_template*",
-)
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 TIED_HEADS = ("lm_head.weight", "embed_out.weight")  # which some files hold beside the table they are tied to
 
@@ -63,14 +50,14 @@ def write_folder(
     """Writes ``config`` and ``tensors`` (which may be lazy) as the new folder ``folder``, complete or not at all.
 
     Tensors go into model.safetensors, or, beyond ``shard_bytes``, into model-NNNNN-of-NNNNN.safetensors with an index;
-    one shard is in memory at a time. A tied tensor is named once. ``beside``: files that are copied in (a tokenizer's).
-    Raises ConfigError if the folder is there already, CheckpointError if it cannot be written, or a file of ``beside``
-    is missing.
+    one shard is in memory at a time. A tied tensor is named once. ``beside``: files, and folders of files, that are
+    copied in (a tokenizer's). Raises ConfigError if the folder is there already, CheckpointError if it cannot be
+    written, or something of ``beside`` is missing.
     """
     refuse_existing(folder)
     for path in beside:
         assert path.name not in (CONFIG, WEIGHTS, INDEX), path
-        if not path.is_file():
+        if not path.exists():
             mend = "restore it, or export without it"
             raise CheckpointError("damaged", "is missing", key=str(path), mend=mend)
     with writing(folder) as unfinished:
@@ -85,8 +72,8 @@ def write_folder(
             _write_json(unfinished / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         _write_json(unfinished / CONFIG, config)
         for path in beside:
-            shutil.copyfile(path, unfinished / path.name)
-            fsync(unfinished / path.name)
+            for file in copy_in(path, unfinished):
+                fsync(file)
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -104,11 +91,6 @@ class ModelFolder(Checkpoint):
     config: Mapping[str, Any]
     adapter: Adapter
     dtype: torch.dtype
-
-    @property
-    def travelling(self) -> list[Path]:
-        """The files that go wherever the weights go."""
-        return sorted(path for pattern in TRAVELLING for path in self.folder.glob(pattern) if path.is_file())
 
 
 def read_folder(folder: Path) -> ModelFolder:
@@ -138,14 +120,18 @@ def write_grown(
     ConfigError for what the family cannot say, CheckpointError as ``write_folder``."""
     adapter = folder.adapter
     fields, tensors = adapter.to_hf(grown.config, grown.params)
-    dropped = (*adapter.older, "dtype", "torch_dtype")
-    kept = {key: value for key, value in folder.config.items() if key not in dropped}
     lineage = dataclasses.replace(folder.manifest, lineage=(*folder.manifest.lineage, dict(event)))
     with tempfile.TemporaryDirectory() as made:
         history = Path(made) / source.LINEAGE
         history.write_text(source.lineage_file(lineage), encoding="utf-8")
-        config = kept | fields | {"dtype": str(dtype).removeprefix("torch.")}
-        write_folder(output, config, Cast(tensors, dtype), beside=[*folder.travelling, history])
+        config = said_besides(folder.config, adapter) | fields | {"dtype": str(dtype).removeprefix("torch.")}
+        write_folder(output, config, Cast(tensors, dtype), beside=[*source.travelling(folder.folder), history])
+
+
+def said_besides(config: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
+    """What a config.json of the adapter's family says besides the model's description."""
+    dropped = (*adapter.older, "dtype", "torch_dtype")
+    return {key: value for key, value in config.items() if key not in dropped}
 
 
 def rounding(grown: TrainState, dtype: torch.dtype, probe: Tensor) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from growkit.errors import CheckpointError, ConfigError
 
 T = TypeVar("T")
 CONFIG = "config.json"
+LARGEST = 1 << 30  # of whole numbers: two of a tensor's sizes make fewer bytes than can be counted
 _REQUIRED: Any = object()
 
 
@@ -35,6 +37,10 @@ class Settings:
         number = kind is float and isinstance(value, int | float)
         if isinstance(value, bool) != (kind is bool) or not (number or isinstance(value, kind)):
             raise ConfigError("bad-model", **self.at(name), problem=f"is no {kind.__name__}")
+        if isinstance(value, float) and not math.isfinite(value):  # of which JSON knows nothing, and Python's does
+            raise ConfigError("bad-model", **self.at(name), problem="is no finite number")
+        if kind is int and not isinstance(value, bool) and abs(value) > LARGEST:
+            raise ConfigError("bad-model", **self.at(name), problem=f"must be at most {LARGEST}")
         return float(value) if number else value  # type: ignore[return-value]
 
     def positive(self, name: str, kind: type[T], default: T = _REQUIRED) -> T:

@@ -23,6 +23,22 @@ from growkit.schedule.progress import Progress
 
 LINEAGE = "growkit.json"  # beside the weights that growkit grew: how
 LAYOUT = "huggingface"
+# What goes with the weights wherever they go: the tokenizer, and how to generate with it.
+TRAVELLING = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model*",
+    "spiece.model",
+    "tekken.json",
+    "generation_config.json",
+    "chat_template*",
+    "additional_chat_templates",
+)
 ADAPTERS: Mapping[str, Adapter] = {
     adapter.architecture: adapter
     for adapter in (Native(), Llama(), Mistral(), Qwen3(), GPTNeoX(), MambaAdapter(), FalconMamba())
@@ -32,6 +48,11 @@ ADAPTERS: Mapping[str, Adapter] = {
 def is_model_folder(path: Path) -> bool:
     """Whether a Hugging Face model, and no checkpoint of growkit, lies at ``path``."""
     return (path / CONFIG).is_file() and not (path / manifests.NAME).is_file()
+
+
+def travelling(folder: Path) -> list[Path]:
+    """The files, and folders of files, that go wherever the weights in ``folder`` go."""
+    return sorted(path for pattern in TRAVELLING for path in folder.glob(pattern))
 
 
 def adapter_of(config: Mapping[str, Any]) -> Adapter:
