@@ -332,3 +332,16 @@ def test_a_model_in_the_middle_of_a_ramp_is_saved_and_loaded_as_it_is(tmp_path: 
     read = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert read.growkit.config == dataclasses.replace(config, ramp=0.5)
     close(read(probe(config)).logits, wrapped(probe(config)).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("preset", ["transformer", "tokenformer", "mamba"])
+def test_a_model_in_half_precision_has_gradients(preset: str, dtype: torch.dtype) -> None:
+    """As from_pretrained loads what was exported in bfloat16, without autocast."""
+    config = model_config(preset)
+    model = GrowkitForCausalLM.around(build(config, trained_like(config, dtype=torch.float32).params)).to(dtype)
+    tokens = probe(config)
+    loss = model(tokens, labels=tokens).loss
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad is not None and p.grad.dtype == dtype and p.grad.isfinite().all() for p in model.parameters())
