@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from growkit.errors import ConfigError, PreservationError
-from growkit.growth.engine import GrowthReport, grow
+from growkit.growth.engine import GrowthReport, grow, lazy_states
 from growkit.growth.operator import EXACT_FLOAT64, OPERATORS, Exactness
 from growkit.growth.path import grown_config, operator, order, path
 from growkit.models.config import ModelConfig
@@ -142,12 +142,16 @@ PAIRS = pairs()
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_two_at_once_grow_as_they_claim(pair: str) -> None:
-    """What claims to be exact is, or ``grow`` would raise."""
+    """What claims to be exact is; nothing else is looked at of these, there are many."""
     source, one, other = PAIRS[pair]
     methods = dict([one[:2], other[:2]])
     target = grown_config(source, one[2] | other[2], methods)
-    result, report = grow(trained_like(source), target, methods, torch.Generator().manual_seed(1), probe(source))
-    assert result.config == target and report.certificate is not None
+    links, tokens = path(source, target, methods), probe(source)
+    states = lazy_states(trained_like(source), links, torch.Generator().manual_seed(1), stage=1, probe=tokens)
+    result = states[-1].materialized()
+    moved = contract.relative_change(contract.logits_before(source, torch.float64), result, tokens)
+    assert result.config == target
+    assert moved <= EXACT_FLOAT64 or {link.exactness.kind for link in links} != {"exact"}, moved
     for name, tensor in result.params.items():
         assert tensor.isfinite().all(), name
     for name, moments in result.moments.items():
